@@ -1,0 +1,15 @@
+//! From config.json to a list of kernel calls: config → [`ModelSpec`] → [`Plan`].
+//!
+//! A spec is data. A new architecture is a new row in [`families`] with its tensor names, not a new forward function.
+
+mod config;
+mod families;
+mod plan;
+mod rope;
+mod spec;
+
+pub use config::parse_config;
+pub use families::FAMILIES;
+pub use plan::{Buf, LinearPart, MatrixId, Op, Plan, Rows, VectorId};
+pub use rope::{Rope, RopeKind};
+pub use spec::{Head, ModelSpec};
