@@ -27,7 +27,7 @@ pub enum ErrorKind {
     Full,
     /// The job was cancelled.
     Cancelled,
-    /// No such job or name.
+    /// No such file, job or name.
     NotFound,
     /// The object is in use.
     Busy,
@@ -99,7 +99,6 @@ constructors! {
     argument => Argument;
     format => Format;
     unsupported => Unsupported;
-    shape => Shape;
     limit => Limit;
     template => Template;
     gpu => Gpu;
@@ -108,7 +107,11 @@ constructors! {
 
 /// An I/O error with the path it happened at.
 pub(crate) fn io_error(path: &std::path::Path, error: std::io::Error) -> Error {
-    let kind = if error.kind() == std::io::ErrorKind::OutOfMemory { ErrorKind::HostMemory } else { ErrorKind::Io };
+    let kind = match error.kind() {
+        std::io::ErrorKind::OutOfMemory => ErrorKind::HostMemory,
+        std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+        _ => ErrorKind::Io,
+    };
     Error::new(kind, format!("{}: {error}", path.display()))
 }
 

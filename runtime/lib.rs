@@ -1,1 +1,52 @@
+//! rewardrt samples from a policy and scores what was sampled, inside the process that trains it.
+//!
+//! It memory-maps safetensors, runs the same list of kernels on the CPU or, through wgpu, on a GPU, and returns ids,
+//! log-probabilities and rewards that depend on nothing but the sequence itself: **a token's log-probability while
+//! sampling equals, to the last bit, the one that scoring the finished text returns**, whatever else is in the batch.
+//!
+//! ```no_run
+//! use rewardrt::{EncodeOptions, LogprobRequest, ModelOptions, Runtime, RuntimeOptions, SampleRequest};
+//!
+//! let runtime = Runtime::open(&RuntimeOptions::default())?;
+//! let policy = runtime.load_model("SmolLM2-135M-Instruct".as_ref(), &ModelOptions::default())?;
+//! let prompt = policy.tokenizer()?.encode("The capital of France is", EncodeOptions::default())?;
+//!
+//! let request = SampleRequest { prompts: vec![prompt.clone()], n: 4, max_tokens: 32, ..SampleRequest::default() };
+//! for answer in policy.sample(&request)?.wait()? {
+//!     let ids: Vec<u32> = answer.tokens.iter().map(|t| t.id).collect();
+//!     let scored = LogprobRequest::completions([(prompt.clone(), ids)]);
+//!     let again = policy.logprobs(&scored)?.wait()?;
+//!     assert_eq!(again[0].logprobs[0], Some(answer.tokens[0].model_logprob));
+//! }
+//! # Ok::<(), rewardrt::Error>(())
+//! ```
+//!
+//! - [`Runtime`]: a device and the engine thread that feeds it. [`Model`]: a checkpoint loaded onto it.
+//! - [`SampleRequest`], [`LogprobRequest`], [`ScoreRequest`]: what can be asked; each becomes a [`Job`].
+//! - [`Rule`]: how a sequence becomes a score.
+//! - [`Tokenizer`]: ids from text and from chat messages.
+//!
+//! It does: Llama and Mistral checkpoints and their sequence classifiers, f32/f16/bf16 weights, ragged batches, paged
+//! KV, seeded sampling. It does not yet: other architectures, quantised weights, weight updates, shared prefixes. It
+//! never downloads anything, prints, exits, or installs a signal handler or a logger.
 
+pub mod backend;
+mod engine;
+mod error;
+pub mod kernels;
+pub mod model;
+mod request;
+mod runtime;
+mod score;
+mod text;
+pub mod weights;
+
+pub use backend::gpu::{DeviceInfo, DeviceType};
+pub use engine::{Finish, Job, SampledToken};
+pub use error::{Error, ErrorKind, Result};
+pub use request::{
+    LogprobRequest, MAX_SEQUENCES, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
+};
+pub use runtime::{CpuInfo, Model, ModelOptions, Precision, Runtime, RuntimeOptions, devices};
+pub use score::{Rule, Score};
+pub use text::{ChatTemplate, EncodeOptions, Message, Tokenizer};

@@ -13,3 +13,5 @@ pub use families::FAMILIES;
 pub use plan::{Buf, LinearPart, MatrixId, Op, Plan, Rows, VectorId};
 pub use rope::{Rope, RopeKind};
 pub use spec::{Head, ModelSpec};
+
+pub use crate::runtime::read_spec;

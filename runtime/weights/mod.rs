@@ -9,6 +9,8 @@ mod header;
 mod shards;
 mod source;
 
+pub(crate) use shards::read_bounded;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

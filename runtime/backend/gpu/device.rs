@@ -1,0 +1,189 @@
+//! An open device: buffers, submissions and waits, with every way they fail turned into an error.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::select::{DeviceInfo, Selection, describe, find};
+use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::KV_BLOCK;
+
+/// A submission that takes longer counts as a lost device.
+const SUBMISSION_LIMIT: Duration = Duration::from_secs(120);
+/// One wait, so that a lost device is noticed in between.
+const WAIT: Duration = Duration::from_millis(500);
+
+/// An open GPU.
+pub struct Gpu {
+    info: DeviceInfo,
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    pub(super) limits: wgpu::Limits,
+    pub(super) subgroups: bool,
+    pub(super) f16: bool,
+    lost: Arc<AtomicBool>,
+    /// First error that no scope caught.
+    uncaptured: Arc<Mutex<Option<String>>>,
+}
+
+impl Gpu {
+    /// Opens the device that `selection` means; `None` for the CPU.
+    ///
+    /// # Errors
+    /// `NoDevice` if nothing matches, `Gpu` if it cannot be opened.
+    pub fn select(selection: &Selection) -> Result<Option<Gpu>> {
+        match find(selection)? {
+            Some(adapter) => caught("opening the device", || Self::open(&adapter))?.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn open(adapter: &wgpu::Adapter) -> Result<Gpu> {
+        let info = describe(adapter);
+        let limits = adapter.limits();
+        let wanted = wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16;
+        let features = adapter.features() & wanted;
+        // Shuffles over eight lanes need eight lanes.
+        let subgroups = features.contains(wgpu::Features::SUBGROUP) && adapter.get_info().subgroup_min_size >= 8;
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("rewardrt"),
+            required_features: features,
+            required_limits: limits.clone(),
+            ..wgpu::DeviceDescriptor::default()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+            .map_err(|e| Error::gpu(format!("{}: the device cannot be opened: {e}", info.name)))?;
+        let lost = Arc::new(AtomicBool::new(false));
+        let uncaptured = Arc::new(Mutex::new(None));
+        let slot = uncaptured.clone();
+        // The default handler panics.
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            slot.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.to_string());
+        }));
+        let flag = lost.clone();
+        device.set_device_lost_callback(move |_, message| {
+            log::error!("device lost: {message}");
+            flag.store(true, Ordering::SeqCst);
+        });
+        let f16 = features.contains(wgpu::Features::SHADER_F16);
+        Ok(Gpu { info, device, queue, limits, subgroups, f16, lost, uncaptured })
+    }
+
+    /// What the device is.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// Ends the device: every later call fails with `DeviceLost`. For tests of that path.
+    pub fn destroy(&self) {
+        self.lost.store(true, Ordering::SeqCst);
+        self.device.destroy();
+    }
+
+    /// Positions whose keys of one layer fit a storage binding.
+    pub fn most_kv_tokens(&self, kv_width: usize) -> usize {
+        let bytes = self.max_binding() / (4 * kv_width as u64);
+        usize::try_from(bytes).unwrap_or(usize::MAX) / KV_BLOCK * KV_BLOCK
+    }
+
+    /// Largest storage binding, a multiple of 256.
+    pub(super) fn max_binding(&self) -> u64 {
+        self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size) / 256 * 256
+    }
+
+    /// A buffer of at least `bytes`.
+    pub(super) fn buffer(&self, label: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+        // At least a parameter struct, and whole 16-byte units.
+        let size = bytes.max(64).next_multiple_of(16);
+        if size > self.limits.max_buffer_size {
+            return Err(Error::limit(format!("{label}: {size} bytes, a buffer of this device holds {}", self.limits.max_buffer_size)));
+        }
+        let usage = usage | wgpu::BufferUsages::COPY_DST;
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
+        self.checked(label, || self.device.create_buffer(&descriptor))
+    }
+
+    /// Runs calls that create something and returns it, or the error they raised.
+    pub(super) fn checked<T>(&self, what: &str, create: impl FnOnce() -> T) -> Result<T> {
+        self.alive()?;
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let created = caught(what, create);
+        let validation = pollster::block_on(validation.pop());
+        let internal = pollster::block_on(internal.pop());
+        let memory = pollster::block_on(memory.pop());
+        if let Some(error) = memory {
+            return Err(Error::new(ErrorKind::DeviceMemory, format!("{what}: {error}")));
+        }
+        if let Some(error) = validation.or(internal) {
+            return Err(Error::gpu(format!("{what}: {error}")));
+        }
+        self.alive()?;
+        created
+    }
+
+    /// Fails if the device is lost or an error came from outside every scope.
+    pub(super) fn alive(&self) -> Result<()> {
+        if self.lost.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::DeviceLost, format!("{}: the device was lost", self.info.name)));
+        }
+        match self.uncaptured.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(message) => Err(Error::gpu(message)),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until `submission` is done, at most [`SUBMISSION_LIMIT`].
+    pub(super) fn wait(&self, submission: wgpu::SubmissionIndex) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            self.alive()?;
+            let wait = wgpu::PollType::Wait { submission_index: Some(submission.clone()), timeout: Some(WAIT) };
+            // A device that is lost during the wait makes `poll` panic.
+            let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(wait)));
+            match polled {
+                Ok(Ok(_)) => return self.alive(),
+                Ok(Err(wgpu::PollError::Timeout)) if start.elapsed() < SUBMISSION_LIMIT => {}
+                Ok(Err(wgpu::PollError::Timeout)) => {
+                    self.lost.store(true, Ordering::SeqCst);
+                    let message = format!("{}: no answer for {} s", self.info.name, SUBMISSION_LIMIT.as_secs());
+                    return Err(Error::new(ErrorKind::DeviceLost, message));
+                }
+                Ok(Err(error)) => return Err(Error::gpu(error.to_string())),
+                Err(_) => {
+                    self.lost.store(true, Ordering::SeqCst);
+                    return self.alive();
+                }
+            }
+        }
+    }
+
+    /// Reads the first `bytes` of a MAP_READ buffer after `submission`.
+    pub(super) fn read(&self, buffer: &wgpu::Buffer, bytes: u64, submission: wgpu::SubmissionIndex) -> Result<Vec<u8>> {
+        let bytes = bytes.next_multiple_of(8);
+        let mapped = Arc::new(AtomicBool::new(false));
+        let flag = mapped.clone();
+        self.checked("reading back", || {
+            buffer.slice(0..bytes).map_async(wgpu::MapMode::Read, move |result| flag.store(result.is_ok(), Ordering::SeqCst));
+        })?;
+        self.wait(submission)?;
+        // The callback may never come after a loss: it is not waited for, the flag is read.
+        if !mapped.load(Ordering::SeqCst) {
+            self.alive()?;
+            return Err(Error::gpu("reading back: the buffer was not mapped"));
+        }
+        let view = buffer.slice(0..bytes).get_mapped_range().map_err(|e| Error::gpu(format!("reading back: {e}")))?;
+        let copy = view.to_vec();
+        drop(view);
+        buffer.unmap();
+        Ok(copy)
+    }
+}
+
+/// Turns a panic inside the graphics API into an error.
+pub(super) fn caught<T>(what: &str, f: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(f))
+        .map_err(|p| Error::gpu(format!("{what}: the graphics API panicked: {}", crate::engine::panic_text(&*p))))
+}

@@ -1,0 +1,379 @@
+//! A model on the GPU: buffers and bind groups made once, parameters and row tables written each step.
+
+use std::sync::Arc;
+
+use bytemuck::bytes_of;
+
+use super::device::Gpu;
+use super::pipelines::Pipelines;
+use super::upload::Matrix;
+use crate::backend::cpu::scratch_bytes;
+use crate::backend::{Capacity, Executor, Memory, Output, Step, logit_rows};
+use crate::error::{Error, Result, checked_size};
+use crate::kernels::attention::MAX_HEAD_DIM;
+use crate::kernels::{
+    KV_BLOCK, Kernel, MatrixView, RowMeta, add, attention, embed, gather_rows, kv_write, linear, rms_norm, rope,
+    silu_mul,
+};
+use crate::model::{Buf, ModelSpec, Op, Plan, Rows};
+use crate::weights::Weights;
+
+/// Multiply-adds in a submission at most: seconds on a software adapter, milliseconds on a GPU.
+const SUBMISSION_COST: u64 = 4_000_000_000;
+/// Room for a parameter struct, and the largest alignment that WebGPU asks of a uniform offset.
+pub(super) const SLOT: u64 = 256;
+const PER_DIMENSION: u32 = 65_535;
+
+/// Workgroups, and the parameter bytes of a dispatch, for T rows and M outputs.
+type Shape = Box<dyn Fn(u32, u32) -> (Vec<u8>, [u32; 3]) + Send>;
+
+/// A dispatch whose bindings never change.
+pub(super) struct Call {
+    pub pipeline: wgpu::ComputePipeline,
+    pub bind_group: wgpu::BindGroup,
+    shape: Shape,
+    /// Multiply-adds a row.
+    cost: u64,
+}
+
+/// The buffers of a model that do not belong to one op.
+pub(super) struct Buffers {
+    pub params: wgpu::Buffer,
+    rows: wgpu::Buffer,
+    tables: wgpu::Buffer,
+    cos_sin: wgpu::Buffer,
+    picked: wgpu::Buffer,
+    activations: Vec<wgpu::Buffer>,
+    /// Bound where a product has no bias.
+    pub nothing: wgpu::Buffer,
+}
+
+impl Buffers {
+    pub(super) fn activation(&self, buf: Buf) -> &wgpu::Buffer {
+        &self.activations[buf as usize]
+    }
+}
+
+/// A model on a GPU.
+pub struct GpuExecutor {
+    pub(super) gpu: Arc<Gpu>,
+    pub(super) spec: ModelSpec,
+    pub(super) buffers: Buffers,
+    calls: Vec<Call>,
+    pub(super) head: super::head::Head,
+    capacity: Capacity,
+    memory: Memory,
+}
+
+/// What building the calls needs.
+pub(super) struct Builder<'a> {
+    pub gpu: &'a Gpu,
+    pub pipelines: Pipelines,
+    pub buffers: &'a Buffers,
+}
+
+impl Builder<'_> {
+    /// A pipeline with `storage` bound to it, and its parameters in `slot`.
+    pub(super) fn bind(
+        &mut self,
+        kernel: &Kernel,
+        variant: (Option<crate::weights::Dtype>, bool),
+        storage: &[&wgpu::Buffer],
+        slot: usize,
+    ) -> Result<(wgpu::ComputePipeline, wgpu::BindGroup)> {
+        let built = self.pipelines.get(self.gpu, kernel, variant.0, variant.1)?;
+        let params = wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+            buffer: &self.buffers.params,
+            offset: slot as u64 * SLOT,
+            size: std::num::NonZeroU64::new(SLOT),
+        });
+        let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: params }];
+        for (i, buffer) in storage.iter().enumerate() {
+            entries.push(wgpu::BindGroupEntry { binding: i as u32 + 1, resource: buffer.as_entire_binding() });
+        }
+        let descriptor = wgpu::BindGroupDescriptor { label: Some(kernel.name), layout: &built.layout, entries: &entries };
+        let group = self.gpu.checked(kernel.name, || self.gpu.device.create_bind_group(&descriptor))?;
+        Ok((built.pipeline.clone(), group))
+    }
+}
+
+/// `groups` workgroups over the first two dimensions.
+pub(super) fn fold(groups: u32) -> [u32; 3] {
+    if groups <= PER_DIMENSION { [groups, 1, 1] } else { [PER_DIMENSION, groups.div_ceil(PER_DIMENSION), 1] }
+}
+
+impl GpuExecutor {
+    /// Uploads the weights and builds everything that steps of up to `capacity` need.
+    ///
+    /// # Errors
+    /// `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
+    /// [`MAX_HEAD_DIM`], `Gpu` if a shader does not build.
+    pub fn new(
+        gpu: Arc<Gpu>,
+        spec: ModelSpec,
+        plan: Arc<Plan>,
+        weights: &Weights,
+        capacity: Capacity,
+    ) -> Result<Self> {
+        if spec.head_dim > MAX_HEAD_DIM {
+            return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
+        }
+        if capacity.max_rows > PER_DIMENSION as usize {
+            return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes {PER_DIMENSION}", capacity.max_rows)));
+        }
+        let storage = wgpu::BufferUsages::STORAGE;
+        let mut matrices = Vec::new();
+        for m in &plan.matrices {
+            let tensor = weights.get(&m.name)?;
+            let view = MatrixView::new(tensor.dtype(), tensor.bytes(), m.shape[0], m.shape[1]);
+            matrices.push(Matrix::upload(&gpu, &m.name, view)?);
+        }
+        let mut vectors = Vec::new();
+        for v in &plan.vectors {
+            let values = weights.get(&v.name)?.to_f32();
+            let buffer = gpu.buffer(&v.name, values.len() as u64 * 4, storage)?;
+            gpu.checked(&v.name, || gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&values)))?;
+            vectors.push(buffer);
+        }
+        let bytes = |what: &str, factors: &[usize]| checked_size(what, factors).map(|n| n as u64);
+        let mut activations = Vec::new();
+        for buf in Buf::ALL {
+            let size = bytes("activations", &[capacity.max_rows, buf.width(&spec), 4])?;
+            if size > gpu.max_binding() {
+                return Err(Error::limit(format!("activations of {} rows exceed a binding of this device; lower max_batch_tokens", capacity.max_rows)));
+            }
+            activations.push(gpu.buffer("activations", size, storage)?);
+        }
+        let per_layer = bytes("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width(), 4])?;
+        let mut kv = Vec::new();
+        for _ in 0..spec.layers {
+            kv.push((gpu.buffer("keys", per_layer, storage)?, gpu.buffer("values", per_layer, storage)?));
+        }
+        let slots = plan.ops.len() + matrices.iter().map(|m| m.slices.len()).sum::<usize>() * 2 + super::head::SLOTS;
+        let rows = capacity.max_rows as u64;
+        let buffers = Buffers {
+            params: gpu.buffer("params", slots as u64 * SLOT, wgpu::BufferUsages::UNIFORM)?,
+            rows: gpu.buffer("rows", rows * size_of::<RowMeta>() as u64, storage)?,
+            tables: gpu.buffer("tables", capacity.kv_blocks as u64 * 4, storage)?,
+            cos_sin: gpu.buffer("cos_sin", rows * spec.head_dim as u64 * 4, storage)?,
+            picked: gpu.buffer("picked", rows * 4, storage)?,
+            activations,
+            nothing: gpu.buffer("nothing", 64, storage)?,
+        };
+        let mut builder = Builder { gpu: &gpu, pipelines: Pipelines::default(), buffers: &buffers };
+        let mut calls = Vec::new();
+        for op in &plan.ops {
+            build_calls(&mut builder, &spec, &matrices, &vectors, &kv, op, &mut calls)?;
+        }
+        let head_matrix = matrices.get(plan.head.0).ok_or_else(|| Error::internal("the plan's head is not a matrix"))?;
+        let head = super::head::Head::new(&mut builder, &spec, head_matrix, capacity.max_rows, calls.len())?;
+        let memory = Memory {
+            weights: matrices.iter().map(Matrix::bytes).sum::<u64>() + vectors.iter().map(|v| v.size()).sum::<u64>(),
+            mapped: 0,
+            kv_cache: 2 * per_layer * spec.layers as u64,
+            scratch: scratch_bytes(&spec, capacity.max_rows),
+        };
+        Ok(GpuExecutor { spec, calls, head, capacity, memory, buffers, gpu })
+    }
+
+    /// Encodes and submits the calls of a step, in submissions of bounded cost.
+    fn run_calls(&self, t: u32, m: u32) -> Result<()> {
+        let mut params = vec![0u8; self.calls.len() * SLOT as usize];
+        let mut sizes = Vec::with_capacity(self.calls.len());
+        for (slot, call) in params.chunks_exact_mut(SLOT as usize).zip(&self.calls) {
+            let (bytes, groups) = (call.shape)(t, m);
+            slot[..bytes.len()].copy_from_slice(&bytes);
+            sizes.push(groups);
+        }
+        self.write(&self.buffers.params, &params)?;
+        let mut next = 0;
+        while next < self.calls.len() {
+            let mut cost = 0;
+            let submission = self.gpu.checked("a step", || {
+                let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                while next < self.calls.len() && cost < SUBMISSION_COST {
+                    let (call, [x, y, z]) = (&self.calls[next], sizes[next]);
+                    if x * y * z > 0 {
+                        pass.set_pipeline(&call.pipeline);
+                        pass.set_bind_group(0, &call.bind_group, &[]);
+                        pass.dispatch_workgroups(x, y, z);
+                    }
+                    cost += call.cost * u64::from(t);
+                    next += 1;
+                }
+                drop(pass);
+                self.gpu.queue.submit([encoder.finish()])
+            })?;
+            // Wait only if more is to come: the head waits for the last one.
+            if next < self.calls.len() {
+                self.gpu.wait(submission)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn write(&self, buffer: &wgpu::Buffer, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.gpu.checked("writing", || self.gpu.queue.write_buffer(buffer, 0, bytes))
+    }
+}
+
+impl Executor for GpuExecutor {
+    fn step(&mut self, step: &Step) -> Result<Vec<Output>> {
+        let (t, m) = (step.rows.len(), step.outputs.len());
+        if t > self.capacity.max_rows || step.tables.len() > self.capacity.kv_blocks {
+            return Err(Error::internal(format!("a step of {t} rows, built for {}", self.capacity.max_rows)));
+        }
+        let order = super::head::order(step.outputs);
+        let picked: Vec<u32> = order.iter().map(|&i| step.outputs[i].row).collect();
+        self.write(&self.buffers.rows, bytemuck::cast_slice(step.rows))?;
+        self.write(&self.buffers.tables, bytemuck::cast_slice(step.tables))?;
+        self.write(&self.buffers.cos_sin, bytemuck::cast_slice(step.cos_sin))?;
+        self.write(&self.buffers.picked, bytemuck::cast_slice(&picked))?;
+        // Both are at most max_rows, which fits.
+        self.run_calls(t as u32, m as u32)?;
+        self.run_head(step, &order)
+    }
+
+    fn memory(&self) -> Memory {
+        self.memory
+    }
+}
+
+fn build_calls(
+    builder: &mut Builder,
+    spec: &ModelSpec,
+    matrices: &[Matrix],
+    vectors: &[wgpu::Buffer],
+    kv: &[(wgpu::Buffer, wgpu::Buffer)],
+    op: &Op,
+    calls: &mut Vec<Call>,
+) -> Result<()> {
+    let b = builder.buffers;
+    let (half, head_dim) = (spec.head_dim as u32 / 2, spec.head_dim as u32);
+    let (heads, kv_heads) = (spec.heads as u32, spec.kv_heads as u32);
+    let width = |buf: Buf| buf.width(spec) as u32;
+    let mut add_call = |builder: &mut Builder, kernel, variant, storage: &[&wgpu::Buffer], cost, shape: Shape| {
+        let (pipeline, bind_group) = builder.bind(kernel, variant, storage, calls.len())?;
+        calls.push(Call { pipeline, bind_group, shape, cost });
+        Ok::<(), Error>(())
+    };
+    let plain = (None, false);
+    match op {
+        Op::Embed { table, out } => {
+            let table = &matrices[table.0];
+            for slice in &table.slices {
+                let (width, stride, first, count) = (table.cols, table.stride, slice.first, slice.count);
+                let storage = [&b.rows, &slice.buffer, b.activation(*out)];
+                let shape: Shape = Box::new(move |t, _| {
+                    (bytes_of(&embed::Params { rows: t, width, stride, first, count }).to_vec(), fold(t))
+                });
+                add_call(builder, &embed::KERNEL, (Some(table.dtype), false), &storage, 0, shape)?;
+            }
+            Ok(())
+        }
+        Op::RmsNorm { x, weight, out, rows } => {
+            let (width, eps, all) = (width(*x), spec.rms_norm_eps, *rows == Rows::All);
+            let storage = [b.activation(*x), &vectors[weight.0], b.activation(*out)];
+            let shape: Shape = Box::new(move |t, m| {
+                let rows = if all { t } else { m };
+                (bytes_of(&rms_norm::Params { rows, width, eps }).to_vec(), fold(rows))
+            });
+            add_call(builder, &rms_norm::KERNEL, plain, &storage, 0, shape)
+        }
+        Op::Linear { x, parts } => {
+            for part in parts {
+                let matrix = &matrices[part.weight.0];
+                let bias = part.bias.map_or(&b.nothing, |v| &vectors[v.0]);
+                for slice in &matrix.slices {
+                    let storage = [b.activation(*x), &slice.buffer, bias, b.activation(part.out)];
+                    let base = slice_params(matrix, slice, part.bias.is_some());
+                    let shape: Shape = Box::new(move |t, _| linear_shape(linear::Params { rows: t, ..base }));
+                    let cost = u64::from(matrix.cols) * u64::from(slice.count);
+                    let variant = (Some(matrix.dtype), matrix.cols.is_multiple_of(4));
+                    add_call(builder, &linear::KERNEL, variant, &storage, cost, shape)?;
+                }
+            }
+            Ok(())
+        }
+        Op::Rope { x, heads } => {
+            let heads = *heads as u32;
+            let shape: Shape =
+                Box::new(move |t, _| (bytes_of(&rope::Params { rows: t, heads, half }).to_vec(), fold(t)));
+            add_call(builder, &rope::KERNEL, plain, &[&b.cos_sin, b.activation(*x)], 0, shape)
+        }
+        Op::KvWrite { layer } => {
+            let (keys, values) = &kv[*layer];
+            let storage = [&b.rows, b.activation(Buf::K), b.activation(Buf::V), keys, values];
+            let shape: Shape = Box::new(move |t, _| {
+                (bytes_of(&kv_write::Params { rows: t, kv_heads, head_dim }).to_vec(), fold(t))
+            });
+            add_call(builder, &kv_write::KERNEL, plain, &storage, 0, shape)
+        }
+        Op::Attention { layer } => {
+            let (keys, values) = &kv[*layer];
+            let storage = [&b.rows, &b.tables, b.activation(Buf::Q), keys, values, b.activation(Buf::Attn)];
+            let scale = 1.0 / (spec.head_dim as f32).sqrt();
+            let window = spec.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
+            let shape: Shape = Box::new(move |t, _| {
+                let params = attention::Params { rows: t, heads, kv_heads, head_dim, scale, window };
+                (bytes_of(&params).to_vec(), [heads, t, 1])
+            });
+            // Longer contexts cost more than this; it only has to bound a submission roughly.
+            add_call(builder, &attention::KERNEL, plain, &storage, 512 * spec.q_width() as u64, shape)
+        }
+        Op::SiluMul { gate, up } => {
+            let width = width(*gate);
+            let shape: Shape = Box::new(move |t, _| {
+                let len = t * width;
+                (bytes_of(&silu_mul::Params { len }).to_vec(), fold(len.div_ceil(silu_mul::ELEMENTS_PER_WORKGROUP)))
+            });
+            add_call(builder, &silu_mul::KERNEL, plain, &[b.activation(*gate), b.activation(*up)], 0, shape)
+        }
+        Op::Add { delta, to } => {
+            let width = width(*to);
+            let shape: Shape = Box::new(move |t, _| {
+                let len = t * width;
+                (bytes_of(&add::Params { len }).to_vec(), fold(len.div_ceil(add::ELEMENTS_PER_WORKGROUP)))
+            });
+            add_call(builder, &add::KERNEL, plain, &[b.activation(*delta), b.activation(*to)], 0, shape)
+        }
+        Op::GatherRows { x, out } => {
+            let width = width(*x);
+            let storage = [&b.picked, b.activation(*x), b.activation(*out)];
+            let shape: Shape =
+                Box::new(move |_, m| (bytes_of(&gather_rows::Params { rows: m, width }).to_vec(), fold(m)));
+            add_call(builder, &gather_rows::KERNEL, plain, &storage, 0, shape)
+        }
+    }
+}
+
+/// Parameters of a product with one slice of a matrix, for all of its rows.
+pub(super) fn slice_params(matrix: &Matrix, slice: &super::upload::Slice, has_bias: bool) -> linear::Params {
+    linear::Params {
+        rows: 0,
+        k: matrix.cols,
+        stride: matrix.stride,
+        count: slice.count,
+        first: slice.first,
+        out_stride: matrix.rows,
+        has_bias: u32::from(has_bias),
+        slice_row: 0,
+        x_first: 0,
+    }
+}
+
+/// The dispatch of a product.
+pub(super) fn linear_shape(params: linear::Params) -> (Vec<u8>, [u32; 3]) {
+    let [x, y, _] = fold(params.count.div_ceil(linear::COLS_PER_WORKGROUP));
+    (bytes_of(&params).to_vec(), [x, y, params.rows.div_ceil(linear::ROWS_PER_WORKGROUP)])
+}
+
+/// Rows whose logits fit the block and a binding.
+pub(super) fn block_rows(gpu: &Gpu, width: usize) -> usize {
+    let fitting = usize::try_from(gpu.max_binding() / (4 * width as u64)).unwrap_or(usize::MAX);
+    logit_rows(width).min(fitting.max(1))
+}

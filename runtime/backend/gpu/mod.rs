@@ -1,0 +1,13 @@
+//! The GPU executor: the shaders, through wgpu, over copies of the weights.
+
+mod device;
+mod executor;
+mod head;
+mod pipelines;
+mod select;
+mod upload;
+
+pub use device::Gpu;
+pub use executor::GpuExecutor;
+pub use pipelines::{Flags, resolve};
+pub use select::{DeviceInfo, DeviceType, Selection, list_devices};

@@ -1,0 +1,149 @@
+//! Two executors of the same [`Plan`](crate::model::Plan): [`cpu`] and [`gpu`].
+
+pub mod cpu;
+pub mod gpu;
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::kernels::{RowMeta, sample, top_k};
+
+/// What a row asks for once its final hidden state is there.
+#[derive(Clone, Debug)]
+pub enum Want {
+    /// The logits of the score head.
+    Score,
+    /// The next-token logits of these tokens only.
+    Tokens(Arc<[u32]>),
+    /// The log-probability of `target` as the next token.
+    Logprob {
+        /// Checked against the vocabulary by the engine.
+        target: u32,
+        /// How many of the most likely tokens to report.
+        top: usize,
+    },
+    /// A next token.
+    Sample {
+        /// `seen_row` is filled in by the backend.
+        request: sample::Request,
+        /// One bit a token of the vocabulary, where the repetition penalty needs it.
+        seen: Option<Arc<[u32]>>,
+        /// How many of the most likely tokens to report.
+        top: usize,
+    },
+}
+
+impl Want {
+    /// True if the row needs logits over the whole vocabulary.
+    fn needs_vocabulary(&self) -> bool {
+        matches!(self, Want::Logprob { .. } | Want::Sample { .. })
+    }
+
+    fn top(&self) -> usize {
+        match self {
+            Want::Logprob { top, .. } | Want::Sample { top, .. } => *top,
+            _ => 0,
+        }
+    }
+}
+
+/// A row that wants something.
+#[derive(Clone, Debug)]
+pub struct OutputRow {
+    /// Index into [`Step::rows`].
+    pub row: u32,
+    /// What it wants.
+    pub want: Want,
+}
+
+/// One ragged forward: packed rows of any number of sequences.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// T rows; those of a sequence in rising position.
+    pub rows: &'a [RowMeta],
+    /// The block lists of the sequences, one after the other.
+    pub tables: &'a [u32],
+    /// cos and sin of every row's angles: [T, 2, E/2].
+    pub cos_sin: &'a [f32],
+    /// The rows that want something.
+    pub outputs: &'a [OutputRow],
+}
+
+/// What the vocabulary says about one position.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenStats {
+    /// ln p of the token: temperature 1, whole vocabulary.
+    pub logprob: f32,
+    /// Entropy of that distribution, in nats.
+    pub entropy: f32,
+    /// The most likely tokens and their log-probabilities, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// The answer to a [`Want`], in the order of [`Step::outputs`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    /// For `Score` and `Tokens`.
+    Logits(Vec<f32>),
+    /// For `Logprob`.
+    Logprob(TokenStats),
+    /// For `Sample`.
+    Sampled {
+        /// The draw.
+        drawn: sample::Drawn,
+        /// The drawn token in the unmodified distribution.
+        stats: TokenStats,
+    },
+}
+
+/// A loaded model that executes steps.
+pub trait Executor: Send {
+    /// Executes one step. On an error nothing of it counts; the KV slots it wrote are undefined.
+    ///
+    /// # Errors
+    /// `DeviceLost`, `DeviceMemory`, `HostMemory` or `Gpu`.
+    fn step(&mut self, step: &Step) -> Result<Vec<Output>>;
+
+    /// Bytes held for weights, KV cache and activations.
+    fn memory(&self) -> Memory;
+}
+
+/// Bytes a loaded model holds. Weights that are memory-mapped count under `mapped`, not `weights`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Weights in allocated memory of the device.
+    pub weights: u64,
+    /// Weights used in place in mapped files.
+    pub mapped: u64,
+    /// The KV cache's full size.
+    pub kv_cache: u64,
+    /// Activations and logits.
+    pub scratch: u64,
+}
+
+impl Memory {
+    /// Everything that is allocated: what a memory budget bounds.
+    pub fn allocated(&self) -> u64 {
+        self.weights + self.kv_cache + self.scratch
+    }
+}
+
+/// Sizes an executor is built for.
+#[derive(Clone, Copy, Debug)]
+pub struct Capacity {
+    /// Largest T of a step.
+    pub max_rows: usize,
+    /// KV blocks of [`crate::kernels::KV_BLOCK`] positions.
+    pub kv_blocks: usize,
+}
+
+/// Rows whose logits over the whole vocabulary exist at a time: bounded whatever T is.
+pub(crate) fn logit_rows(vocab: usize) -> usize {
+    const BUDGET_BYTES: usize = 16 << 20;
+    (BUDGET_BYTES / (4 * vocab)).clamp(4, 64)
+}
+
+/// Log-probabilities of the best tokens.
+fn top_logprobs(best: &[top_k::Candidate], logprob: impl Fn(f32) -> f32) -> Vec<(u32, f32)> {
+    best.iter().filter(|c| c.token != top_k::NO_TOKEN).map(|c| (c.token, logprob(c.logit))).collect()
+}

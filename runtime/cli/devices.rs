@@ -1,0 +1,42 @@
+//! `rewardrt devices`
+
+use rewardrt::Result;
+use serde_json::json;
+
+use crate::args::Devices;
+use crate::sink::print_line;
+
+pub fn run(args: &Devices) -> Result<()> {
+    let (cpu, gpus) = rewardrt::devices()?;
+    if args.json {
+        let gpus: Vec<_> = gpus
+            .iter()
+            .map(|d| {
+                json!({
+                    "name": d.name, "driver": d.driver, "backend": d.backend, "type": d.device_type.name(),
+                    "max_binding_bytes": d.max_binding, "f16": d.has_f16, "subgroups": d.has_subgroups,
+                })
+            })
+            .collect();
+        let cpu = json!({"isa": cpu.isa, "threads": cpu.threads});
+        return print_line(&json!({"cpu": cpu, "gpus": gpus}).to_string());
+    }
+    print_line(&format!("cpu              {} threads, {}", cpu.threads, cpu.isa))?;
+    for d in &gpus {
+        let features = [(d.has_f16, "f16"), (d.has_subgroups, "subgroups")];
+        let features: Vec<_> = features.iter().filter(|(has, _)| *has).map(|(_, name)| *name).collect();
+        print_line(&format!(
+            "gpu ({:<10}) {}\n                 {}, {}, bindings up to {} MiB, {}",
+            d.device_type.name(),
+            d.name,
+            d.backend,
+            d.driver,
+            d.max_binding >> 20,
+            features.join(" ")
+        ))?;
+    }
+    if gpus.is_empty() {
+        print_line("no graphics adapter was found")?;
+    }
+    Ok(())
+}

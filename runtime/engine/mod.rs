@@ -1,0 +1,194 @@
+//! Requests → ragged steps → results.
+//!
+//! One thread owns the executors. Callers hand it sequences and wait; it packs rows of all running sequences of a
+//! model into a step, runs it, and hands each row's output back. Which sequences share a step changes no result.
+
+mod angles;
+mod job;
+mod kv;
+mod lane;
+mod sequence;
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+pub use job::Job;
+pub(crate) use job::JobState;
+use lane::Lane;
+pub(crate) use sequence::{Finished, NewSequence, Purpose, SamplePlan};
+pub use sequence::{Finish, SampledToken};
+
+use crate::backend::{Capacity, Executor};
+use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::KV_BLOCK;
+use crate::model::Rope;
+
+/// Tokens that may wait or run at a time, over all jobs of a runtime.
+const MAX_QUEUED_TOKENS: usize = 1 << 26;
+
+enum Command {
+    Add { model: u64, lane: Box<Lane> },
+    Remove { model: u64 },
+    Submit { model: u64, job: Arc<JobState>, sequences: Vec<NewSequence> },
+}
+
+/// The engine's front door: cheap to share.
+pub(crate) struct Engine {
+    commands: Sender<Command>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    shared: Arc<Shared>,
+    next_model: AtomicU64,
+}
+
+struct Shared {
+    queued_tokens: AtomicUsize,
+    poisoned: Mutex<Option<Error>>,
+}
+
+impl Shared {
+    fn poison(&self) -> Option<Error> {
+        self.poisoned.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Engine {
+    pub(crate) fn start() -> Result<Self> {
+        let (commands, inbox) = channel();
+        let shared = Arc::new(Shared { queued_tokens: AtomicUsize::new(0), poisoned: Mutex::new(None) });
+        let for_thread = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("rewardrt-engine".into())
+            .spawn(move || run(inbox, &for_thread))
+            .map_err(|e| Error::new(ErrorKind::HostMemory, format!("cannot start the engine thread: {e}")))?;
+        Ok(Engine { commands, thread: Mutex::new(Some(thread)), shared, next_model: AtomicU64::new(1) })
+    }
+
+    /// Takes over a loaded model; the number names it from now on.
+    pub(crate) fn add(&self, executor: Box<dyn Executor>, rope: Rope, capacity: Capacity) -> Result<u64> {
+        let model = self.next_model.fetch_add(1, Ordering::Relaxed);
+        let lane = Box::new(Lane::new(executor, rope, capacity));
+        self.send(Command::Add { model, lane })?;
+        Ok(model)
+    }
+
+    pub(crate) fn remove(&self, model: u64) {
+        // An engine that is gone has no models left either.
+        let _ = self.send(Command::Remove { model });
+    }
+
+    /// Queues sequences as one job.
+    pub(crate) fn submit(&self, model: u64, kv_blocks: usize, sequences: Vec<NewSequence>) -> Result<Arc<JobState>> {
+        if let Some(error) = self.shared.poison() {
+            return Err(error);
+        }
+        let mut tokens = 0usize;
+        for (i, sequence) in sequences.iter().enumerate() {
+            let positions = sequence.positions();
+            if kv::KvBlocks::needed(positions) > kv_blocks {
+                return Err(Error::limit(format!(
+                    "sequence {i} needs {positions} positions in the KV cache, which has {}; load the model with more kv_tokens or memory",
+                    kv_blocks * KV_BLOCK
+                )));
+            }
+            tokens = tokens.saturating_add(positions);
+        }
+        let queued = self.shared.queued_tokens.fetch_add(tokens, Ordering::Relaxed);
+        if queued > 0 && queued.saturating_add(tokens) > MAX_QUEUED_TOKENS {
+            self.shared.queued_tokens.fetch_sub(tokens, Ordering::Relaxed);
+            return Err(Error::new(ErrorKind::Full, format!("{queued} tokens are queued; retry when jobs have finished")));
+        }
+        let job = JobState::new(sequences.len());
+        self.send(Command::Submit { model, job: job.clone(), sequences })?;
+        Ok(job)
+    }
+
+    fn send(&self, command: Command) -> Result<()> {
+        let gone = |_| self.shared.poison().unwrap_or_else(|| Error::new(ErrorKind::Poisoned, "the engine has stopped"));
+        self.commands.send(command).map_err(gone)
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // Closing the channel ends the thread after its current step.
+        let (closed, _) = channel();
+        self.commands = closed;
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(inbox: Receiver<Command>, shared: &Shared) {
+    let mut lanes: Vec<(u64, Box<Lane>)> = Vec::new();
+    loop {
+        let idle = lanes.iter().all(|(_, lane)| lane.is_idle());
+        let command = if idle { inbox.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.try_recv() };
+        match command {
+            Ok(command) => {
+                obey(&mut lanes, command, shared);
+                continue;
+            }
+            Err(TryRecvError::Disconnected) => break,
+            Err(TryRecvError::Empty) => {}
+        }
+        for (_, lane) in &mut lanes {
+            let step = catch_unwind(AssertUnwindSafe(|| lane.advance()));
+            match step {
+                Ok(finished_tokens) => {
+                    shared.queued_tokens.fetch_sub(finished_tokens, Ordering::Relaxed);
+                }
+                Err(panic) => {
+                    let error = Error::new(ErrorKind::Internal, format!("internal error: {}", panic_text(&*panic)));
+                    log::error!("{error}");
+                    let poison = Error::new(ErrorKind::Poisoned, format!("the runtime is poisoned by an earlier {error}"));
+                    *shared.poisoned.lock().unwrap_or_else(PoisonError::into_inner) = Some(poison);
+                    for (_, lane) in &mut lanes {
+                        lane.fail_all(&error);
+                    }
+                    break;
+                }
+            }
+        }
+        if let Some(error) = shared.poison() {
+            // Refuse whatever is still on its way, until the runtime is closed.
+            while let Ok(command) = inbox.recv() {
+                if let Command::Submit { job, .. } = command {
+                    job.fail(error.clone());
+                }
+            }
+            break;
+        }
+    }
+    let closed = Error::new(ErrorKind::Cancelled, "the runtime was closed");
+    for (_, lane) in &mut lanes {
+        lane.fail_all(&closed);
+    }
+}
+
+fn obey(lanes: &mut Vec<(u64, Box<Lane>)>, command: Command, shared: &Shared) {
+    match command {
+        Command::Add { model, lane } => lanes.push((model, lane)),
+        Command::Remove { model } => {
+            if let Some(i) = lanes.iter().position(|(id, _)| *id == model) {
+                let (_, mut lane) = lanes.swap_remove(i);
+                let error = Error::new(ErrorKind::Cancelled, "the model was freed");
+                shared.queued_tokens.fetch_sub(lane.fail_all(&error), Ordering::Relaxed);
+            }
+        }
+        Command::Submit { model, job, sequences } => match lanes.iter_mut().find(|(id, _)| *id == model) {
+            Some((_, lane)) => lane.enqueue(&job, sequences),
+            None => job.fail(Error::new(ErrorKind::NotFound, "the model was freed")),
+        },
+    }
+}
+
+/// What a panic said.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic".into())
+}

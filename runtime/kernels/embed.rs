@@ -1,0 +1,32 @@
+//! out[t] = table[token[t]], converted to f32.
+
+use super::{MatrixView, RowMeta};
+
+/// Parameters of the shader, which sees one slice of the table's rows at a time.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Params {
+    /// T.
+    pub rows: u32,
+    /// D.
+    pub width: u32,
+    /// Elements from one row of the slice to the next.
+    pub stride: u32,
+    /// First table row in the slice.
+    pub first: u32,
+    /// Table rows in the slice; other tokens are left alone.
+    pub count: u32,
+}
+
+super::kernel!("embed", Params, [("rows", Read), ("table", Read), ("out", Write)]);
+
+/// The CPU twin, for the rows in `rows`; `out` is [rows, D].
+///
+/// # Panics
+/// If a token is not a row of the table: the engine checks ids where they enter.
+pub fn embed(rows: &[RowMeta], table: MatrixView, out: &mut [f32]) {
+    for (row, out) in rows.iter().zip(out.chunks_exact_mut(table.cols())) {
+        let values = table.dtype().to_f32(table.row(row.token as usize));
+        out.copy_from_slice(&values);
+    }
+}

@@ -1,0 +1,52 @@
+//! Puts each row's key and value into its slot of the paged cache.
+//!
+//! Keys lie [block, G, E, P], so that attention reads P keys side by side; values lie [block, G, P, E].
+
+use super::{KV_BLOCK, RowMeta, SharedMut};
+
+/// Parameters of the shader.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Params {
+    /// T.
+    pub rows: u32,
+    /// G.
+    pub kv_heads: u32,
+    /// E.
+    pub head_dim: u32,
+}
+
+super::kernel!("kv_write", Params, [("rows", Read), ("k", Read), ("v", Read), ("keys", Write), ("values", Write)]);
+
+/// Where a layer's keys and values are, and how they are laid out.
+#[derive(Clone, Copy)]
+pub(crate) struct Cache<'a> {
+    pub keys: SharedMut<'a>,
+    pub values: SharedMut<'a>,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+/// The CPU twin for the rows of one task; `k` and `v` are [rows, G·E].
+///
+/// # Safety
+/// No two rows of a step share a slot, and nobody reads these slots meanwhile.
+pub(crate) unsafe fn kv_write(rows: &[RowMeta], k: &[f32], v: &[f32], cache: Cache) {
+    let Cache { keys, values, kv_heads, head_dim } = cache;
+    let width = kv_heads * head_dim;
+    for ((row, k), v) in rows.iter().zip(k.chunks_exact(width)).zip(v.chunks_exact(width)) {
+        let (block, place) = (row.slot as usize / KV_BLOCK, row.slot as usize % KV_BLOCK);
+        for head in 0..kv_heads {
+            let start = (block * kv_heads + head) * head_dim * KV_BLOCK;
+            for e in 0..head_dim {
+                let at = start + e * KV_BLOCK + place;
+                // SAFETY: the row's own slot.
+                unsafe { keys.slice(at..at + 1)[0] = k[head * head_dim + e] };
+            }
+            let at = start + place * head_dim;
+            // SAFETY: the row's own slot.
+            let target = unsafe { values.slice(at..at + head_dim) };
+            target.copy_from_slice(&v[head * head_dim..(head + 1) * head_dim]);
+        }
+    }
+}

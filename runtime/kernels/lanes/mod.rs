@@ -1,0 +1,181 @@
+//! Vectors of f32 for the CPU twins: one body, written against [`Lanes`], compiled once per instruction set.
+//!
+//! [`Isa::detect`] chooses at run time; `REWARDRT_ISA=portable|avx2|avx512|neon` overrides it for tests. Each
+//! instruction set has its own order of additions (its lane count); within one, an element's order depends on the
+//! shape of its weight alone.
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
+pub(crate) use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+/// An instruction set that the CPU twins are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Plain loops: the oracle.
+    Portable,
+    /// AVX2 + FMA + F16C, 8 lanes.
+    Avx2,
+    /// AVX-512 F/BW/VL, 16 lanes.
+    Avx512,
+    /// Advanced SIMD, 4 lanes.
+    Neon,
+}
+
+impl Isa {
+    /// Every instruction set that this machine has, slowest first.
+    pub fn available() -> Vec<Isa> {
+        #[allow(unused_mut)]
+        let mut list = vec![Isa::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            if avx2 {
+                list.push(Isa::Avx2);
+                let avx512 = is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl");
+                if avx512 {
+                    list.push(Isa::Avx512);
+                }
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        list.push(Isa::Neon);
+        list
+    }
+
+    /// The fastest available one, unless `REWARDRT_ISA` names another available one.
+    pub fn detect() -> Isa {
+        let available = Self::available();
+        let wanted = std::env::var("REWARDRT_ISA").ok();
+        let chosen = wanted.and_then(|name| available.iter().copied().find(|isa| isa.name() == name));
+        chosen.or(available.last().copied()).unwrap_or(Isa::Portable)
+    }
+
+    /// Its name in `REWARDRT_ISA` and in `rewardrt devices`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
+        }
+    }
+}
+
+/// `N` f32 lanes. Pointers need no alignment; `_part` reads or writes the first `n < N` elements, the rest is 0.
+///
+/// # Safety
+/// Pointer methods need `N` (or `n`) readable or writable elements. Every method needs the instruction set.
+pub(crate) trait Lanes: Copy {
+    /// Lanes.
+    const N: usize;
+    fn splat(v: f32) -> Self;
+    unsafe fn load(p: *const f32) -> Self;
+    unsafe fn load_part(p: *const f32, n: usize) -> Self;
+    /// Little-endian bf16.
+    unsafe fn load_bf16(p: *const u8) -> Self;
+    /// Little-endian f16.
+    unsafe fn load_f16(p: *const u8) -> Self;
+    unsafe fn store(self, p: *mut f32);
+    unsafe fn store_part(self, p: *mut f32, n: usize);
+    fn add(self, o: Self) -> Self;
+    fn sub(self, o: Self) -> Self;
+    fn mul(self, o: Self) -> Self;
+    fn div(self, o: Self) -> Self;
+    /// self + a · b.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    /// The larger; `o` if either is NaN.
+    fn max(self, o: Self) -> Self;
+    /// The smaller; `o` if either is NaN.
+    fn min(self, o: Self) -> Self;
+    /// Nearest integer, ties to even.
+    fn round(self) -> Self;
+    /// 2^self for whole numbers in [-126, 127].
+    fn exp2_whole(self) -> Self;
+    /// `self` where `x >= bound`, otherwise 0; NaN in `x` keeps `self`.
+    fn zero_below(self, x: Self, bound: f32) -> Self;
+    /// The sum over the lanes, by halves.
+    fn sum(self) -> f32;
+    /// The largest lane; not for NaN.
+    fn largest(self) -> f32;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        Self::splat(0.0)
+    }
+
+    /// Lane 0.
+    #[inline(always)]
+    fn first(self) -> f32 {
+        let mut lane = 0.0;
+        // SAFETY: one writable float.
+        unsafe { self.store_part(&mut lane, 1) };
+        lane
+    }
+
+    /// e^x, within 2 ulp; 0 below −87.33 (where the result is subnormal), +Inf above 88.72, NaN for NaN.
+    ///
+    /// Cephes' expf: x = k·ln2 + r, a polynomial of degree 6 on |r| ≤ ln2 / 2.
+    #[inline(always)]
+    fn exp(self) -> Self {
+        let s = Self::splat;
+        // Above 88.73 the product below overflows to +Inf by itself; below −88 the result is cleared at the end.
+        let x = s(-88.0).max(s(89.0).min(self));
+        let k = x.mul(s(std::f32::consts::LOG2_E)).round();
+        let r = x.mul_add(k, s(-0.693_359_4)).mul_add(k, s(2.121_944_4e-4));
+        let mut p = s(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            p = s(c).mul_add(p, r);
+        }
+        let y = s(1.0).add(r).mul_add(p, r.mul(r));
+        // 2^k in two factors: k reaches 128.
+        let half = k.mul(s(0.5)).round();
+        y.mul(half.exp2_whole()).mul(k.sub(half).exp2_whole()).zero_below(self, -87.33)
+    }
+}
+
+/// Compiles a generic body once per instruction set and gives it a front door that takes an [`Isa`].
+macro_rules! for_each_isa {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name(isa: $crate::kernels::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                    $body::<$crate::kernels::lanes::Avx2>($($arg),*)
+                }
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    $body::<$crate::kernels::lanes::Avx512>($($arg),*)
+                }
+                match isa {
+                    // SAFETY: an Isa other than Portable comes from `Isa::available`, which asked the processor.
+                    $crate::kernels::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::kernels::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    _ => {}
+                }
+            }
+            #[cfg(target_arch = "aarch64")]
+            if isa == $crate::kernels::Isa::Neon {
+                return $body::<$crate::kernels::lanes::Neon>($($arg),*);
+            }
+            let _ = isa;
+            $body::<$crate::kernels::lanes::Portable>($($arg),*)
+        }
+    };
+}
+pub(crate) use for_each_isa;

@@ -1,0 +1,162 @@
+//! The kernels: one file each, with its parameters, its dispatch rule and its CPU twin. The shader of the same stem
+//! is under `shaders/`. Letters in comments are those of `shaders/README.md`.
+
+pub mod add;
+pub mod attention;
+pub mod embed;
+pub mod gather_rows;
+pub mod kv_write;
+pub(crate) mod lanes;
+pub mod linear;
+pub mod log_sum_exp;
+pub mod philox;
+pub mod rms_norm;
+pub mod rope;
+pub mod sample;
+pub mod silu_mul;
+pub mod top_k;
+
+pub use lanes::Isa;
+
+/// Keys in a KV block, and the keys that attention takes at a time.
+pub const KV_BLOCK: usize = 16;
+
+/// One row of a step, as every kernel that needs it sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RowMeta {
+    /// The token id.
+    pub token: u32,
+    /// Its position in its sequence, from 0.
+    pub position: u32,
+    /// Where its key and value go: block · [`KV_BLOCK`] + place in the block.
+    pub slot: u32,
+    /// Where its sequence's list of blocks begins in the step's block tables.
+    pub table: u32,
+}
+
+/// What a shader may do with a storage binding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// `var<storage, read>`.
+    Read,
+    /// `var<storage, read_write>`.
+    Write,
+}
+
+/// A shader and what it binds: the parameter struct at binding 0 (uniform), then the storage buffers in order.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    /// The stem of the shader and of the twin.
+    pub name: &'static str,
+    /// The WGSL source, before [`crate::backend::gpu`] resolves its `#if` lines.
+    pub source: &'static str,
+    /// Bytes of the parameter struct.
+    pub params_size: usize,
+    /// Storage bindings from 1 on: the variable's name and its access.
+    pub bindings: &'static [(&'static str, Access)],
+}
+
+/// Every kernel, for the table of pipelines and for the test that walks `shaders/`.
+pub const ALL: [&Kernel; 12] = [
+    &add::KERNEL,
+    &attention::KERNEL,
+    &embed::KERNEL,
+    &gather_rows::KERNEL,
+    &kv_write::KERNEL,
+    &linear::KERNEL,
+    &log_sum_exp::KERNEL,
+    &rms_norm::KERNEL,
+    &rope::KERNEL,
+    &sample::KERNEL,
+    &silu_mul::KERNEL,
+    &top_k::KERNEL,
+];
+
+macro_rules! kernel {
+    ($name:literal, $params:ty, [$(($binding:literal, $access:ident)),* $(,)?]) => {
+        /// The shader and its bindings.
+        pub const KERNEL: $crate::kernels::Kernel = $crate::kernels::Kernel {
+            name: $name,
+            source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+            params_size: size_of::<$params>(),
+            bindings: &[$(($binding, $crate::kernels::Access::$access)),*],
+        };
+    };
+}
+pub(crate) use kernel;
+
+/// A matrix [rows, cols] in its stored dtype, little endian, row major, of any alignment.
+#[derive(Clone, Copy)]
+pub struct MatrixView<'a> {
+    dtype: crate::weights::Dtype,
+    bytes: &'a [u8],
+    rows: usize,
+    cols: usize,
+}
+
+impl<'a> MatrixView<'a> {
+    /// A view of `bytes`.
+    ///
+    /// # Panics
+    /// If `bytes` does not hold exactly rows · cols elements.
+    pub fn new(dtype: crate::weights::Dtype, bytes: &'a [u8], rows: usize, cols: usize) -> Self {
+        assert_eq!(Some(bytes.len()), rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size())));
+        MatrixView { dtype, bytes, rows, cols }
+    }
+
+    /// How an element is stored.
+    pub fn dtype(&self) -> crate::weights::Dtype {
+        self.dtype
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The bytes of row `i`.
+    pub fn row(&self, i: usize) -> &'a [u8] {
+        let stride = self.cols * self.dtype.size();
+        &self.bytes[i * stride..(i + 1) * stride]
+    }
+}
+
+/// An output that several tasks write, each its own elements.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMut<'a> {
+    start: *mut f32,
+    len: usize,
+    lifetime: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it is a `&mut [f32]` whose users promise to touch disjoint parts.
+unsafe impl Send for SharedMut<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMut<'_> {}
+
+impl<'a> SharedMut<'a> {
+    pub(crate) fn new(out: &'a mut [f32]) -> Self {
+        SharedMut { start: out.as_mut_ptr(), len: out.len(), lifetime: std::marker::PhantomData }
+    }
+
+    /// The elements of `range`.
+    ///
+    /// # Safety
+    /// While the slice lives nobody else may touch these elements.
+    ///
+    /// # Panics
+    /// If `range` is not inside the buffer.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn slice(&self, range: std::ops::Range<usize>) -> &'a mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the buffer, and exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}

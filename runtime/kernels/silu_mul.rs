@@ -1,0 +1,35 @@
+//! up ← silu(gate) · up with silu(x) = x / (1 + e^(−x)).
+
+use super::lanes::{Lanes, for_each_isa};
+use super::rms_norm::{for_lanes, load, store};
+
+/// Parameters of the shader.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Params {
+    /// T · F.
+    pub len: u32,
+}
+
+super::kernel!("silu_mul", Params, [("gate", Read), ("up", Write)]);
+
+/// Elements a workgroup handles.
+pub const ELEMENTS_PER_WORKGROUP: u32 = 256;
+
+for_each_isa! {
+    /// The CPU twin, element by element.
+    pub fn silu_mul(gate: &[f32], up: &mut [f32]) = body
+}
+
+#[inline(always)]
+fn body<L: Lanes>(gate: &[f32], up: &mut [f32]) {
+    let len = gate.len().min(up.len());
+    for_lanes::<L>(len, |i, n| {
+        // SAFETY: i + n ≤ len, at most the length of both.
+        unsafe {
+            let (g, u) = (load::<L>(gate, i, n), load::<L>(up, i, n));
+            let sigmoid_inverse = L::splat(1.0).add(L::zero().sub(g).exp());
+            store(g.div(sigmoid_inverse).mul(u), up, i, n);
+        }
+    });
+}

@@ -1,0 +1,358 @@
+//! The runtime and its models.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::backend::cpu::{CpuExecutor, scratch_bytes};
+use crate::backend::gpu::{DeviceInfo, Gpu, GpuExecutor, Selection, list_devices};
+use crate::backend::{Capacity, Executor, Memory};
+use crate::engine::{Engine, Job};
+use crate::error::{Error, Result};
+use crate::kernels::{Isa, KV_BLOCK};
+use crate::model::{ModelSpec, Plan, parse_config};
+use crate::request::{
+    Checker, LogprobRequest, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
+    read_logprobs, read_samples, read_scores,
+};
+use crate::score::Rule;
+use crate::text::Tokenizer;
+use crate::weights::{LoadOptions, read_bounded};
+
+const MAX_CONFIG: usize = 1 << 20;
+/// Positions a KV cache has where nothing else is said, as far as the bytes below allow.
+const DEFAULT_KV_TOKENS: usize = 32_768;
+const LEAST_KV_TOKENS: usize = 256;
+const DEFAULT_KV_BYTES_CPU: u64 = 4 << 30;
+const DEFAULT_KV_BYTES_GPU: u64 = 1 << 30;
+/// Scratch grows with it; the products are at full speed well below.
+const DEFAULT_MAX_BATCH_TOKENS: usize = 1024;
+
+/// How a runtime is opened.
+#[derive(Clone, Debug)]
+pub struct RuntimeOptions {
+    /// `auto` (a real GPU if there is one, else the CPU), `cpu`, `gpu`, or `gpu:PART` of a device's name. A software
+    /// adapter (llvmpipe) is used only when `PART` names it.
+    pub device: String,
+    /// Threads of the CPU backend; `None`: one a core.
+    pub threads: Option<usize>,
+}
+
+impl Default for RuntimeOptions {
+    fn default() -> Self {
+        RuntimeOptions { device: "auto".into(), threads: None }
+    }
+}
+
+/// How products are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Inputs of a product may be rounded to the weights' 16-bit type where that is faster. No kernel of this version
+    /// does so: the result is that of `F32`.
+    #[default]
+    Auto,
+    /// Nothing is rounded.
+    F32,
+}
+
+/// How a model is loaded.
+#[derive(Clone, Debug, Default)]
+pub struct ModelOptions {
+    /// How products are computed.
+    pub precision: Precision,
+    /// How the weights are opened.
+    pub load: LoadOptions,
+    /// Rows of a step at most; `None`: 1024. Results do not depend on it.
+    pub max_batch_tokens: Option<usize>,
+    /// Positions in the KV cache; `None`: 32,768, or what 4 GiB (1 GiB on a GPU) and `memory` hold.
+    pub kv_tokens: Option<usize>,
+    /// Bytes the model may allocate (mapped weights do not count); `None`: no bound.
+    pub memory: Option<u64>,
+    /// Longest sequence; `None`: what the config says.
+    pub max_context: Option<usize>,
+    /// The version that results carry.
+    pub weights_version: u64,
+}
+
+/// The CPU as a device.
+#[derive(Clone, Debug)]
+pub struct CpuInfo {
+    /// The instruction set the kernels use.
+    pub isa: &'static str,
+    /// Threads by default.
+    pub threads: usize,
+}
+
+/// The CPU, and every adapter that wgpu finds.
+///
+/// # Errors
+/// `Gpu` if the graphics API fails to enumerate.
+pub fn devices() -> Result<(CpuInfo, Vec<DeviceInfo>)> {
+    let cpu = CpuInfo { isa: Isa::detect().name(), threads: default_threads() };
+    Ok((cpu, list_devices()?))
+}
+
+fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+enum Device {
+    Cpu { threads: usize },
+    Gpu(Arc<Gpu>),
+}
+
+/// A device, and the engine thread that feeds it. Cheap to clone.
+#[derive(Clone)]
+pub struct Runtime {
+    inner: Arc<RuntimeInner>,
+}
+
+struct RuntimeInner {
+    device: Device,
+    engine: Engine,
+}
+
+impl Runtime {
+    /// Opens the device and starts the engine.
+    ///
+    /// # Errors
+    /// `Argument` for a selection that does not parse, `NoDevice` if nothing matches it (with the list of what there
+    /// is), `Gpu` if the device cannot be opened.
+    pub fn open(options: &RuntimeOptions) -> Result<Self> {
+        let threads = match options.threads {
+            Some(0) => return Err(Error::argument("threads is 0, it must be at least 1")),
+            Some(n) if n > 1024 => return Err(Error::argument(format!("threads is {n}, at most 1024 are allowed"))),
+            Some(n) => n,
+            None => default_threads(),
+        };
+        let device = match Gpu::select(&Selection::parse(&options.device)?)? {
+            Some(gpu) => Device::Gpu(Arc::new(gpu)),
+            None => Device::Cpu { threads },
+        };
+        Ok(Runtime { inner: Arc::new(RuntimeInner { device, engine: Engine::start()? }) })
+    }
+
+    /// The device's name, for logs: `cpu (avx2, 2 threads)` or the adapter's name.
+    pub fn device_name(&self) -> String {
+        match &self.inner.device {
+            Device::Cpu { threads } => format!("cpu ({}, {threads} threads)", Isa::detect().name()),
+            Device::Gpu(gpu) => format!("{} ({})", gpu.info().name, gpu.info().backend),
+        }
+    }
+
+    /// Loads a model folder: config.json, safetensors, and tokenizer.json where there is one.
+    ///
+    /// # Errors
+    /// `Io`, `Format`, `Unsupported`, `Shape` or `Limit`, naming the file, field or tensors; nothing stays loaded.
+    pub fn load_model(&self, folder: &Path, options: &ModelOptions) -> Result<Model> {
+        let spec = read_spec(folder)?;
+        let max_context = options.max_context.unwrap_or(spec.max_positions);
+        if max_context < 2 {
+            return Err(Error::argument(format!("max_context is {max_context}, it must be at least 2")));
+        }
+        let plan = Arc::new(Plan::new(&spec)?);
+        let weights = plan.load_weights(&spec, folder, &options.load)?;
+        let capacity = self.capacity(&spec, &plan, &weights, options)?;
+        let tokenizer = Tokenizer::from_folder(folder)?.map(Arc::new);
+        let executor: Box<dyn Executor> = match &self.inner.device {
+            Device::Cpu { threads } => {
+                let mapped = options.load.use_mmap;
+                Box::new(CpuExecutor::new(spec.clone(), plan, &weights, mapped, capacity, *threads)?)
+            }
+            Device::Gpu(gpu) => Box::new(GpuExecutor::new(gpu.clone(), spec.clone(), plan, &weights, capacity)?),
+        };
+        let memory = executor.memory();
+        let id = self.inner.engine.add(executor, spec.rope.clone(), capacity)?;
+        log::info!(
+            "{}: {} on {}, {} MiB allocated, {} MiB mapped, {} KV positions",
+            folder.display(),
+            spec.architecture,
+            self.device_name(),
+            memory.allocated() >> 20,
+            memory.mapped >> 20,
+            capacity.kv_blocks * KV_BLOCK
+        );
+        let runtime = self.inner.clone();
+        let weights_version = options.weights_version;
+        Ok(Model {
+            inner: Arc::new(ModelInner { runtime, id, spec, tokenizer, max_context, capacity, memory, weights_version }),
+        })
+    }
+
+    /// Sizes for a model under its options; states what does not fit.
+    fn capacity(
+        &self,
+        spec: &ModelSpec,
+        plan: &Plan,
+        weights: &crate::weights::Weights,
+        options: &ModelOptions,
+    ) -> Result<Capacity> {
+        let max_rows = options.max_batch_tokens.unwrap_or(DEFAULT_MAX_BATCH_TOKENS);
+        if max_rows == 0 || max_rows > 1 << 20 {
+            return Err(Error::argument(format!("max_batch_tokens is {max_rows}, it must be from 1 to {}", 1 << 20)));
+        }
+        let per_token = 8 * spec.kv_width() as u64 * spec.layers as u64;
+        let mut matrices = 0u64;
+        for m in &plan.matrices {
+            matrices += weights.get(&m.name)?.bytes().len() as u64;
+        }
+        let (held, default_bytes) = match &self.inner.device {
+            Device::Cpu { .. } if options.load.use_mmap => (0, DEFAULT_KV_BYTES_CPU),
+            Device::Cpu { .. } => (matrices, DEFAULT_KV_BYTES_CPU),
+            Device::Gpu(_) => (matrices, DEFAULT_KV_BYTES_GPU),
+        };
+        let fixed = held + scratch_bytes(spec, max_rows);
+        let budget = options.memory.unwrap_or(u64::MAX);
+        let room = usize::try_from(budget.saturating_sub(fixed) / per_token).unwrap_or(usize::MAX);
+        let usual = usize::try_from(default_bytes / per_token).unwrap_or(usize::MAX).max(LEAST_KV_TOKENS);
+        let mut kv_tokens = options.kv_tokens.unwrap_or(DEFAULT_KV_TOKENS.min(usual).min(room.max(1)));
+        if let Device::Gpu(gpu) = &self.inner.device {
+            let most = gpu.most_kv_tokens(spec.kv_width());
+            if options.kv_tokens.is_some_and(|n| n > most) {
+                return Err(Error::limit(format!("kv_tokens is {kv_tokens}; a binding of this device holds {most}")));
+            }
+            kv_tokens = kv_tokens.min(most);
+        }
+        let least = options.kv_tokens.unwrap_or(LEAST_KV_TOKENS);
+        if room < least || kv_tokens < KV_BLOCK {
+            return Err(Error::limit(format!(
+                "the memory budget is {budget} bytes; {held} for weights, {} for activations and {} for a KV cache of {least} positions are needed",
+                fixed - held,
+                per_token * least as u64
+            )));
+        }
+        let kv_blocks = kv_tokens / KV_BLOCK;
+        if kv_blocks * KV_BLOCK > u32::MAX as usize {
+            return Err(Error::limit(format!("kv_tokens is {kv_tokens}, at most {} are allowed", u32::MAX)));
+        }
+        Ok(Capacity { max_rows, kv_blocks })
+    }
+}
+
+/// Reads config.json and generation_config.json of a model folder.
+///
+/// # Errors
+/// See [`parse_config`]; `Io` or `NotFound` if there is no config.json.
+pub fn read_spec(folder: &Path) -> Result<ModelSpec> {
+    let config = read_bounded(&folder.join("config.json"), MAX_CONFIG)?;
+    let generation = folder.join("generation_config.json");
+    let generation = if generation.exists() { Some(read_bounded(&generation, MAX_CONFIG)?) } else { None };
+    parse_config(&config, generation.as_deref()).map_err(|e| e.at(folder.display()))
+}
+
+/// A checkpoint on a device. Cheap to clone; freed when the last clone is dropped, which fails its unfinished jobs.
+#[derive(Clone)]
+pub struct Model {
+    inner: Arc<ModelInner>,
+}
+
+struct ModelInner {
+    runtime: Arc<RuntimeInner>,
+    id: u64,
+    spec: ModelSpec,
+    tokenizer: Option<Arc<Tokenizer>>,
+    max_context: usize,
+    capacity: Capacity,
+    memory: Memory,
+    weights_version: u64,
+}
+
+impl Drop for ModelInner {
+    fn drop(&mut self) {
+        self.runtime.engine.remove(self.id);
+    }
+}
+
+impl Model {
+    /// What the model is.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.inner.spec
+    }
+
+    /// Its tokenizer.
+    ///
+    /// # Errors
+    /// `Argument` if the model folder had no tokenizer.json.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.inner.tokenizer.as_deref().ok_or_else(|| Error::argument("the model folder has no tokenizer.json"))
+    }
+
+    /// Bytes it holds.
+    pub fn memory(&self) -> Memory {
+        self.inner.memory
+    }
+
+    /// Longest sequence it takes.
+    pub fn max_context(&self) -> usize {
+        self.inner.max_context
+    }
+
+    /// Positions in its KV cache.
+    pub fn kv_tokens(&self) -> usize {
+        self.inner.capacity.kv_blocks * KV_BLOCK
+    }
+
+    /// The version that its results carry.
+    pub fn weights_version(&self) -> u64 {
+        self.inner.weights_version
+    }
+
+    fn checker(&self) -> Checker<'_> {
+        let inner = &self.inner;
+        Checker { spec: &inner.spec, max_context: inner.max_context, tokenizer: inner.tokenizer.as_ref() }
+    }
+
+    fn language_model(&self) -> Result<()> {
+        match self.inner.spec.head {
+            crate::model::Head::LanguageModel { .. } => Ok(()),
+            _ => Err(Error::argument(format!("{} has no language-model head", self.inner.spec.architecture))),
+        }
+    }
+
+    fn submit<T>(
+        &self,
+        sequences: Vec<crate::engine::NewSequence>,
+        read: impl Fn(Vec<crate::engine::Finished>) -> Result<T> + Send + Sync + 'static,
+    ) -> Result<Job<T>> {
+        let state = self.inner.runtime.engine.submit(self.inner.id, self.inner.capacity.kv_blocks, sequences)?;
+        Ok(Job::new(state, read))
+    }
+
+    /// Queues a sampling job: n answers to each prompt, in the order (prompt, sample).
+    ///
+    /// # Errors
+    /// `Argument` or `Limit` for a field out of range, `Full` if the queue is.
+    pub fn sample(&self, request: &SampleRequest) -> Result<Job<Vec<SampledSequence>>> {
+        self.language_model()?;
+        let sequences = self.checker().sample(request)?;
+        let (n, version) = (request.n, self.inner.weights_version);
+        self.submit(sequences, move |finished| read_samples(n, version, finished))
+    }
+
+    /// Queues a job for the log-probabilities of given tokens, in the order of the sequences.
+    ///
+    /// # Errors
+    /// `Argument` or `Limit` for a field out of range, `Full` if the queue is.
+    pub fn logprobs(&self, request: &LogprobRequest) -> Result<Job<Vec<SequenceLogprobs>>> {
+        self.language_model()?;
+        let sequences = self.checker().logprobs(request)?;
+        let prompt_len = |i: usize| request.prompt_lens.get(i).copied().unwrap_or(0);
+        let scored: Vec<usize> = request.sequences.iter().enumerate().map(|(i, s)| s.len() - prompt_len(i)).collect();
+        let version = self.inner.weights_version;
+        self.submit(sequences, move |finished| read_logprobs(&scored, version, finished))
+    }
+
+    /// Queues a scoring job, in the order of the sequences.
+    ///
+    /// # Errors
+    /// `Argument` or `Limit` for a field out of range or a rule that does not fit the model, `Full` if the queue is.
+    pub fn score(&self, request: &ScoreRequest) -> Result<Job<Vec<SequenceScore>>> {
+        let rule = match &request.rule {
+            Some(rule) => rule.clone(),
+            None => Rule::for_model(&self.inner.spec)?,
+        };
+        let bound = rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?;
+        let sequences = self.checker().score(request, &bound)?;
+        let version = self.inner.weights_version;
+        self.submit(sequences, move |finished| read_scores(&bound, version, finished))
+    }
+}

@@ -1,0 +1,59 @@
+// embed: token ids to vectors.
+//
+//   out[t, d] = table[token[t], d]                                                        as f32, exact
+//
+// A workgroup owns row t. The table may be bound in slices of rows; rows whose token is in another slice are left
+// alone. Table rows are `stride` elements apart, a whole number of u32.
+
+#if F16
+enable f16;
+#endif
+
+struct Params {
+    rows: u32,
+    width: u32,
+    stride: u32,
+    first: u32,
+    count: u32,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> rows: array<vec4<u32>>; // (T) token, position, slot, table
+@group(0) @binding(2) var<storage, read> table: array<u32>; // (count, stride) in its dtype
+@group(0) @binding(3) var<storage, read_write> out: array<f32>; // (T, D)
+
+fn element(i: u32) -> f32 {
+#if BF16
+    let word = table[i / 2u];
+    return bitcast<f32>(select(word << 16u, word & 0xffff0000u, i % 2u == 1u));
+#else
+#if F16_WEIGHTS
+#if F16
+    return f32(bitcast<vec2<f16>>(table[i / 2u])[i % 2u]);
+#else
+    return unpack2x16float(table[i / 2u])[i % 2u];
+#endif
+#else
+    return bitcast<f32>(table[i]);
+#endif
+#endif
+}
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+) {
+    let t = group.y * groups.x + group.x;
+    if t >= p.rows {
+        return;
+    }
+    let token = rows[t].x;
+    if token < p.first || token >= p.first + p.count {
+        return;
+    }
+    for (var d = local; d < p.width; d += 64u) {
+        out[t * p.width + d] = element((token - p.first) * p.stride + d);
+    }
+}

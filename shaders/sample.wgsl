@@ -1,0 +1,250 @@
+// sample: draws one token from a row of logits.
+//
+// With z = penalised logit / T and w = e^(z − max z): keep the tokens whose z reaches the largest of the k-th largest z
+// (top-k), the largest z above which top_p of the remaining mass lies (top-p), and max z + ln(min_p) (min-p). Then
+// invert the cumulative distribution of the kept w, in the order of ids, at the uniform number that the host drew.
+//
+// A workgroup owns row m. Lane j owns the contiguous ids j·V/256 .. (j + 1)·V/256. Thresholds are found by bisecting
+// the 32 bits of z as an ordered integer, exactly; equal values share a fate.
+//
+// Greedy (negative inverse temperature): the largest z, of equals the smallest id.
+
+struct Params {
+    rows: u32,
+    vocab: u32,
+    seen_words: u32,
+}
+
+struct Request {
+    uniform_number: f32,
+    inverse_temperature: f32,
+    top_k: u32,
+    top_p: f32,
+    min_p: f32,
+    repetition_penalty: f32,
+    seen_row: u32,
+    is_active: u32,
+}
+
+struct Drawn {
+    token: u32,
+    kept: u32,
+    threshold: f32,
+    logprob: f32,
+    logit: f32,
+}
+
+const LANES = 256u;
+const NO_TOKEN = 0xffffffffu;
+const LOWEST = -3.4028234e38;
+// The key of −Inf.
+const LOWEST_KEY = 0x007fffffu;
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> logits: array<f32>; // (M, V)
+@group(0) @binding(2) var<storage, read> requests: array<Request>; // (M)
+@group(0) @binding(3) var<storage, read> seen: array<u32>; // (rows with a penalty, seen_words) one bit a token
+@group(0) @binding(4) var<storage, read_write> drawn: array<Drawn>; // (M)
+
+var<workgroup> floats: array<f32, LANES>;
+var<workgroup> ints: array<u32, LANES>;
+
+fn sum_floats(lane: u32, v: f32) -> f32 {
+    floats[lane] = v;
+    workgroupBarrier();
+    for (var half = LANES / 2u; half > 0u; half /= 2u) {
+        if lane < half {
+            floats[lane] += floats[lane + half];
+        }
+        workgroupBarrier();
+    }
+    let total = floats[0];
+    workgroupBarrier();
+    return total;
+}
+
+fn sum_ints(lane: u32, v: u32) -> u32 {
+    ints[lane] = v;
+    workgroupBarrier();
+    for (var half = LANES / 2u; half > 0u; half /= 2u) {
+        if lane < half {
+            ints[lane] += ints[lane + half];
+        }
+        workgroupBarrier();
+    }
+    let total = ints[0];
+    workgroupBarrier();
+    return total;
+}
+
+fn max_ints(lane: u32, v: u32) -> u32 {
+    ints[lane] = v;
+    workgroupBarrier();
+    for (var half = LANES / 2u; half > 0u; half /= 2u) {
+        if lane < half {
+            ints[lane] = max(ints[lane], ints[lane + half]);
+        }
+        workgroupBarrier();
+    }
+    let largest = ints[0];
+    workgroupBarrier();
+    return largest;
+}
+
+// Order-preserving map of floats to integers, and back.
+fn key_of(z: f32) -> u32 {
+    let bits = bitcast<u32>(z);
+    return select(bits | 0x80000000u, ~bits, bits >= 0x80000000u);
+}
+
+fn float_of(key: u32) -> f32 {
+    return bitcast<f32>(select(~key, key & 0x7fffffffu, key >= 0x80000000u));
+}
+
+fn z_of(r: Request, start: u32, v: u32) -> f32 {
+    var l = logits[start + v];
+    if r.repetition_penalty != 1.0 {
+        let word = seen[r.seen_row * p.seen_words + v / 32u];
+        if (word >> (v % 32u) & 1u) == 1u {
+            l = select(l * r.repetition_penalty, l / r.repetition_penalty, l > 0.0);
+        }
+    }
+    // Adding zero turns −0 into +0, so that equal values have equal keys.
+    return l * select(r.inverse_temperature, 1.0, r.inverse_temperature < 0.0) + 0.0;
+}
+
+@compute @workgroup_size(256)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let m = group.y * groups.x + group.x;
+    let exists = m < p.rows;
+    let row = min(m, p.rows - 1u);
+    let r = requests[row];
+    let start = row * p.vocab;
+    let each = (p.vocab + LANES - 1u) / LANES;
+    let from_token = min(lane * each, p.vocab);
+    let to_token = min(from_token + each, p.vocab);
+
+    // 1. The largest z and its smallest id; a NaN or an infinite maximum ends the row.
+    var my_key = 0u;
+    var my_best = NO_TOKEN;
+    var broken = 0u;
+    for (var v = from_token; v < to_token; v++) {
+        let z = z_of(r, start, v);
+        if z != z {
+            broken = 1u;
+        } else if my_best == NO_TOKEN || key_of(z) > my_key {
+            my_key = key_of(z);
+            my_best = v;
+        }
+    }
+    let top_key = max_ints(lane, my_key);
+    let max_z = float_of(top_key);
+    let best = ~max_ints(lane, select(0u, ~my_best, my_best != NO_TOKEN && my_key == top_key));
+    let any_broken = max_ints(lane, broken) == 1u || !(abs(max_z) <= -LOWEST);
+
+    // 2. The threshold, as a key: bisect the bits from the top.
+    var threshold = LOWEST_KEY;
+    if r.top_k > 0u && r.top_k < p.vocab {
+        var key = 0u;
+        for (var bit = 0x80000000u; bit > 0u; bit >>= 1u) {
+            var count = 0u;
+            for (var v = from_token; v < to_token; v++) {
+                count += select(0u, 1u, key_of(z_of(r, start, v)) >= (key | bit));
+            }
+            if sum_ints(lane, count) >= r.top_k {
+                key |= bit;
+            }
+        }
+        threshold = max(threshold, key);
+    }
+    if r.top_p < 1.0 {
+        var mass = 0.0;
+        for (var v = from_token; v < to_token; v++) {
+            let z = z_of(r, start, v);
+            mass += select(0.0, exp(z - max_z), key_of(z) >= threshold);
+        }
+        let wanted = r.top_p * sum_floats(lane, mass);
+        var key = 0u;
+        for (var bit = 0x80000000u; bit > 0u; bit >>= 1u) {
+            let candidate = max(threshold, key | bit);
+            var above = 0.0;
+            for (var v = from_token; v < to_token; v++) {
+                let z = z_of(r, start, v);
+                above += select(0.0, exp(z - max_z), key_of(z) >= candidate);
+            }
+            if sum_floats(lane, above) >= wanted && (key | bit) <= top_key {
+                key |= bit;
+            }
+        }
+        threshold = max(threshold, key);
+    }
+    if r.min_p > 0.0 {
+        threshold = max(threshold, min(key_of(max_z + log(r.min_p)), top_key));
+    }
+
+    // 3. Weights of the kept tokens, summed lane by lane.
+    var my_sum = 0.0;
+    var my_kept = 0u;
+    for (var v = from_token; v < to_token; v++) {
+        let z = z_of(r, start, v);
+        if key_of(z) >= threshold {
+            my_sum += exp(z - max_z);
+            my_kept += 1u;
+        }
+    }
+    let kept = sum_ints(lane, my_kept);
+    floats[lane] = my_sum;
+    ints[lane] = select(0u, 1u, my_sum > 0.0);
+    workgroupBarrier();
+
+    // 4. One lane walks the lanes' sums, then the tokens of the one that holds the target.
+    if lane == 0u && exists && r.is_active == 1u {
+        var result = Drawn(best, 1u, max_z, 0.0, 0.0);
+        if any_broken {
+            let nan = bitcast<f32>(0x7fc00000u | (p.rows & 0u));
+            result = Drawn(NO_TOKEN, 0u, nan, nan, nan);
+        } else {
+            if r.inverse_temperature >= 0.0 {
+                var total = 0.0;
+                var last_lane = 0u;
+                for (var i = 0u; i < LANES; i++) {
+                    total += floats[i];
+                    if ints[i] == 1u {
+                        last_lane = i;
+                    }
+                }
+                let wanted = r.uniform_number * total;
+                var below = 0.0;
+                var holder = last_lane;
+                for (var i = 0u; i < last_lane; i++) {
+                    if below + floats[i] > wanted {
+                        holder = i;
+                        break;
+                    }
+                    below += floats[i];
+                }
+                var token = best;
+                for (var v = holder * each; v < min((holder + 1u) * each, p.vocab); v++) {
+                    let z = z_of(r, start, v);
+                    let w = exp(z - max_z);
+                    if key_of(z) >= threshold && w > 0.0 {
+                        // The last kept token takes what rounding leaves over.
+                        token = v;
+                        below += w;
+                        if below > wanted {
+                            break;
+                        }
+                    }
+                }
+                let z = z_of(r, start, token);
+                result = Drawn(token, kept, float_of(threshold), (z - max_z) - log(total), 0.0);
+            }
+            result.logit = logits[start + result.token];
+        }
+        drawn[m] = result;
+    }
+}
