@@ -5,7 +5,7 @@
 // A workgroup owns row t. The table may be bound in slices of rows; rows whose token is in another slice are left
 // alone. Table rows are `stride` elements apart, a whole number of u32.
 
-#if F16
+#if NATIVE_F16
 enable f16;
 #endif
 
@@ -19,7 +19,11 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> rows: array<vec4<u32>>; // (T) token, position, slot, table
-@group(0) @binding(2) var<storage, read> table: array<u32>; // (count, stride) in its dtype
+#if NATIVE_F16
+@group(0) @binding(2) var<storage, read> table: array<f16>; // (count, stride)
+#else
+@group(0) @binding(2) var<storage, read> table: array<u32>; // (count, stride) in its dtype, packed
+#endif
 @group(0) @binding(3) var<storage, read_write> out: array<f32>; // (T, D)
 
 fn element(i: u32) -> f32 {
@@ -27,14 +31,15 @@ fn element(i: u32) -> f32 {
     let word = table[i / 2u];
     return bitcast<f32>(select(word << 16u, word & 0xffff0000u, i % 2u == 1u));
 #else
-#if F16_WEIGHTS
-#if F16
-    return f32(bitcast<vec2<f16>>(table[i / 2u])[i % 2u]);
+#if NATIVE_F16
+    return f32(table[i]);
 #else
-    return unpack2x16float(table[i / 2u])[i % 2u];
-#endif
+#if F16_WEIGHTS
+    let pair = unpack2x16float(table[i / 2u]);
+    return select(pair.x, pair.y, i % 2u == 1u);
 #else
     return bitcast<f32>(table[i]);
+#endif
 #endif
 #endif
 }

@@ -10,7 +10,7 @@
 // With SUBGROUP (at least 8 lanes) the lanes are added by shuffles, without it through workgroup memory: the same
 // additions.
 
-#if F16
+#if NATIVE_F16
 enable f16;
 #endif
 
@@ -36,7 +36,11 @@ const LANES = 8u;
 #else
 @group(0) @binding(1) var<storage, read> x: array<f32>; // (T, K)
 #endif
-@group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>; // (rows of the slice, stride) in its dtype
+#if NATIVE_F16
+@group(0) @binding(2) var<storage, read> weight: array<vec4<f16>>; // (rows of the slice, stride/4)
+#else
+@group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>; // (rows of the slice, stride) in its dtype, packed
+#endif
 @group(0) @binding(3) var<storage, read> bias: array<f32>; // (N), or anything without a bias
 @group(0) @binding(4) var<storage, read_write> out: array<f32>; // (T, N)
 
@@ -54,18 +58,16 @@ fn weights(i: u32) -> Eight {
     let odd = bitcast<vec4<f32>>(w & vec4<u32>(0xffff0000u));
     return Eight(vec4<f32>(even.x, odd.x, even.y, odd.y), vec4<f32>(even.z, odd.z, even.w, odd.w));
 #else
+#if NATIVE_F16
+    return Eight(vec4<f32>(weight[i / 4u]), vec4<f32>(weight[i / 4u + 1u]));
+#else
 #if F16_WEIGHTS
     let w = weight[i / 8u];
-#if F16
-    let a = vec4<f32>(vec2<f32>(bitcast<vec2<f16>>(w.x)), vec2<f32>(bitcast<vec2<f16>>(w.y)));
-    let b = vec4<f32>(vec2<f32>(bitcast<vec2<f16>>(w.z)), vec2<f32>(bitcast<vec2<f16>>(w.w)));
-    return Eight(a, b);
-#else
     return Eight(vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y)),
                  vec4<f32>(unpack2x16float(w.z), unpack2x16float(w.w)));
-#endif
 #else
     return Eight(bitcast<vec4<f32>>(weight[i / 4u]), bitcast<vec4<f32>>(weight[i / 4u + 1u]));
+#endif
 #endif
 #endif
 }

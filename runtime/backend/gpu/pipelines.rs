@@ -24,7 +24,7 @@ impl Flags {
     fn is_set(self, name: &str) -> bool {
         match name {
             "SUBGROUP" => self.subgroup,
-            "F16" => self.f16,
+            "NATIVE_F16" => self.f16 && self.dtype == Some(Dtype::F16),
             "VEC4" => self.vec4,
             "BF16" => self.dtype == Some(Dtype::BF16),
             "F16_WEIGHTS" => self.dtype == Some(Dtype::F16),

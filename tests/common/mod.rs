@@ -1,0 +1,49 @@
+//! What the whole-library tests share.
+#![allow(dead_code)] // Each test binary uses its part.
+
+use std::path::{Path, PathBuf};
+
+use rewardrt::{Model, ModelOptions, Runtime, RuntimeOptions};
+
+/// The devices to test on: `REWARDRT_TEST_DEVICES`, or the CPU and llvmpipe. A device that is not there fails the
+/// test, except that without the variable a missing llvmpipe is skipped with a loud line.
+pub fn devices() -> Vec<String> {
+    if let Ok(list) = std::env::var("REWARDRT_TEST_DEVICES") {
+        return list.split(',').map(str::to_owned).collect();
+    }
+    let (_, gpus) = rewardrt::devices().unwrap();
+    if gpus.iter().any(|d| d.name.contains("llvmpipe")) {
+        return vec!["cpu".into(), "gpu:llvmpipe".into()];
+    }
+    eprintln!("SKIPPED ON gpu: no llvmpipe adapter here (Debian: apt-get install mesa-vulkan-drivers libvulkan1)");
+    vec!["cpu".into()]
+}
+
+pub fn open(device: &str, threads: usize) -> Runtime {
+    Runtime::open(&RuntimeOptions { device: device.into(), threads: Some(threads) }).unwrap()
+}
+
+/// Options for the small golden models.
+pub fn small() -> ModelOptions {
+    ModelOptions { kv_tokens: Some(4096), max_context: Some(512), ..ModelOptions::default() }
+}
+
+pub fn load(runtime: &Runtime, name: &str, options: &ModelOptions) -> Model {
+    runtime.load_model(&golden(name), options).unwrap()
+}
+
+pub fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+/// SmolLM2, where `make test` puts it; `None` with a loud line if it is not there.
+pub fn smollm2() -> Option<PathBuf> {
+    let folder = std::env::var_os("REWARDRT_SMOLLM2").map(PathBuf::from);
+    let folder = folder.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/smollm2"));
+    if folder.join("config.json").exists() {
+        return Some(folder);
+    }
+    assert!(std::env::var_os("CI").is_none(), "{} must be there in CI", folder.display());
+    eprintln!("SKIPPED: no model at {}; `make model` fetches it", folder.display());
+    None
+}
