@@ -1,0 +1,137 @@
+//! The contract: what is returned for a sequence depends on the sequence alone. Equal bits, no tolerance.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+mod common;
+
+use common::{devices, load, open, small};
+use rewardrt::{LogprobRequest, Model, ModelOptions, SampleRequest, SampledToken, ScoreRequest};
+
+const MODELS: [&str; 3] = ["llama-gqa-9-3", "llama-odd-widths", "mistral-window"];
+
+fn prompt(i: usize) -> Vec<u32> {
+    (0..3 + i * 7 % 37).map(|k| (6 + (i * 31 + k * 17) % 90) as u32).collect()
+}
+
+/// A mix of sampling controls: the result must not depend on the batch under any of them.
+fn request(prompts: Vec<Vec<u32>>, streams: Vec<u64>, variant: usize) -> SampleRequest {
+    let base = SampleRequest { prompts, streams, max_tokens: 12, seed: 7, ignore_eos: true, ..SampleRequest::default() };
+    match variant {
+        0 => base,
+        1 => SampleRequest { temperature: 0.7, top_k: 12, top_p: 0.9, ..base },
+        _ => SampleRequest { temperature: 1.3, min_p: 0.05, repetition_penalty: 1.2, top_logprobs: 2, ..base },
+    }
+}
+
+fn sample(model: &Model, request: &SampleRequest) -> Vec<Vec<SampledToken>> {
+    model.sample(request).unwrap().wait().unwrap().into_iter().map(|s| s.tokens).collect()
+}
+
+#[test]
+fn a_sequence_does_not_see_its_batch() {
+    for device in devices() {
+        for name in MODELS {
+            let model = load(&open(&device, 2), name, &small());
+            for variant in 0..3 {
+                let alone: Vec<_> =
+                    (0..6).map(|i| sample(&model, &request(vec![prompt(i)], vec![i as u64], variant)).remove(0)).collect();
+                // Among 64 others, in reverse order.
+                let order: Vec<usize> = (0..70).rev().collect();
+                let prompts = order.iter().map(|&i| prompt(i)).collect();
+                let streams = order.iter().map(|&i| i as u64).collect();
+                let crowd = sample(&model, &request(prompts, streams, variant));
+                for (i, tokens) in alone.iter().enumerate() {
+                    assert_eq!(tokens, &crowd[69 - i], "{device} {name} variant {variant} sequence {i}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn chunks_and_threads_do_not_matter() {
+    for device in devices() {
+        for name in MODELS {
+            let prompts: Vec<_> = (0..9).map(prompt).collect();
+            let results: Vec<_> = [(1, 1), (7, 2), (64, 2), (1024, 3)]
+                .into_iter()
+                .map(|(rows, threads)| {
+                    let options = ModelOptions { max_batch_tokens: Some(rows), ..small() };
+                    let model = load(&open(&device, threads), name, &options);
+                    let texts = LogprobRequest { sequences: prompts.clone(), ..LogprobRequest::default() };
+                    let logprobs = model.logprobs(&texts).unwrap().wait().unwrap();
+                    (sample(&model, &request(prompts.clone(), Vec::new(), 1)), logprobs)
+                })
+                .collect();
+            for other in &results[1..] {
+                assert_eq!(&results[0], other, "{device} {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sampled_logprobs_equal_rescored_ones() {
+    for device in devices() {
+        for name in MODELS {
+            let model = load(&open(&device, 2), name, &small());
+            for variant in 0..3 {
+                let prompts: Vec<_> = (0..64).map(prompt).collect();
+                let sampled = sample(&model, &request(prompts.clone(), Vec::new(), variant));
+                let pairs: Vec<_> = prompts
+                    .iter()
+                    .zip(&sampled)
+                    .map(|(p, tokens)| (p.clone(), tokens.iter().map(|t| t.id).collect::<Vec<u32>>()))
+                    .collect();
+                let check = |i: usize, got: &rewardrt::SequenceLogprobs| {
+                    let want: Vec<_> = sampled[i].iter().map(|t| Some(t.model_logprob)).collect();
+                    assert_eq!(got.logprobs, want, "{device} {name} variant {variant} sequence {i}");
+                    let want: Vec<_> = sampled[i].iter().map(|t| Some(t.entropy)).collect();
+                    assert_eq!(got.entropies, want);
+                };
+                let together = model.logprobs(&LogprobRequest::completions(pairs.clone())).unwrap().wait().unwrap();
+                together.iter().enumerate().for_each(|(i, got)| check(i, got));
+                let alone = model.logprobs(&LogprobRequest::completions([pairs[5].clone()])).unwrap().wait().unwrap();
+                check(5, &alone[0]);
+                if variant == 0 {
+                    // Nothing was changed about the distribution: both log-probs are one number.
+                    assert!(sampled.iter().flatten().all(|t| t.logprob == t.model_logprob));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_do_not_see_their_batch() {
+    for device in devices() {
+        let model = load(&open(&device, 2), "llama-labels-3", &small());
+        let sequences: Vec<_> = (0..40).map(prompt).collect();
+        let score = |sequences: Vec<Vec<u32>>| {
+            model.score(&ScoreRequest { sequences, rule: None }).unwrap().wait().unwrap()
+        };
+        let together = score(sequences.clone());
+        for (i, sequence) in sequences.into_iter().enumerate().step_by(9) {
+            assert_eq!(score(vec![sequence])[0], together[i], "{device} {i}");
+        }
+    }
+}
+
+/// With room for few sequences at a time, others wait; and when jobs are cancelled, blocks are used again.
+#[test]
+fn a_small_kv_cache_changes_nothing() {
+    for device in devices() {
+        let name = "llama-gqa-9-3";
+        let prompts: Vec<_> = (0..20).map(prompt).collect();
+        let wide = load(&open(&device, 2), name, &small());
+        let narrow = load(&open(&device, 2), name, &ModelOptions { kv_tokens: Some(96), ..small() });
+        let expected = sample(&wide, &request(prompts.clone(), Vec::new(), 2));
+        for _ in 0..3 {
+            let long = SampleRequest { max_tokens: 40, ..request(prompts.clone(), Vec::new(), 0) };
+            let job = narrow.sample(&long).unwrap();
+            job.cancel();
+            let partial = job.wait().unwrap();
+            assert!(partial.iter().all(|s| s.finish == rewardrt::Finish::Cancelled || s.tokens.len() == 40));
+        }
+        assert_eq!(sample(&narrow, &request(prompts, Vec::new(), 2)), expected, "{device}");
+    }
+}
