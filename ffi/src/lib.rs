@@ -1,1 +1,18 @@
+//! The C ABI of rewardrt. `include/rewardrt.h` is the manual; this crate is one file per object of it.
+//!
+//! Every `extern "C"` function goes through [`boundary::enter`] (or has nothing that can panic): no panic crosses.
+#![allow(missing_docs)] // The header documents what these items are.
 
+#[cfg(panic = "abort")]
+compile_error!("rewardrt-ffi turns panics into RRT_E_PANIC, which needs panic = \"unwind\"");
+
+mod boundary;
+mod job;
+mod log_callback;
+mod model;
+mod result;
+mod runtime;
+mod status;
+mod structs;
+mod tokenizer;
+mod version;

@@ -1,0 +1,344 @@
+/* rewardrt.h: the C interface of rewardrt. This header is the manual.
+ *
+ * SPDX-License-Identifier: MIT OR Apache-2.0
+ *
+ * CONVENTIONS
+ *
+ * Status.   Every call that can fail returns an rrt_status: 0 is RRT_OK, positive is "no error, not done"
+ *           (RRT_PENDING, RRT_TIMEOUT), negative is an error. Outputs are written only on RRT_OK, except that *need is
+ *           also written with RRT_E_SHORT_BUFFER. After an error the objects are as they were before the call, unless
+ *           the function says otherwise.
+ * Errors.   The last parameter is an rrt_error of the caller's, or NULL. Its text is always NUL-terminated.
+ * Structs.  Input and output structs begin with struct_size. Set it through RRT_X_INIT or rrt_x_init(). A library that
+ *           is older than the header accepts a larger struct if what it does not know is zero; a newer one fills in
+ *           defaults. A wrong size is RRT_E_ABI.
+ * Strings.  Pointer and length in bytes, UTF-8, not NUL-terminated, unless said otherwise.
+ * Buffers.  Functions with (buffer, capacity, *need) write at most capacity elements and the number needed to *need.
+ *           With too small a capacity they write no element and return RRT_E_SHORT_BUFFER; (NULL, 0) asks for the size.
+ * Handles.  rrt_runtime, rrt_model, rrt_tokenizer and rrt_result are freed by the caller, exactly once, by the function
+ *           of their name; freeing NULL does nothing. Jobs are numbers, never used twice in a process.
+ * Threads.  Any thread may call any function with any handle at any time, with one exception: while one thread frees
+ *           or closes a handle, no other may use it. Results are immutable.
+ * Memory.   What is passed in is borrowed for the call and copied before it returns. Pointers in views are borrowed
+ *           until rrt_result_free.
+ * Promises. The library never exits, aborts, prints, installs a signal handler, or calls back except for the log. A bug
+ *           in it becomes RRT_E_PANIC; the runtime is then poisoned, and every call but close and free gives
+ *           RRT_E_POISONED.
+ * Fork.     Only before rrt_open: a child that uses an inherited runtime or model gets RRT_E_FORKED.
+ */
+#ifndef REWARDRT_H
+#define REWARDRT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define RRT_ABI_MAJOR 0
+#define RRT_ABI_MINOR 1
+#define RRT_ABI_VERSION (((uint32_t)RRT_ABI_MAJOR << 16) | RRT_ABI_MINOR)
+
+/* ---- status ----------------------------------------------------------------------------------------------------- */
+
+typedef int32_t rrt_status;
+
+enum {
+    RRT_OK = 0,
+    RRT_PENDING = 1,             /* the job is not done */
+    RRT_TIMEOUT = 2,             /* the time is over, nothing changed */
+    RRT_E_ARG = -1,              /* a field has a value outside its range */
+    RRT_E_NULL = -2,             /* a pointer that must not be NULL is */
+    RRT_E_ABI = -3,              /* struct_size or version do not fit */
+    RRT_E_SHORT_BUFFER = -4,     /* *need says how much is needed */
+    RRT_E_RANGE = -5,            /* an index is past the end */
+    RRT_E_NOT_FOUND = -6,        /* no such file or job */
+    RRT_E_BUSY = -7,             /* models or results are still alive */
+    RRT_E_FULL = -8,             /* the queue is full: retry later, nothing was queued */
+    RRT_E_CANCELLED = -9,        /* the job was cancelled */
+    RRT_E_CONFLICT = -10,        /* reserved */
+    RRT_E_DUPLICATE = -11,       /* reserved */
+    RRT_E_IO = -20,              /* the system refused a read */
+    RRT_E_FORMAT = -21,          /* a file breaks its format */
+    RRT_E_UNSUPPORTED = -22,     /* this version does not do that */
+    RRT_E_SHAPE = -23,           /* tensors are missing, superfluous or mis-shaped; the text lists them */
+    RRT_E_LIMIT = -24,           /* a stated limit or the memory budget would be exceeded */
+    RRT_E_TEMPLATE = -25,        /* the chat template failed */
+    RRT_E_NO_DEVICE = -40,       /* nothing matches the selection; the text lists what there is */
+    RRT_E_OOM_DEVICE = -41,      /* the device has no memory left */
+    RRT_E_OOM_HOST = -42,        /* the host has no memory left */
+    RRT_E_DEVICE_LOST = -43,     /* close the runtime and open another */
+    RRT_E_GPU = -44,             /* the graphics API reported an error */
+    RRT_E_NONFINITE = -45,       /* a result is NaN or infinite: the job failed */
+    RRT_E_PANIC = -60,           /* a bug in the library; the runtime is poisoned */
+    RRT_E_POISONED = -61,        /* an earlier call had RRT_E_PANIC */
+    RRT_E_FORKED = -62           /* the handle is from before fork() */
+};
+
+/* Caller-owned, 512 bytes for ever. */
+typedef struct rrt_error {
+    int32_t code;                /* the rrt_status that was returned */
+    uint32_t len;                /* bytes of text, without the NUL */
+    char text[504];              /* cut at a character if it is longer */
+} rrt_error;
+
+/* ---- version ---------------------------------------------------------------------------------------------------- */
+
+uint32_t rrt_abi_version(void);                    /* RRT_ABI_VERSION of the library */
+rrt_status rrt_abi_check(uint32_t header_abi);     /* RRT_OK if the library serves this header, else RRT_E_ABI */
+const char *rrt_version(void);                     /* static and NUL-terminated, "rewardrt 0.1.0" */
+const char *rrt_status_name(rrt_status status);    /* static and NUL-terminated, never NULL */
+
+/* ---- log -------------------------------------------------------------------------------------------------------- */
+
+enum { RRT_LOG_OFF = 0, RRT_LOG_ERROR = 1, RRT_LOG_WARN = 2, RRT_LOG_INFO = 3, RRT_LOG_DEBUG = 4, RRT_LOG_TRACE = 5 };
+
+/* Called on any thread; text is borrowed for the call. It must not call rrt_ functions. */
+typedef void (*rrt_log_fn)(void *user_data, int32_t level, const char *text, size_t len);
+
+/* Process-wide. NULL switches it off and returns when no callback is running any more. */
+rrt_status rrt_set_log(rrt_log_fn fn, void *user_data, int32_t max_level, rrt_error *err);
+
+/* ---- devices ---------------------------------------------------------------------------------------------------- */
+
+enum { RRT_DEVICE_CPU = 0, RRT_DEVICE_DISCRETE = 1, RRT_DEVICE_INTEGRATED = 2, RRT_DEVICE_VIRTUAL = 3,
+       RRT_DEVICE_SOFTWARE = 4, RRT_DEVICE_OTHER = 5 };
+
+typedef struct rrt_device_info {
+    uint32_t struct_size;        /* set by the caller in every element */
+    int32_t type;                /* RRT_DEVICE_… */
+    uint64_t max_binding_bytes;  /* 0 for the CPU */
+    uint32_t has_f16;
+    uint32_t has_subgroups;
+    char name[128];              /* NUL-terminated */
+    char driver[128];            /* NUL-terminated; the instruction set for the CPU */
+} rrt_device_info;
+
+/* The CPU first, then the adapters. Elements are `stride` bytes apart. */
+rrt_status rrt_list_devices(rrt_device_info *out, size_t capacity, size_t stride, size_t *need, rrt_error *err);
+
+/* ---- runtime ---------------------------------------------------------------------------------------------------- */
+
+typedef struct rrt_runtime rrt_runtime;
+
+typedef struct rrt_open_opts {
+    uint32_t struct_size;
+    uint32_t flags;              /* 0 */
+    const char *device;          /* "auto", "cpu", "gpu", "gpu:PART"; NULL: auto */
+    size_t device_len;
+    uint32_t threads;            /* of the CPU backend; 0: one a core */
+    uint32_t reserved;           /* 0 */
+} rrt_open_opts;
+#define RRT_OPEN_OPTS_INIT { sizeof(rrt_open_opts), 0, NULL, 0, 0, 0 }
+void rrt_open_opts_init(rrt_open_opts *opts);      /* NULL does nothing */
+
+rrt_status rrt_open(const rrt_open_opts *opts, rrt_runtime **out, rrt_error *err);
+
+/* Cancels all jobs, waits for them at most timeout_ns, and frees the runtime.
+ * RRT_E_BUSY while models or results live, RRT_TIMEOUT if jobs do not end in time: the runtime stays open. */
+rrt_status rrt_close(rrt_runtime *runtime, uint64_t timeout_ns, rrt_error *err);
+
+/* ---- models ----------------------------------------------------------------------------------------------------- */
+
+typedef struct rrt_model rrt_model;
+
+enum { RRT_PRECISION_AUTO = 0, RRT_PRECISION_F32 = 1 };
+enum { RRT_MODEL_NO_MMAP = 1u };                   /* read the files instead of mapping them */
+
+typedef struct rrt_model_opts {
+    uint32_t struct_size;
+    uint32_t flags;              /* RRT_MODEL_… */
+    const char *path;            /* the model folder */
+    size_t path_len;
+    int32_t precision;           /* RRT_PRECISION_… */
+    uint32_t max_batch_tokens;   /* rows of a step; 0: 1024. Results do not depend on it. */
+    uint64_t kv_tokens;          /* positions in the KV cache; 0: up to 32768, as memory allows */
+    uint64_t memory;             /* bytes the model may allocate; 0: no bound */
+    uint64_t max_context;        /* longest sequence; 0: what config.json says */
+    uint64_t weights_version;    /* what results carry */
+} rrt_model_opts;
+#define RRT_MODEL_OPTS_INIT { sizeof(rrt_model_opts), 0, NULL, 0, 0, 0, 0, 0, 0, 0 }
+void rrt_model_opts_init(rrt_model_opts *opts);
+
+/* Loads a folder with config.json and safetensors, and its tokenizer.json if there is one. Blocks. */
+rrt_status rrt_model_load(rrt_runtime *runtime, const rrt_model_opts *opts, rrt_model **out, rrt_error *err);
+/* Jobs of the model that are not done fail with RRT_E_CANCELLED. */
+void rrt_model_free(rrt_model *model);
+
+enum { RRT_HEAD_LANGUAGE_MODEL = 0, RRT_HEAD_SEQUENCE_CLASSIFICATION = 1 };
+
+typedef struct rrt_model_info {
+    uint32_t struct_size;
+    int32_t head;                /* RRT_HEAD_… */
+    uint32_t vocab_size;
+    uint32_t hidden_size;
+    uint32_t layers;
+    uint32_t heads;
+    uint32_t kv_heads;
+    uint32_t head_dim;
+    uint32_t labels;             /* 0 for a language model */
+    uint32_t has_tokenizer;
+    uint32_t has_chat_template;
+    uint32_t reserved;
+    uint64_t max_context;
+    uint64_t kv_tokens;
+    uint64_t bytes_allocated;    /* weights that are not mapped, KV cache, activations */
+    uint64_t bytes_mapped;       /* weights used in place */
+    uint64_t weights_version;
+} rrt_model_info;
+
+/* Set out->struct_size first. */
+rrt_status rrt_get_model_info(const rrt_model *model, rrt_model_info *out, rrt_error *err);
+
+/* ---- text ------------------------------------------------------------------------------------------------------- */
+
+typedef struct rrt_tokenizer rrt_tokenizer;
+
+/* Reads tokenizer.json of a model folder, and its chat template. No device is needed. */
+rrt_status rrt_tokenizer_load(const char *path, size_t path_len, rrt_tokenizer **out, rrt_error *err);
+void rrt_tokenizer_free(rrt_tokenizer *tokenizer);
+
+enum {
+    RRT_ADD_SPECIAL = 1u,             /* encode: add what the tokenizer adds by itself, BOS for instance */
+    RRT_PARSE_SPECIAL = 2u,           /* encode: special tokens in the text count; off, user text cannot forge them */
+    RRT_SKIP_SPECIAL = 4u,            /* decode: leave special tokens out */
+    RRT_ADD_GENERATION_PROMPT = 8u    /* chat: open the assistant's answer */
+};
+
+rrt_status rrt_encode(const rrt_tokenizer *tokenizer, const char *text, size_t text_len, uint32_t flags, uint32_t *ids,
+                      size_t capacity, size_t *need, rrt_error *err);
+/* Incomplete UTF-8 becomes U+FFFD. No NUL is added. */
+rrt_status rrt_decode(const rrt_tokenizer *tokenizer, const uint32_t *ids, size_t count, uint32_t flags, char *text,
+                      size_t capacity, size_t *need, rrt_error *err);
+
+typedef struct rrt_message {
+    const char *role;
+    size_t role_len;
+    const char *content;
+    size_t content_len;
+} rrt_message;
+
+/* Renders messages, `stride` bytes apart, through the chat template and encodes them. The template writes BOS itself;
+ * special tokens count in the template and not in the messages. */
+rrt_status rrt_chat_encode(const rrt_tokenizer *tokenizer, const rrt_message *messages, size_t count, size_t stride,
+                           uint32_t flags, uint32_t *ids, size_t capacity, size_t *need, rrt_error *err);
+
+/* ---- jobs ------------------------------------------------------------------------------------------------------- */
+
+/* Sequences side by side: sequence i is ids[offsets[i]] … ids[offsets[i + 1] − 1]; offsets has count + 1 elements. */
+typedef struct rrt_sequences {
+    const uint32_t *ids;
+    const size_t *offsets;
+    size_t count;
+} rrt_sequences;
+
+enum { RRT_SAMPLE_IGNORE_EOS = 1u };
+
+typedef struct rrt_sample_req {
+    uint32_t struct_size;
+    uint32_t flags;              /* RRT_SAMPLE_… */
+    const rrt_model *model;
+    rrt_sequences prompts;
+    const uint64_t *streams;     /* random stream of each prompt; NULL: its index */
+    uint64_t seed;               /* (seed, stream, sample, position) names a draw, whatever the batch */
+    uint32_t n_samples;
+    uint32_t max_new_tokens;
+    float temperature;           /* 0 is greedy */
+    uint32_t top_k;              /* 0: off */
+    float top_p;                 /* 1: off */
+    float min_p;                 /* 0: off */
+    float repetition_penalty;    /* 1: off */
+    uint32_t reserved;           /* 0 */
+    const uint32_t *stop_ids;    /* besides the model's own end-of-sequence tokens */
+    size_t stop_id_count;
+    const char *stop_text;       /* stop string i is stop_text[stop_offsets[i]] … ; needs the model's tokenizer.json */
+    const size_t *stop_offsets;  /* stop_count + 1 elements */
+    size_t stop_count;
+} rrt_sample_req;
+#define RRT_SAMPLE_REQ_INIT { sizeof(rrt_sample_req), 0, NULL, { NULL, NULL, 0 }, NULL, 0, 1, 128, 1.0f, 0, 1.0f, \
+                              0.0f, 1.0f, 0, NULL, 0, NULL, NULL, 0 }
+void rrt_sample_req_init(rrt_sample_req *req);
+
+/* Queues n_samples answers to each prompt. Nothing is queued on an error. */
+rrt_status rrt_submit_sample(rrt_runtime *runtime, const rrt_sample_req *req, uint64_t *job, rrt_error *err);
+
+enum {
+    RRT_SCORE_REWARD = 1,        /* the label values of `rule`: one or more a sequence */
+    RRT_SCORE_LOGPROBS = 2       /* ln p of each token after the sequence's prompt */
+};
+
+typedef struct rrt_score_req {
+    uint32_t struct_size;
+    uint32_t flags;              /* 0 */
+    const rrt_model *model;
+    int32_t kind;                /* RRT_SCORE_… */
+    uint32_t reserved;           /* 0 */
+    rrt_sequences sequences;
+    const size_t *prompt_lens;   /* LOGPROBS: leading tokens that are not scored; NULL: 0 for all */
+    const char *rule;            /* REWARD: "sequence", "judge:yes,no"; NULL: what the checkpoint's head implies */
+    size_t rule_len;
+} rrt_score_req;
+#define RRT_SCORE_REQ_INIT { sizeof(rrt_score_req), 0, NULL, RRT_SCORE_REWARD, 0, { NULL, NULL, 0 }, NULL, NULL, 0 }
+void rrt_score_req_init(rrt_score_req *req);
+
+rrt_status rrt_submit_score(rrt_runtime *runtime, const rrt_score_req *req, uint64_t *job, rrt_error *err);
+
+enum { RRT_WAIT_ALL = 0u, RRT_WAIT_ANY = 1u };
+
+/* Waits until all (or any) of the jobs are done, failed or cancelled, at most timeout_ns; UINT64_MAX: for ever.
+ * RRT_TIMEOUT if not; RRT_E_NOT_FOUND for a number that is no job. */
+rrt_status rrt_wait(rrt_runtime *runtime, const uint64_t *jobs, size_t count, uint32_t flags, uint64_t timeout_ns,
+                    rrt_error *err);
+
+typedef struct rrt_result rrt_result;
+
+/* Takes the result of a job, whose number is gone then. RRT_PENDING while it is not done. A failed job returns its own
+ * status and text, and is gone too. A cancelled sampling job has the tokens it got. */
+rrt_status rrt_job_take(rrt_runtime *runtime, uint64_t job, rrt_result **out, rrt_error *err);
+/* Asks a job to stop; it ends within one step. May be called again. */
+rrt_status rrt_job_cancel(rrt_runtime *runtime, uint64_t job, rrt_error *err);
+
+/* ---- results ---------------------------------------------------------------------------------------------------- */
+
+enum { RRT_FINISH_STOP = 0, RRT_FINISH_LENGTH = 1, RRT_FINISH_CANCELLED = 2 };
+
+/* What a sampling job returned, in the order (prompt, sample). */
+typedef struct rrt_sequences_view {
+    uint32_t struct_size;
+    uint32_t reserved;
+    size_t count;
+    const size_t *offsets;          /* [count + 1] into the arrays of tokens */
+    const uint32_t *ids;            /* stop tokens included */
+    const float *logprob;           /* temperature 1, whole vocabulary */
+    const float *sample_logprob;    /* in the distribution that was really sampled from */
+    const float *entropy;           /* of the model's distribution, in nats */
+    const uint32_t *kept;           /* tokens that could have been drawn */
+    const float *threshold;         /* smallest penalised logit / temperature among them */
+    const int32_t *finish;          /* [count] RRT_FINISH_… */
+    const uint32_t *prompt_index;   /* [count] */
+    const uint32_t *sample_index;   /* [count] */
+    const uint64_t *version;        /* [count] */
+    const size_t *text_offsets;     /* [count + 1] into text */
+    const char *text;               /* decoded without special tokens, cut at a stop string; empty without a tokenizer */
+} rrt_sequences_view;
+
+/* What a scoring job returned, in the order of the sequences. */
+typedef struct rrt_scores_view {
+    uint32_t struct_size;
+    uint32_t reserved;
+    size_t count;
+    const size_t *offsets;          /* [count + 1] into values */
+    const float *values;            /* REWARD: the labels' values; LOGPROBS: one a token, NaN where nothing precedes it */
+    const uint64_t *version;        /* [count] */
+} rrt_scores_view;
+
+/* Set out->struct_size first. RRT_E_ARG for a result of the other kind. */
+rrt_status rrt_result_sequences(const rrt_result *result, rrt_sequences_view *out, rrt_error *err);
+rrt_status rrt_result_scores(const rrt_result *result, rrt_scores_view *out, rrt_error *err);
+void rrt_result_free(rrt_result *result);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

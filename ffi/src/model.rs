@@ -1,0 +1,122 @@
+//! rrt_model_load, rrt_model_free, rrt_get_model_info
+
+use std::path::Path;
+
+use runtime::model::Head;
+use runtime::{Model, ModelOptions, Precision};
+
+use crate::boundary::{Outcome, enter, input, output, quietly, reference, text, write};
+use crate::runtime::{Child, open_runtime, rrt_runtime};
+use crate::status::{E_ARG, Failure, rrt_error};
+use crate::structs::{rrt_model_info, rrt_model_opts};
+
+const NO_MMAP: u32 = 1;
+
+#[allow(non_camel_case_types)]
+pub struct rrt_model {
+    pub model: Model,
+    pub child: Child,
+}
+
+/// # Safety
+/// `p` is NULL or a live model.
+pub unsafe fn live_model<'a>(p: *const rrt_model) -> Outcome<&'a rrt_model> {
+    // SAFETY: the caller's promise.
+    let model = unsafe { reference(p, "model") }?;
+    model.child.0.owner.check()?;
+    Ok(model)
+}
+
+fn size(value: u64, what: &str) -> Outcome<Option<usize>> {
+    match usize::try_from(value) {
+        Ok(0) => Ok(None),
+        Ok(n) => Ok(Some(n)),
+        Err(_) => Err(Failure::new(E_ARG, format!("{what} is {value}, which does not fit this machine"))),
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_model_load(
+    runtime: *mut rrt_runtime,
+    opts: *const rrt_model_opts,
+    out: *mut *mut rrt_model,
+    err: *mut rrt_error,
+) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        let runtime = unsafe { open_runtime(runtime) }?;
+        // SAFETY: the header's condition on structs.
+        let opts = unsafe { input(opts) }?;
+        output(out, "out")?;
+        if opts.flags & !NO_MMAP != 0 {
+            return Err(Failure::new(E_ARG, format!("rrt_model_opts: unknown flags {:#x}", opts.flags)));
+        }
+        // SAFETY: the header's condition on strings.
+        let path = unsafe { text(opts.path, opts.path_len, "path") }?;
+        let mut options = ModelOptions {
+            precision: match opts.precision {
+                0 => Precision::Auto,
+                1 => Precision::F32,
+                other => return Err(Failure::new(E_ARG, format!("precision is {other}, it must be 0 or 1"))),
+            },
+            max_batch_tokens: size(opts.max_batch_tokens.into(), "max_batch_tokens")?,
+            kv_tokens: size(opts.kv_tokens, "kv_tokens")?,
+            memory: (opts.memory > 0).then_some(opts.memory),
+            max_context: size(opts.max_context, "max_context")?,
+            weights_version: opts.weights_version,
+            ..ModelOptions::default()
+        };
+        options.load.use_mmap = opts.flags & NO_MMAP == 0;
+        let model = runtime.runtime.load_model(Path::new(path), &options)?;
+        let handle = rrt_model { model, child: Child::of(&runtime.shared) };
+        // SAFETY: not NULL.
+        unsafe { out.write(Box::into_raw(Box::new(handle))) };
+        Ok(())
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_model_free(model: *mut rrt_model) {
+    if !model.is_null() {
+        // SAFETY: made by rrt_model_load, freed once.
+        quietly(|| drop(unsafe { Box::from_raw(model) }));
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_get_model_info(model: *const rrt_model, out: *mut rrt_model_info, err: *mut rrt_error) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        let model = &unsafe { live_model(model) }?.model;
+        let (spec, memory, tokenizer) = (model.spec(), model.memory(), model.tokenizer().ok());
+        // Every size in a spec is below 2^32 by the limits of its parser.
+        let labels = match &spec.head {
+            Head::LanguageModel { .. } => 0,
+            Head::SequenceClassification { labels } => labels.len() as u32,
+        };
+        let info = rrt_model_info {
+            head: i32::from(labels > 0),
+            vocab_size: spec.vocab_size as u32,
+            hidden_size: spec.hidden_size as u32,
+            layers: spec.layers as u32,
+            heads: spec.heads as u32,
+            kv_heads: spec.kv_heads as u32,
+            head_dim: spec.head_dim as u32,
+            labels,
+            has_tokenizer: tokenizer.is_some().into(),
+            has_chat_template: tokenizer.is_some_and(|t| t.chat_template().is_some()).into(),
+            max_context: model.max_context() as u64,
+            kv_tokens: model.kv_tokens() as u64,
+            bytes_allocated: memory.allocated(),
+            bytes_mapped: memory.mapped,
+            weights_version: model.weights_version(),
+            ..rrt_model_info::initial()
+        };
+        // SAFETY: the header's condition on structs.
+        unsafe { write(out, &info) }
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}

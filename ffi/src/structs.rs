@@ -1,0 +1,230 @@
+//! The structs of the header, field by field.
+
+use std::ffi::c_char;
+use std::ptr::null;
+
+use crate::boundary::Sized32;
+use crate::model::rrt_model;
+
+macro_rules! structs {
+    ($($(#[$meta:meta])* struct $name:ident { $($field:ident: $ty:ty = $default:expr,)* })*) => {
+        $(
+            $(#[$meta])*
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct $name { $(pub $field: $ty,)* }
+
+            // SAFETY: repr(C), begins with struct_size, plain data.
+            unsafe impl Sized32 for $name {
+                const NAME: &'static str = stringify!($name);
+            }
+
+            impl $name {
+                pub fn initial() -> Self {
+                    $name { $($field: $default,)* }
+                }
+            }
+        )*
+
+        /// (struct, size, [(field, offset)]), for the test that compares with the C compiler.
+        #[cfg(test)]
+        pub fn layout() -> Vec<(&'static str, usize, Vec<(&'static str, usize)>)> {
+            vec![$((
+                stringify!($name),
+                size_of::<$name>(),
+                vec![$((stringify!($field), std::mem::offset_of!($name, $field)),)*],
+            ),)*]
+        }
+    };
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct rrt_sequences {
+    pub ids: *const u32,
+    pub offsets: *const usize,
+    pub count: usize,
+}
+
+const NO_SEQUENCES: rrt_sequences = rrt_sequences { ids: null(), offsets: null(), count: 0 };
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct rrt_message {
+    pub role: *const c_char,
+    pub role_len: usize,
+    pub content: *const c_char,
+    pub content_len: usize,
+}
+
+structs! {
+    struct rrt_device_info {
+        struct_size: u32 = size_of::<rrt_device_info>() as u32,
+        r#type: i32 = 0,
+        max_binding_bytes: u64 = 0,
+        has_f16: u32 = 0,
+        has_subgroups: u32 = 0,
+        name: [c_char; 128] = [0; 128],
+        driver: [c_char; 128] = [0; 128],
+    }
+    struct rrt_open_opts {
+        struct_size: u32 = size_of::<rrt_open_opts>() as u32,
+        flags: u32 = 0,
+        device: *const c_char = null(),
+        device_len: usize = 0,
+        threads: u32 = 0,
+        reserved: u32 = 0,
+    }
+    struct rrt_model_opts {
+        struct_size: u32 = size_of::<rrt_model_opts>() as u32,
+        flags: u32 = 0,
+        path: *const c_char = null(),
+        path_len: usize = 0,
+        precision: i32 = 0,
+        max_batch_tokens: u32 = 0,
+        kv_tokens: u64 = 0,
+        memory: u64 = 0,
+        max_context: u64 = 0,
+        weights_version: u64 = 0,
+    }
+    struct rrt_model_info {
+        struct_size: u32 = size_of::<rrt_model_info>() as u32,
+        head: i32 = 0,
+        vocab_size: u32 = 0,
+        hidden_size: u32 = 0,
+        layers: u32 = 0,
+        heads: u32 = 0,
+        kv_heads: u32 = 0,
+        head_dim: u32 = 0,
+        labels: u32 = 0,
+        has_tokenizer: u32 = 0,
+        has_chat_template: u32 = 0,
+        reserved: u32 = 0,
+        max_context: u64 = 0,
+        kv_tokens: u64 = 0,
+        bytes_allocated: u64 = 0,
+        bytes_mapped: u64 = 0,
+        weights_version: u64 = 0,
+    }
+    struct rrt_sample_req {
+        struct_size: u32 = size_of::<rrt_sample_req>() as u32,
+        flags: u32 = 0,
+        model: *const rrt_model = null(),
+        prompts: rrt_sequences = NO_SEQUENCES,
+        streams: *const u64 = null(),
+        seed: u64 = 0,
+        n_samples: u32 = 1,
+        max_new_tokens: u32 = 128,
+        temperature: f32 = 1.0,
+        top_k: u32 = 0,
+        top_p: f32 = 1.0,
+        min_p: f32 = 0.0,
+        repetition_penalty: f32 = 1.0,
+        reserved: u32 = 0,
+        stop_ids: *const u32 = null(),
+        stop_id_count: usize = 0,
+        stop_text: *const c_char = null(),
+        stop_offsets: *const usize = null(),
+        stop_count: usize = 0,
+    }
+    struct rrt_score_req {
+        struct_size: u32 = size_of::<rrt_score_req>() as u32,
+        flags: u32 = 0,
+        model: *const rrt_model = null(),
+        kind: i32 = 1,
+        reserved: u32 = 0,
+        sequences: rrt_sequences = NO_SEQUENCES,
+        prompt_lens: *const usize = null(),
+        rule: *const c_char = null(),
+        rule_len: usize = 0,
+    }
+    struct rrt_sequences_view {
+        struct_size: u32 = size_of::<rrt_sequences_view>() as u32,
+        reserved: u32 = 0,
+        count: usize = 0,
+        offsets: *const usize = null(),
+        ids: *const u32 = null(),
+        logprob: *const f32 = null(),
+        sample_logprob: *const f32 = null(),
+        entropy: *const f32 = null(),
+        kept: *const u32 = null(),
+        threshold: *const f32 = null(),
+        finish: *const i32 = null(),
+        prompt_index: *const u32 = null(),
+        sample_index: *const u32 = null(),
+        version: *const u64 = null(),
+        text_offsets: *const usize = null(),
+        text: *const c_char = null(),
+    }
+    struct rrt_scores_view {
+        struct_size: u32 = size_of::<rrt_scores_view>() as u32,
+        reserved: u32 = 0,
+        count: usize = 0,
+        offsets: *const usize = null(),
+        values: *const f32 = null(),
+        version: *const u64 = null(),
+    }
+}
+
+macro_rules! inits {
+    ($($function:ident => $name:ident;)*) => {
+        $(#[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $function(out: *mut $name) {
+            if !out.is_null() {
+                // SAFETY: the caller's struct.
+                unsafe { out.write($name::initial()) };
+            }
+        })*
+    };
+}
+
+inits! {
+    rrt_open_opts_init => rrt_open_opts;
+    rrt_model_opts_init => rrt_model_opts;
+    rrt_sample_req_init => rrt_sample_req;
+    rrt_score_req_init => rrt_score_req;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    /// Sizes and offsets as the C compiler sees them, by a program made from this table.
+    #[test]
+    fn the_header_has_the_same_layout() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut c = "#include \"rewardrt.h\"\n#define SAME(a, b) _Static_assert((a) == (b), #a \" is not \" #b)\n".to_owned();
+        for (name, size, fields) in super::layout() {
+            c += &format!("SAME(sizeof({name}), {size});\n");
+            for (field, offset) in fields {
+                c += &format!("SAME(offsetof({name}, {}), {offset});\n", field.trim_start_matches("r#"));
+            }
+        }
+        c += &format!("SAME(sizeof(rrt_error), 512);\nSAME(sizeof(rrt_message), {});\n", size_of::<super::rrt_message>());
+        let file = folder.path().join("layout.c");
+        std::fs::write(&file, c).unwrap();
+        let include = concat!(env!("CARGO_MANIFEST_DIR"), "/include");
+        let object = folder.path().join("layout.o");
+        let cc = Command::new("cc").args(["-std=c11", "-Werror", "-I", include, "-c"]).arg(&file).arg("-o").arg(object);
+        let output = { cc }.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Numbers are append-only: the table of names and the header say the same.
+    #[test]
+    fn every_status_is_in_the_header_with_its_number() {
+        let header = include_str!("../include/rewardrt.h");
+        let mut found = 0;
+        for line in header.lines() {
+            let Some((name, rest)) = line.trim().split_once(" = ") else { continue };
+            if !(name.starts_with("RRT_E_") || ["RRT_OK", "RRT_PENDING", "RRT_TIMEOUT"].contains(&name)) {
+                continue;
+            }
+            let digits = rest.split([',', ' ', '/']).next().unwrap();
+            let number: i32 = digits.parse().unwrap();
+            assert_eq!(crate::status::name(number).to_str().unwrap(), name);
+            found += 1;
+        }
+        assert_eq!(found, 29);
+    }
+}

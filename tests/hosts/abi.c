@@ -1,0 +1,263 @@
+/* What a careless host does: NULL for every pointer, wrong sizes, stale jobs, wrong order. Prints "ok" at the end.
+ *
+ *   abi MODEL_FOLDER        a small checkpoint without a tokenizer (tests/golden/llama-gqa-9-3)
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "rewardrt.h"
+
+static rrt_error err;
+static int failures;
+
+static void want(rrt_status got, rrt_status expected, int line) {
+    if (got != expected) {
+        fprintf(stderr, "line %d: %s, expected %s (%s)\n", line, rrt_status_name(got), rrt_status_name(expected), err.text);
+        failures++;
+    }
+}
+#define WANT(expected, call) want((call), (expected), __LINE__)
+#define CANARY ((void *)0x5a5a)
+
+static int logged;
+static void count_log(void *user_data, int32_t level, const char *text, size_t len) {
+    (void)level;
+    if (user_data == &logged && text != NULL && len > 0) logged++;
+}
+
+static void sizes(rrt_runtime *runtime, rrt_model *model) {
+    struct { rrt_sample_req req; unsigned char beyond[16]; } big;
+    uint64_t job = 77;
+    uint32_t ids[3] = { 5, 6, 7 };
+    size_t offsets[2] = { 0, 3 };
+    memset(&big, 0, sizeof big);
+    rrt_sample_req_init(&big.req);
+    big.req.model = model;
+    big.req.prompts.ids = ids;
+    big.req.prompts.offsets = offsets;
+    big.req.prompts.count = 1;
+    big.req.max_new_tokens = 2;
+
+    big.req.struct_size = 0;
+    WANT(RRT_E_ABI, rrt_submit_sample(runtime, &big.req, &job, &err));
+    big.req.struct_size = 3;
+    WANT(RRT_E_ABI, rrt_submit_sample(runtime, &big.req, &job, &err));
+    big.req.struct_size = UINT32_MAX;
+    WANT(RRT_E_ABI, rrt_submit_sample(runtime, &big.req, &job, &err));
+    big.req.struct_size = sizeof big;
+    big.beyond[7] = 1;
+    WANT(RRT_E_ABI, rrt_submit_sample(runtime, &big.req, &job, &err));
+    if (job != 77) failures++;
+    big.beyond[7] = 0;
+    WANT(RRT_OK, rrt_submit_sample(runtime, &big.req, &job, &err));
+    WANT(RRT_OK, rrt_wait(runtime, &job, 1, RRT_WAIT_ANY, UINT64_MAX, &err));
+
+    big.req.flags = 0x80;
+    WANT(RRT_E_ARG, rrt_submit_sample(runtime, &big.req, &job, &err));
+    big.req.flags = 0;
+    big.req.temperature = -1.0f;
+    WANT(RRT_E_ARG, rrt_submit_sample(runtime, &big.req, &job, &err));
+    big.req.temperature = 1.0f;
+    ids[1] = 1000000;
+    WANT(RRT_E_ARG, rrt_submit_sample(runtime, &big.req, &job, &err));
+    if (strstr(err.text, "1000000") == NULL) failures++;
+    ids[1] = 6;
+    offsets[0] = 4;
+    WANT(RRT_E_ARG, rrt_submit_sample(runtime, &big.req, &job, &err));
+}
+
+static void nulls(rrt_runtime *runtime, rrt_model *model) {
+    rrt_open_opts open_opts = RRT_OPEN_OPTS_INIT;
+    rrt_model_opts model_opts = RRT_MODEL_OPTS_INIT;
+    rrt_sample_req sample = RRT_SAMPLE_REQ_INIT;
+    rrt_score_req score = RRT_SCORE_REQ_INIT;
+    rrt_model_info info;
+    rrt_sequences_view view;
+    rrt_scores_view scores;
+    void *canary = CANARY;
+    uint64_t job = 1;
+    size_t need = 0;
+    info.struct_size = sizeof info;
+    view.struct_size = sizeof view;
+    scores.struct_size = sizeof scores;
+
+    WANT(RRT_E_NULL, rrt_list_devices(NULL, 0, sizeof(rrt_device_info), NULL, &err));
+    WANT(RRT_E_NULL, rrt_list_devices(NULL, 4, sizeof(rrt_device_info), &need, &err));
+    WANT(RRT_E_NULL, rrt_open(NULL, (rrt_runtime **)&canary, &err));
+    WANT(RRT_E_NULL, rrt_open(&open_opts, NULL, &err));
+    WANT(RRT_OK, rrt_close(NULL, 0, &err));
+    WANT(RRT_E_NULL, rrt_model_load(NULL, &model_opts, (rrt_model **)&canary, &err));
+    WANT(RRT_E_NULL, rrt_model_load(runtime, NULL, (rrt_model **)&canary, &err));
+    WANT(RRT_E_NULL, rrt_model_load(runtime, &model_opts, NULL, &err));
+    WANT(RRT_E_NULL, rrt_get_model_info(NULL, &info, &err));
+    WANT(RRT_E_NULL, rrt_get_model_info(model, NULL, &err));
+    WANT(RRT_E_NULL, rrt_tokenizer_load(NULL, 0, (rrt_tokenizer **)&canary, &err));
+    WANT(RRT_E_NULL, rrt_tokenizer_load("x", 1, NULL, &err));
+    WANT(RRT_E_NULL, rrt_encode(NULL, "x", 1, 0, NULL, 0, &need, &err));
+    WANT(RRT_E_NULL, rrt_decode(NULL, NULL, 0, 0, NULL, 0, &need, &err));
+    WANT(RRT_E_NULL, rrt_chat_encode(NULL, NULL, 0, 0, 0, NULL, 0, &need, &err));
+    WANT(RRT_E_NULL, rrt_submit_sample(NULL, &sample, &job, &err));
+    WANT(RRT_E_NULL, rrt_submit_sample(runtime, NULL, &job, &err));
+    WANT(RRT_E_NULL, rrt_submit_sample(runtime, &sample, NULL, &err));
+    WANT(RRT_E_NULL, rrt_submit_sample(runtime, &sample, &job, &err)); /* no model */
+    WANT(RRT_E_NULL, rrt_submit_score(NULL, &score, &job, &err));
+    WANT(RRT_E_NULL, rrt_submit_score(runtime, NULL, &job, &err));
+    WANT(RRT_E_NULL, rrt_submit_score(runtime, &score, NULL, &err));
+    score.model = model;
+    score.sequences.count = 1;
+    WANT(RRT_E_NULL, rrt_submit_score(runtime, &score, &job, &err)); /* no offsets */
+    WANT(RRT_E_NULL, rrt_wait(NULL, &job, 1, 0, 0, &err));
+    WANT(RRT_E_NULL, rrt_wait(runtime, NULL, 1, 0, 0, &err));
+    WANT(RRT_E_NULL, rrt_job_take(NULL, 1, (rrt_result **)&canary, &err));
+    WANT(RRT_E_NULL, rrt_job_take(runtime, 1, NULL, &err));
+    WANT(RRT_E_NULL, rrt_job_cancel(NULL, 1, &err));
+    WANT(RRT_E_NULL, rrt_result_sequences(NULL, &view, &err));
+    WANT(RRT_E_NULL, rrt_result_scores(NULL, &scores, &err));
+    WANT(RRT_E_NULL, rrt_open(NULL, NULL, NULL)); /* no error struct either */
+    if (canary != CANARY || job != 1) failures++;
+    rrt_model_free(NULL);
+    rrt_tokenizer_free(NULL);
+    rrt_result_free(NULL);
+    rrt_open_opts_init(NULL);
+}
+
+static void jobs(rrt_runtime *runtime, rrt_model *model) {
+    rrt_score_req score = RRT_SCORE_REQ_INIT;
+    rrt_sample_req sample = RRT_SAMPLE_REQ_INIT;
+    uint32_t ids[8] = { 9, 8, 7, 6, 10, 11, 12, 13 };
+    size_t offsets[3] = { 0, 3, 8 }, prompts[2] = { 1, 0 };
+    rrt_result *result = NULL;
+    rrt_scores_view view;
+    rrt_sequences_view wrong;
+    uint64_t job = 0, both[2];
+    memset(&view, 0, sizeof view);
+    memset(&wrong, 0, sizeof wrong);
+
+    score.model = model;
+    score.kind = RRT_SCORE_LOGPROBS;
+    score.sequences.ids = ids;
+    score.sequences.offsets = offsets;
+    score.sequences.count = 2;
+    score.prompt_lens = prompts;
+    WANT(RRT_OK, rrt_submit_score(runtime, &score, &job, &err));
+    memset(ids, 0, sizeof ids); /* copied before it returned */
+    WANT(RRT_OK, rrt_wait(runtime, &job, 1, RRT_WAIT_ALL, UINT64_MAX, &err));
+    WANT(RRT_OK, rrt_job_take(runtime, job, &result, &err));
+    WANT(RRT_E_NOT_FOUND, rrt_job_take(runtime, job, &result, &err));
+    WANT(RRT_E_NOT_FOUND, rrt_job_cancel(runtime, job, &err));
+    WANT(RRT_E_NOT_FOUND, rrt_wait(runtime, &job, 1, 0, 0, &err));
+    WANT(RRT_E_ABI, rrt_result_scores(result, &view, &err));
+    view.struct_size = sizeof view;
+    WANT(RRT_OK, rrt_result_scores(result, &view, &err));
+    wrong.struct_size = sizeof wrong;
+    WANT(RRT_E_ARG, rrt_result_sequences(result, &wrong, &err));
+    if (view.count != 2 || view.offsets[1] != 2 || view.offsets[2] != 7) failures++;
+    if (view.values[2] == view.values[2] || !(view.values[0] < 0)) failures++; /* NaN first, where nothing precedes */
+    WANT(RRT_E_BUSY, rrt_close(runtime, 0, &err));
+    rrt_result_free(result);
+
+    /* The rules and kinds that do not fit. */
+    score.kind = 9;
+    WANT(RRT_E_ARG, rrt_submit_score(runtime, &score, &job, &err));
+    score.kind = RRT_SCORE_REWARD;
+    WANT(RRT_E_ARG, rrt_submit_score(runtime, &score, &job, &err)); /* a language model has no rule of its own */
+
+    /* Cancel: partial results. */
+    sample.model = model;
+    sample.flags = RRT_SAMPLE_IGNORE_EOS;
+    sample.prompts = score.sequences;
+    sample.n_samples = 8;
+    sample.max_new_tokens = 400;
+    WANT(RRT_OK, rrt_submit_sample(runtime, &sample, &both[0], &err));
+    WANT(RRT_OK, rrt_submit_sample(runtime, &sample, &both[1], &err));
+    WANT(RRT_PENDING, rrt_job_take(runtime, both[1], &result, &err));
+    WANT(RRT_TIMEOUT, rrt_wait(runtime, both, 2, RRT_WAIT_ALL, 1000, &err));
+    WANT(RRT_OK, rrt_job_cancel(runtime, both[0], &err));
+    WANT(RRT_OK, rrt_job_cancel(runtime, both[0], &err));
+    WANT(RRT_OK, rrt_job_cancel(runtime, both[1], &err));
+    WANT(RRT_OK, rrt_wait(runtime, both, 2, RRT_WAIT_ALL, UINT64_MAX, &err));
+    WANT(RRT_OK, rrt_job_take(runtime, both[1], &result, &err));
+    WANT(RRT_OK, rrt_result_sequences(result, &wrong, &err));
+    if (wrong.count != 16 || wrong.finish[15] != RRT_FINISH_CANCELLED) failures++;
+    rrt_result_free(result);
+    /* both[0] is left to rrt_close. */
+}
+
+static void forked(rrt_runtime *runtime, rrt_model *model) {
+    int status = 0;
+    pid_t child = fork();
+    if (child == 0) {
+        rrt_model_info info;
+        info.struct_size = sizeof info;
+        _exit(rrt_get_model_info(model, &info, NULL) == RRT_E_FORKED && rrt_close(runtime, 0, NULL) == RRT_E_FORKED ? 0 : 1);
+    }
+    waitpid(child, &status, 0);
+    if (child < 0 || !WIFEXITED(status) || WEXITSTATUS(status) != 0) failures++;
+}
+
+int main(int argc, char **argv) {
+    rrt_open_opts open_opts = RRT_OPEN_OPTS_INIT;
+    rrt_model_opts model_opts = RRT_MODEL_OPTS_INIT;
+    rrt_runtime *runtime = NULL;
+    rrt_model *model = NULL;
+    rrt_model_info info;
+    rrt_device_info devices[16];
+    size_t need = 0, i;
+    int round;
+    if (argc != 2) return 2;
+    memset(&err, 0, sizeof err);
+    if (strncmp(rrt_version(), "rewardrt ", 9) != 0 || strcmp(rrt_status_name(12345), "RRT_?") != 0) failures++;
+    WANT(RRT_OK, rrt_abi_check(rrt_abi_version()));
+    WANT(RRT_E_ABI, rrt_abi_check(0x70000u));
+    WANT(RRT_E_ARG, rrt_set_log(count_log, NULL, 9, &err));
+    WANT(RRT_OK, rrt_set_log(count_log, &logged, RRT_LOG_INFO, &err));
+    for (i = 0; i < 16; i++) devices[i].struct_size = sizeof devices[i];
+    WANT(RRT_OK, rrt_list_devices(devices, 16, sizeof devices[0], &need, &err));
+    if (need < 1 || devices[0].type != RRT_DEVICE_CPU) failures++;
+    WANT(RRT_E_SHORT_BUFFER, rrt_list_devices(devices, 0, sizeof devices[0], &need, &err));
+
+    open_opts.device = "gpu:no such thing";
+    open_opts.device_len = strlen(open_opts.device);
+    WANT(RRT_E_NO_DEVICE, rrt_open(&open_opts, &runtime, &err));
+    open_opts.device = "tpu";
+    open_opts.device_len = 3;
+    WANT(RRT_E_ARG, rrt_open(&open_opts, &runtime, &err));
+    open_opts.device = "cpu";
+    for (round = 0; round < 3; round++) {
+        WANT(RRT_OK, rrt_open(&open_opts, &runtime, &err));
+        model_opts.path = "/nowhere";
+        model_opts.path_len = 8;
+        WANT(RRT_E_NOT_FOUND, rrt_model_load(runtime, &model_opts, &model, &err));
+        if (model != NULL) failures++;
+        model_opts.path = argv[1];
+        model_opts.path_len = strlen(argv[1]);
+        model_opts.kv_tokens = 8192;
+        model_opts.max_context = 512;
+        model_opts.memory = 1000;
+        WANT(RRT_E_LIMIT, rrt_model_load(runtime, &model_opts, &model, &err));
+        model_opts.memory = 0;
+        model_opts.weights_version = 40;
+        WANT(RRT_OK, rrt_model_load(runtime, &model_opts, &model, &err));
+        info.struct_size = sizeof info;
+        WANT(RRT_OK, rrt_get_model_info(model, &info, &err));
+        if (info.heads != 9 || info.weights_version != 40 || info.has_tokenizer != 0) failures++;
+        nulls(runtime, model);
+        sizes(runtime, model);
+        jobs(runtime, model);
+        /* In a child, valgrind counts what the parent's other threads hold as lost. */
+        if (getenv("ABI_NO_FORK") == NULL) forked(runtime, model);
+        WANT(RRT_E_BUSY, rrt_close(runtime, 0, &err));
+        rrt_model_free(model);
+        model = NULL;
+        WANT(RRT_OK, rrt_close(runtime, UINT64_MAX, &err));
+        runtime = NULL;
+    }
+    WANT(RRT_OK, rrt_set_log(NULL, NULL, RRT_LOG_OFF, &err));
+    if (logged < 3) failures++;
+    if (failures > 0) return 1;
+    puts("ok");
+    return 0;
+}
