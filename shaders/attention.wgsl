@@ -24,7 +24,7 @@ const LOWEST = -3.4028234e38;
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> rows: array<vec4<u32>>; // (T) token, position, slot, table
-@group(0) @binding(2) var<storage, read> tables: array<u32>; // block lists
+@group(0) @binding(2) var<storage, read> tables: array<u32>; // (blocks of all sequences)
 @group(0) @binding(3) var<storage, read> q: array<f32>; // (T, H, E)
 @group(0) @binding(4) var<storage, read> keys: array<f32>; // (blocks, G, E, P)
 @group(0) @binding(5) var<storage, read> values: array<f32>; // (blocks, G, P, E)

@@ -50,6 +50,18 @@ struct Eight {
     high: vec4<f32>,
 }
 
+#if F16_WEIGHTS
+// The value of sixteen f16 bits, exactly: unpack2x16float is not to be had everywhere, and may flush subnormals.
+fn half_value(bits: u32) -> f32 {
+    let exponent = bits >> 10u & 31u;
+    let mantissa = bits & 1023u;
+    let normal = bitcast<f32>((exponent + 112u) << 23u | mantissa << 13u);
+    let special = bitcast<f32>(0x7f800000u | mantissa << 13u);
+    let magnitude = select(select(normal, special, exponent == 31u), f32(mantissa) * 5.9604645e-8, exponent == 0u);
+    return select(magnitude, -magnitude, bits >= 0x8000u);
+}
+#endif
+
 // Eight weights from element i on, a multiple of 8.
 fn weights(i: u32) -> Eight {
 #if BF16
@@ -63,8 +75,10 @@ fn weights(i: u32) -> Eight {
 #else
 #if F16_WEIGHTS
     let w = weight[i / 8u];
-    return Eight(vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y)),
-                 vec4<f32>(unpack2x16float(w.z), unpack2x16float(w.w)));
+    return Eight(vec4<f32>(half_value(w.x & 0xffffu), half_value(w.x >> 16u),
+                           half_value(w.y & 0xffffu), half_value(w.y >> 16u)),
+                 vec4<f32>(half_value(w.z & 0xffffu), half_value(w.z >> 16u),
+                           half_value(w.w & 0xffffu), half_value(w.w >> 16u)));
 #else
     return Eight(bitcast<vec4<f32>>(weight[i / 4u]), bitcast<vec4<f32>>(weight[i / 4u + 1u]));
 #endif

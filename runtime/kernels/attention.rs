@@ -61,6 +61,43 @@ for_each_isa! {
     pub(crate) fn attention(call: Call, row: usize, kv_head: usize) = body
 }
 
+/// The arrays of one attention call, for [`attention_alone`].
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    /// T rows.
+    pub rows: &'a [RowMeta],
+    /// Block lists.
+    pub tables: &'a [u32],
+    /// [T, H·E].
+    pub q: &'a [f32],
+    /// [blocks, G, E, P].
+    pub keys: &'a [f32],
+    /// [blocks, G, P, E].
+    pub values: &'a [f32],
+    /// H.
+    pub heads: usize,
+    /// G.
+    pub kv_heads: usize,
+    /// E.
+    pub head_dim: usize,
+    /// Keys a query sees, itself included.
+    pub window: Option<usize>,
+}
+
+/// The whole call on one thread: for tests and benches. `out` is [T, H·E].
+///
+/// # Panics
+/// If a length does not fit, or a table names a block that is not there.
+pub fn attention_alone(isa: super::Isa, inputs: Inputs, out: &mut [f32]) {
+    let Inputs { rows, tables, q, keys, values, heads, kv_heads, head_dim, window } = inputs;
+    assert_eq!(out.len(), rows.len() * heads * head_dim);
+    let out = SharedMut::new(out);
+    let call = Call { rows, tables, q, keys, values, heads, kv_heads, head_dim, window, out };
+    for task in 0..rows.len() * kv_heads {
+        attention(isa, call, task / kv_heads, task % kv_heads);
+    }
+}
+
 /// First key that a query at `position` sees.
 pub fn first_key(position: usize, window: Option<usize>) -> usize {
     window.map_or(0, |w| (position + 1).saturating_sub(w))

@@ -27,6 +27,17 @@ pub(crate) struct Cache<'a> {
     pub head_dim: usize,
 }
 
+/// The whole call on one thread: for tests and benches. `k` and `v` are [T, G·E].
+///
+/// # Panics
+/// If a slot is not in the cache.
+pub fn kv_write_alone(rows: &[RowMeta], k: &[f32], v: &[f32], kv_heads: usize, keys: &mut [f32], values: &mut [f32]) {
+    let head_dim = k.len() / rows.len().max(1) / kv_heads;
+    let cache = Cache { keys: SharedMut::new(keys), values: SharedMut::new(values), kv_heads, head_dim };
+    // SAFETY: one thread, and the borrows are exclusive.
+    unsafe { kv_write(rows, k, v, cache) };
+}
+
 /// The CPU twin for the rows of one task; `k` and `v` are [rows, G·E].
 ///
 /// # Safety

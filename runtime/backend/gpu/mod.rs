@@ -4,10 +4,12 @@ mod device;
 mod executor;
 mod head;
 mod pipelines;
+mod probe;
 mod select;
 mod upload;
 
 pub use device::Gpu;
 pub use executor::GpuExecutor;
 pub use pipelines::{Flags, resolve};
+pub use probe::dispatch_once;
 pub use select::{DeviceInfo, DeviceType, Selection, list_devices};

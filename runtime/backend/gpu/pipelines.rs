@@ -79,7 +79,7 @@ impl Pipelines {
     }
 }
 
-fn build(gpu: &Gpu, kernel: &Kernel, flags: Flags) -> Result<Pipeline> {
+pub(super) fn build(gpu: &Gpu, kernel: &Kernel, flags: Flags) -> Result<Pipeline> {
     let what = format!("shader {}", kernel.name);
     gpu.checked(&what, || {
         let source = wgpu::ShaderSource::Wgsl(resolve(kernel.source, flags).into());

@@ -1,0 +1,653 @@
+//! Twins: every CPU path and every shader variant against formulas written out here in f64.
+//!
+//! Shapes are 1, odd, prime, and around the tiles; values include zeros of both signs, subnormals, the largest f16,
+//! infinities and NaN. Tolerances come from one table.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, clippy::too_many_arguments)]
+
+mod common;
+
+use bytemuck::{bytes_of, cast_slice, pod_collect_to_vec};
+use common::devices;
+use rewardrt::backend::gpu::{Flags, Gpu, Selection, dispatch_once};
+use rewardrt::kernels::*;
+use rewardrt::weights::Dtype;
+
+/// |difference| ≤ tolerance · (Σ of the magnitudes that were added, or the result's own): f32 rounding over a sum.
+fn tolerance(dtype: Dtype) -> f64 {
+    match dtype {
+        // Weights are exact in f32 whatever they are stored as.
+        Dtype::F32 | Dtype::F16 | Dtype::BF16 => 3e-6,
+    }
+}
+
+/// A reproducible sequence of floats in (−1, 1).
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 40) as f32 / 8_388_608.0) - 1.0
+    }
+
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.next()).collect()
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        ((self.next() + 1.0) / 2.0 * n as f32) as usize % n
+    }
+}
+
+/// The GPUs to test on, with every set of features to test with.
+fn gpus() -> Vec<(Gpu, Vec<Flags>)> {
+    let mut list = Vec::new();
+    for device in devices().iter().filter(|d| *d != "cpu") {
+        let gpu = Gpu::select(&Selection::parse(device).unwrap()).unwrap().unwrap();
+        let plain = Flags::default();
+        let mut variants = vec![plain];
+        if gpu.info().has_subgroups {
+            variants.push(Flags { subgroup: true, ..plain });
+        }
+        if gpu.info().has_f16 {
+            variants.push(Flags { f16: true, ..plain });
+        }
+        list.push((gpu, variants));
+    }
+    list
+}
+
+#[track_caller]
+fn compare(what: &str, got: &[f32], want: &[f64], scale: &[f64], dtype: Dtype) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, ((g, w), s)) in got.iter().zip(want).zip(scale).enumerate() {
+        let g64 = f64::from(*g);
+        let same = (g64.is_nan() && w.is_nan()) || g64 == *w;
+        assert!(same || (g64 - w).abs() <= tolerance(dtype) * s.max(1e-30), "{what} [{i}]: {g}, the formula gives {w} (scale {s})");
+    }
+}
+
+fn magnitudes(want: &[f64]) -> Vec<f64> {
+    want.iter().map(|w| w.abs().max(1e-3)).collect()
+}
+
+fn bytes(values: &[f32]) -> Vec<u8> {
+    cast_slice(values).to_vec()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    pod_collect_to_vec(bytes)
+}
+
+/// Rows padded to whole groups of eight elements, as the upload does.
+fn padded_rows(stored: &[u8], rows: usize, cols: usize, size: usize) -> (Vec<u8>, u32) {
+    let stride = cols.next_multiple_of(8);
+    let mut out = Vec::new();
+    for row in stored.chunks_exact(cols * size).take(rows) {
+        out.extend_from_slice(row);
+        out.resize(out.len() + (stride - cols) * size, 0);
+    }
+    (out, stride as u32)
+}
+
+#[test]
+fn linear_twins() {
+    let gpus = gpus();
+    let shapes = [(1, 1, 1), (1, 3, 8), (2, 8, 7), (3, 9, 65), (4, 24, 64), (5, 17, 100), (7, 25, 33), (13, 50, 129), (1, 64, 576)];
+    for dtype in Dtype::ALL {
+        for (t, n, k) in shapes {
+            for with_bias in [false, true] {
+                let mut numbers = Numbers((t * 1000 + n * 10 + k) as u64);
+                let x = numbers.floats(t * k);
+                let mut weights = numbers.floats(n * k);
+                for (i, v) in [65504.0f32, -0.0, 6e-8, 1e-20].into_iter().enumerate() {
+                    if i < weights.len() {
+                        weights[i] = v;
+                    }
+                }
+                let stored = dtype.from_f32(&weights);
+                let exact = dtype.to_f32(&stored);
+                let bias = numbers.floats(n);
+                let (mut want, mut scale) = (Vec::new(), Vec::new());
+                for row in x.chunks_exact(k) {
+                    for (j, w) in exact.chunks_exact(k).enumerate() {
+                        let products: Vec<f64> = row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).collect();
+                        let b = if with_bias { f64::from(bias[j]) } else { 0.0 };
+                        want.push(products.iter().sum::<f64>() + b);
+                        scale.push(products.iter().map(|p| p.abs()).sum::<f64>() + b.abs());
+                    }
+                }
+                let what = |path: &str| format!("linear {path} {dtype:?} T{t} N{n} K{k} bias {with_bias}");
+                for isa in Isa::available() {
+                    // At an odd address: files do not promise alignment.
+                    let mut unaligned = vec![0u8];
+                    unaligned.extend_from_slice(&stored);
+                    let view = MatrixView::new(dtype, &unaligned[1..], n, k);
+                    let mut out = vec![f32::NAN; t * n];
+                    linear::linear_alone(isa, &x, view, with_bias.then_some(&bias[..]), &mut out);
+                    compare(&what(isa.name()), &out, &want, &scale, dtype);
+                }
+                for (gpu, variants) in &gpus {
+                    let (padded, stride) = padded_rows(&stored, n, k, dtype.size());
+                    for flags in variants {
+                        let flags = Flags { dtype: Some(dtype), vec4: k % 4 == 0, ..*flags };
+                        let params = linear::Params {
+                            rows: t as u32,
+                            k: k as u32,
+                            stride,
+                            count: n as u32,
+                            first: 0,
+                            out_stride: n as u32,
+                            has_bias: u32::from(with_bias),
+                            slice_row: 0,
+                            x_first: 0,
+                        };
+                        let mut storage = [bytes(&x), padded.clone(), bytes(&bias), bytes(&vec![f32::NAN; t * n])];
+                        let groups = [n.div_ceil(8) as u32, 1, t.div_ceil(4) as u32];
+                        dispatch_once(gpu, &linear::KERNEL, flags, bytes_of(&params), &mut storage, groups).unwrap();
+                        compare(&what(&format!("{flags:?}")), &floats(&storage[3]), &want, &scale, dtype);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// An element's bits do not depend on how many rows or columns are computed with it.
+#[test]
+fn linear_is_batch_invariant() {
+    let (t, n, k) = (11, 29, 77);
+    let mut numbers = Numbers(5);
+    let (x, stored) = (numbers.floats(t * k), Dtype::BF16.from_f32(&numbers.floats(n * k)));
+    for isa in Isa::available() {
+        let mut all = vec![0.0; t * n];
+        linear::linear_alone(isa, &x, MatrixView::new(Dtype::BF16, &stored, n, k), None, &mut all);
+        for (row, expected) in x.chunks_exact(k).zip(all.chunks_exact(n)) {
+            for (w, e) in stored.chunks_exact(2 * k).zip(expected) {
+                let mut one = [0.0];
+                linear::linear_alone(isa, row, MatrixView::new(Dtype::BF16, w, 1, k), None, &mut one);
+                assert_eq!(one[0].to_bits(), e.to_bits(), "{}", isa.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_keeps_nan_and_infinity() {
+    let view = |bytes| MatrixView::new(Dtype::F32, bytes, 1, 3);
+    let weights = Dtype::F32.from_f32(&[1.0, 2.0, 3.0]);
+    for isa in Isa::available() {
+        let mut out = [0.0; 3];
+        let x = [f32::NAN, 0.0, 0.0, f32::INFINITY, 1.0, 1.0, f32::INFINITY, f32::NEG_INFINITY, 0.0];
+        linear::linear_alone(isa, &x, view(&weights), None, &mut out);
+        assert!(out[0].is_nan() && out[1] == f32::INFINITY && out[2].is_nan(), "{}: {out:?}", isa.name());
+    }
+}
+
+#[test]
+fn embed_twins() {
+    let (vocab, width) = (37, 21);
+    let mut numbers = Numbers(3);
+    let rows: Vec<RowMeta> = (0..19).map(|_| RowMeta { token: numbers.below(vocab) as u32, ..RowMeta::default() }).collect();
+    for dtype in Dtype::ALL {
+        let stored = dtype.from_f32(&numbers.floats(vocab * width));
+        let exact = dtype.to_f32(&stored);
+        let want: Vec<f32> =
+            rows.iter().flat_map(|r| exact[r.token as usize * width..][..width].to_vec()).collect();
+        let mut out = vec![0.0; rows.len() * width];
+        embed::embed(&rows, MatrixView::new(dtype, &stored, vocab, width), &mut out);
+        assert_eq!(out, want);
+        let (padded, stride) = padded_rows(&stored, vocab, width, dtype.size());
+        for (gpu, variants) in &gpus() {
+            for flags in variants {
+                // In two slices, as a table beyond a binding's limit is.
+                let mut out = bytes(&vec![f32::NAN; rows.len() * width]);
+                for (first, count) in [(0u32, 20u32), (20, 17)] {
+                    let row_bytes = stride as usize * dtype.size();
+                    let slice = padded[first as usize * row_bytes..(first + count) as usize * row_bytes].to_vec();
+                    let params = embed::Params { rows: 19, width: width as u32, stride, first, count };
+                    let mut storage = [cast_slice(&rows).to_vec(), slice, out];
+                    let flags = Flags { dtype: Some(dtype), ..*flags };
+                    dispatch_once(gpu, &embed::KERNEL, flags, bytes_of(&params), &mut storage, [19, 1, 1]).unwrap();
+                    out = storage[2].clone();
+                }
+                assert_eq!(floats(&out), want, "{dtype:?} {flags:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rms_norm_twins() {
+    for (rows, width) in [(1, 1), (3, 7), (2, 64), (5, 65), (4, 576)] {
+        let mut numbers = Numbers(width as u64);
+        let (mut x, weight) = (numbers.floats(rows * width), numbers.floats(width));
+        x[0] = 1e-20;
+        let eps = 1e-5f32;
+        let mut want = Vec::new();
+        for row in x.chunks_exact(width) {
+            let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
+            let scale = 1.0 / (mean + f64::from(eps)).sqrt();
+            want.extend(row.iter().zip(&weight).map(|(v, w)| f64::from(*v) * scale * f64::from(*w)));
+        }
+        for isa in Isa::available() {
+            let mut out = vec![0.0; x.len()];
+            rms_norm::rms_norm(isa, &x, &weight, eps, &mut out);
+            compare(&format!("rms_norm {} {width}", isa.name()), &out, &want, &magnitudes(&want), Dtype::F32);
+        }
+        for (gpu, _) in &gpus() {
+            let params = rms_norm::Params { rows: rows as u32, width: width as u32, eps };
+            let mut storage = [bytes(&x), bytes(&weight), bytes(&vec![0.0; x.len()])];
+            let groups = [rows as u32, 1, 1];
+            dispatch_once(gpu, &rms_norm::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups).unwrap();
+            compare(&format!("rms_norm gpu {width}"), &floats(&storage[2]), &want, &magnitudes(&want), Dtype::F32);
+        }
+    }
+}
+
+#[test]
+fn silu_mul_and_add_twins() {
+    let mut numbers = Numbers(9);
+    let mut gate: Vec<f32> = numbers.floats(1031).iter().map(|v| v * 30.0).collect();
+    gate[..7].copy_from_slice(&[0.0, -0.0, 100.0, -100.0, f32::NAN, f32::INFINITY, -87.0]);
+    let up = numbers.floats(1031);
+    let silu: Vec<f64> = gate
+        .iter()
+        .zip(&up)
+        .map(|(g, u)| f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u))
+        .collect();
+    let sum: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| f64::from(g + u)).collect();
+    for isa in Isa::available() {
+        let mut out = up.clone();
+        silu_mul::silu_mul(isa, &gate, &mut out);
+        compare(&format!("silu_mul {}", isa.name()), &out, &silu, &magnitudes(&silu), Dtype::F32);
+    }
+    let mut out = up.clone();
+    add::add(&gate, &mut out);
+    compare("add", &out, &sum, &magnitudes(&sum), Dtype::F32);
+    for (gpu, _) in &gpus() {
+        // Drivers may answer e^100 with infinity or the largest float, and Inf/Inf with NaN: finite inputs only.
+        let mut finite = gate.clone();
+        finite[2..7].fill(1.5);
+        let want: Vec<f64> =
+            finite.iter().zip(&up).map(|(g, u)| f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u)).collect();
+        let params = silu_mul::Params { len: 1031 };
+        let mut storage = [bytes(&finite), bytes(&up)];
+        dispatch_once(gpu, &silu_mul::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [5, 1, 1]).unwrap();
+        compare("silu_mul gpu", &floats(&storage[1]), &want, &magnitudes(&want), Dtype::F32);
+        let mut storage = [bytes(&gate), bytes(&up)];
+        dispatch_once(gpu, &add::KERNEL, Flags::default(), bytes_of(&add::Params { len: 1031 }), &mut storage, [5, 1, 1]).unwrap();
+        compare("add gpu", &floats(&storage[1]), &sum, &magnitudes(&sum), Dtype::F32);
+    }
+}
+
+#[test]
+fn rope_and_gather_twins() {
+    let (rows, heads, half) = (5, 3, 7);
+    let mut numbers = Numbers(11);
+    let x = numbers.floats(rows * heads * 2 * half);
+    let angles = numbers.floats(rows * half);
+    let cos_sin: Vec<f32> = angles
+        .chunks_exact(half)
+        .flat_map(|a| a.iter().map(|v| v.cos()).chain(a.iter().map(|v| v.sin())).collect::<Vec<_>>())
+        .collect();
+    let mut want = vec![0.0f64; x.len()];
+    for t in 0..rows {
+        for h in 0..heads {
+            for i in 0..half {
+                let at = (t * heads + h) * 2 * half + i;
+                let (a, b) = (f64::from(x[at]), f64::from(x[at + half]));
+                let (c, s) = (f64::from(cos_sin[t * 2 * half + i]), f64::from(cos_sin[t * 2 * half + half + i]));
+                (want[at], want[at + half]) = (a * c - b * s, b * c + a * s);
+            }
+        }
+    }
+    let ones = vec![1.0; x.len()];
+    let mut out = x.clone();
+    rope::rope(&cos_sin, half, heads, &mut out);
+    compare("rope", &out, &want, &ones, Dtype::F32);
+    let index = [4u32, 0, 0, 2];
+    let width = heads * 2 * half;
+    let picked: Vec<f32> = index.iter().flat_map(|i| x[*i as usize * width..][..width].to_vec()).collect();
+    let mut out = vec![0.0; picked.len()];
+    gather_rows::gather_rows(&index, &x, width, &mut out);
+    assert_eq!(out, picked);
+    for (gpu, _) in &gpus() {
+        let params = rope::Params { rows: rows as u32, heads: heads as u32, half: half as u32 };
+        let mut storage = [bytes(&cos_sin), bytes(&x)];
+        dispatch_once(gpu, &rope::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [5, 1, 1]).unwrap();
+        compare("rope gpu", &floats(&storage[1]), &want, &ones, Dtype::F32);
+        let params = gather_rows::Params { rows: 4, width: width as u32 };
+        let mut storage = [cast_slice(&index).to_vec(), bytes(&x), bytes(&vec![0.0; picked.len()])];
+        dispatch_once(gpu, &gather_rows::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [4, 1, 1]).unwrap();
+        assert_eq!(floats(&storage[2]), picked);
+    }
+}
+
+/// Attention over a cache that kv_write filled, against the softmax formula; blocks in random places.
+#[test]
+fn attention_and_kv_write_twins() {
+    for (heads, kv_heads, head_dim, window) in
+        [(1, 1, 2, None), (6, 2, 20, None), (9, 3, 64, Some(5)), (4, 4, 33, Some(16)), (2, 1, 130, Some(70))]
+    {
+        let lengths = [1usize, 16, 17, 90];
+        let blocks = 16;
+        let mut numbers = Numbers((heads * head_dim) as u64);
+        let (mut rows, mut tables, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+        let mut free: Vec<u32> = (0..blocks as u32).map(|b| b * 7 % blocks as u32).collect();
+        for len in lengths {
+            let table = tables.len() as u32;
+            tables.extend(free.drain(..len.div_ceil(KV_BLOCK)));
+            spans.push(rows.len()..rows.len() + len);
+            for p in 0..len {
+                let block = tables[table as usize + p / KV_BLOCK];
+                let slot = block * KV_BLOCK as u32 + (p % KV_BLOCK) as u32;
+                rows.push(RowMeta { token: 0, position: p as u32, slot, table });
+            }
+        }
+        let (t, width) = (rows.len(), kv_heads * head_dim);
+        let (q, k, v) = (numbers.floats(t * heads * head_dim), numbers.floats(t * width), numbers.floats(t * width));
+        let mut want = vec![0.0f64; q.len()];
+        for span in &spans {
+            for row in span.clone() {
+                let position = row - span.start;
+                let first = window.map_or(0, |w: usize| (position + 1).saturating_sub(w));
+                for h in 0..heads {
+                    let kv_head = h * kv_heads / heads;
+                    let at = |values: &[f32], row: usize, e: usize| f64::from(values[row * width + kv_head * head_dim + e]);
+                    let score = |p: usize| -> f64 {
+                        let qs = &q[(row * heads + h) * head_dim..][..head_dim];
+                        let dot: f64 = qs.iter().enumerate().map(|(e, q)| f64::from(*q) * at(&k, span.start + p, e)).sum();
+                        dot / (head_dim as f64).sqrt()
+                    };
+                    let scores: Vec<f64> = (first..=position).map(score).collect();
+                    let max = scores.iter().copied().fold(f64::MIN, f64::max);
+                    let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                    for e in 0..head_dim {
+                        let sum: f64 = scores
+                            .iter()
+                            .enumerate()
+                            .map(|(i, s)| (s - max).exp() / total * at(&v, span.start + first + i, e))
+                            .sum();
+                        want[(row * heads + h) * head_dim + e] = sum;
+                    }
+                }
+            }
+        }
+        let ones = vec![1.0; want.len()];
+        // NaN where nothing was written: what is stale must not be read.
+        let empty = vec![f32::NAN; blocks * KV_BLOCK * width];
+        let (mut keys, mut values) = (empty.clone(), empty.clone());
+        kv_write::kv_write_alone(&rows, &k, &v, kv_heads, &mut keys, &mut values);
+        for isa in Isa::available() {
+            let mut out = vec![0.0; q.len()];
+            let inputs = attention::Inputs {
+                rows: &rows,
+                tables: &tables,
+                q: &q,
+                keys: &keys,
+                values: &values,
+                heads,
+                kv_heads,
+                head_dim,
+                window,
+            };
+            attention::attention_alone(isa, inputs, &mut out);
+            compare(&format!("attention {} E{head_dim}", isa.name()), &out, &want, &ones, Dtype::F32);
+        }
+        for (gpu, _) in &gpus() {
+            let params = kv_write::Params { rows: t as u32, kv_heads: kv_heads as u32, head_dim: head_dim as u32 };
+            let meta: Vec<u8> = cast_slice(&rows).to_vec();
+            let mut storage = [meta.clone(), bytes(&k), bytes(&v), bytes(&empty), bytes(&empty)];
+            dispatch_once(gpu, &kv_write::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [t as u32, 1, 1]).unwrap();
+            let [_, _, _, gpu_keys, gpu_values] = storage;
+            let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&floats(&gpu_keys)), bits(&keys));
+            assert_eq!(bits(&floats(&gpu_values)), bits(&values));
+            let params = attention::Params {
+                rows: t as u32,
+                heads: heads as u32,
+                kv_heads: kv_heads as u32,
+                head_dim: head_dim as u32,
+                scale: 1.0 / (head_dim as f32).sqrt(),
+                window: window.unwrap_or(0) as u32,
+            };
+            let mut storage =
+                [meta, cast_slice(&tables).to_vec(), bytes(&q), gpu_keys, gpu_values, bytes(&vec![0.0; q.len()])];
+            let groups = [heads as u32, t as u32, 1];
+            dispatch_once(gpu, &attention::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups).unwrap();
+            compare(&format!("attention gpu E{head_dim}"), &floats(&storage[5]), &want, &ones, Dtype::F32);
+        }
+    }
+}
+
+fn logit_rows(vocab: usize) -> Vec<Vec<f32>> {
+    let mut numbers = Numbers(vocab as u64);
+    let mut plain: Vec<f32> = numbers.floats(vocab).iter().map(|v| v * 8.0).collect();
+    let steep: Vec<f32> = plain.iter().map(|v| v * 20.0).collect();
+    let mut masked = vec![f32::NEG_INFINITY; vocab];
+    masked[vocab / 2] = 3.0;
+    let mut ties: Vec<f32> = plain.iter().map(|v| v.round()).collect();
+    ties[0] = 9.0;
+    ties[vocab - 1] = 9.0;
+    plain[vocab / 3] = -0.0;
+    vec![plain, steep, masked, ties]
+}
+
+#[test]
+fn log_sum_exp_twins() {
+    for vocab in [3, 100, 513, 2000] {
+        let rows = logit_rows(vocab);
+        let mut want = Vec::new();
+        for row in &rows {
+            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let d = |l: &f32| f64::from(*l) - f64::from(max);
+            let sum: f64 = row.iter().map(|l| d(l).exp()).sum();
+            let weighted: f64 = row.iter().filter(|l| l.is_finite()).map(|l| d(l).exp() * d(l)).sum();
+            want.push([f64::from(max), sum, weighted]);
+        }
+        let scale = |w: &[f64; 3]| [w[0].abs().max(1.0), w[1], w[1] * 20.0];
+        for isa in Isa::available() {
+            for (row, want) in rows.iter().zip(&want) {
+                let chunks: Vec<_> = row.chunks(log_sum_exp::CHUNK).map(|c| log_sum_exp::log_sum_exp(isa, c)).collect();
+                let s = log_sum_exp::Stats::join(&chunks);
+                compare(&format!("log_sum_exp {} V{vocab}", isa.name()), &[s.max, s.sum, s.weighted], want, &scale(want), Dtype::F32);
+            }
+            let mut broken = rows[0].clone();
+            broken[1] = f32::NAN;
+            assert!(log_sum_exp::log_sum_exp(isa, &broken).logprob(0.0).is_nan());
+            broken[1] = f32::INFINITY;
+            assert!(!log_sum_exp::log_sum_exp(isa, &broken).logprob(0.0).is_finite());
+        }
+        for (gpu, _) in &gpus() {
+            let params = log_sum_exp::Params { rows: 4, vocab: vocab as u32 };
+            let targets = [1u32, 2, vocab as u32 / 2, u32::MAX];
+            let mut storage = [bytes(&rows.concat()), cast_slice(&targets).to_vec(), vec![0; 64]];
+            dispatch_once(gpu, &log_sum_exp::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [4, 1, 1]).unwrap();
+            let got: Vec<log_sum_exp::RowStats> = pod_collect_to_vec(&storage[2]);
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                let s = got.stats;
+                compare(&format!("log_sum_exp gpu V{vocab}"), &[s.max, s.sum, s.weighted], want, &scale(want), Dtype::F32);
+                let logit = rows[i].get(targets[i] as usize).copied().unwrap_or(0.0);
+                assert_eq!(got.target_logit, logit);
+            }
+        }
+    }
+}
+
+#[test]
+fn top_k_twins() {
+    for vocab in [3, 100, 700] {
+        let rows = logit_rows(vocab);
+        let k = 5;
+        let want: Vec<Vec<u32>> = rows
+            .iter()
+            .map(|row| {
+                let mut ids: Vec<u32> = (0..vocab as u32).collect();
+                ids.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b)));
+                ids.resize(k, top_k::NO_TOKEN);
+                ids.truncate(k);
+                ids
+            })
+            .collect();
+        for (row, want) in rows.iter().zip(&want) {
+            let got: Vec<u32> = top_k::top_k(row, k).iter().map(|c| c.token).collect();
+            assert_eq!(&got, want);
+        }
+        for (gpu, _) in &gpus() {
+            let params = top_k::Params { rows: 4, vocab: vocab as u32, k: k as u32 };
+            let mut storage = [bytes(&rows.concat()), vec![0; 4 * k * 8]];
+            dispatch_once(gpu, &top_k::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [4, 1, 1]).unwrap();
+            let got: Vec<top_k::Candidate> = pod_collect_to_vec(&storage[1]);
+            let tokens: Vec<u32> = got.iter().map(|c| c.token).collect();
+            assert_eq!(tokens, want.concat());
+        }
+    }
+    assert!(top_k::top_k(&[f32::NAN, 1.0], 2)[1].token == top_k::NO_TOKEN);
+}
+
+/// The kept set and the log-prob by sorting, as the definition in kernels/sample.rs says.
+fn kept_by_definition(logits: &[f32], r: &sample::Request, seen: &[u32]) -> (Vec<usize>, Vec<f64>) {
+    let z: Vec<f32> = logits
+        .iter()
+        .enumerate()
+        .map(|(v, l)| {
+            let hit = r.repetition_penalty != 1.0 && seen[v / 32] >> (v % 32) & 1 == 1;
+            let l = if !hit { *l } else if *l > 0.0 { l / r.repetition_penalty } else { l * r.repetition_penalty };
+            l * r.inverse_temperature
+        })
+        .collect();
+    let max = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let w = |v: usize| (f64::from(z[v]) - f64::from(max)).exp();
+    let mut order: Vec<usize> = (0..z.len()).collect();
+    order.sort_by(|a, b| z[*b].total_cmp(&z[*a]));
+    let mut floor = f32::NEG_INFINITY;
+    if r.top_k > 0 && (r.top_k as usize) < z.len() {
+        floor = z[order[r.top_k as usize - 1]];
+    }
+    if r.top_p < 1.0 {
+        let left: Vec<usize> = order.iter().copied().filter(|v| z[*v] >= floor).collect();
+        let wanted = f64::from(r.top_p) * left.iter().map(|v| w(*v)).sum::<f64>();
+        let mut mass = 0.0;
+        for v in left {
+            mass += w(v);
+            if mass >= wanted {
+                floor = floor.max(z[v]);
+                break;
+            }
+        }
+    }
+    if r.min_p > 0.0 {
+        floor = floor.max((max + r.min_p.ln()).min(max));
+    }
+    let kept: Vec<usize> = (0..z.len()).filter(|v| z[*v] >= floor).collect();
+    let total: f64 = kept.iter().map(|v| w(*v)).sum();
+    let p = kept.iter().map(|v| w(*v) / total).collect();
+    (kept, p)
+}
+
+fn requests() -> Vec<sample::Request> {
+    let base = sample::Request {
+        uniform: 0.0,
+        inverse_temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        seen_row: 0,
+        active: 1,
+    };
+    vec![
+        base,
+        sample::Request { inverse_temperature: 1.0 / 0.6, ..base },
+        sample::Request { top_k: 1, ..base },
+        sample::Request { top_k: 7, ..base },
+        sample::Request { top_k: 1_000_000, ..base },
+        sample::Request { top_p: 0.0, ..base },
+        sample::Request { top_p: 0.37, ..base },
+        sample::Request { top_p: 0.95, inverse_temperature: 0.3, ..base },
+        sample::Request { min_p: 0.02, ..base },
+        sample::Request { min_p: 1.0, ..base },
+        sample::Request { top_k: 40, top_p: 0.9, min_p: 0.01, inverse_temperature: 1.25, ..base },
+        sample::Request { repetition_penalty: 1.3, top_p: 0.8, ..base },
+        sample::Request { inverse_temperature: 0.0, ..base },
+        sample::Request { inverse_temperature: -1.0, ..base },
+    ]
+}
+
+#[test]
+fn sample_twins() {
+    let uniforms = [0.0f32, 1e-7, 0.1, 0.37, 0.5, 0.83, 0.999_999_9];
+    for vocab in [3usize, 100, 1333] {
+        let seen: Vec<u32> = (0..vocab.div_ceil(32)).map(|i| 0x8421_1248u32.rotate_left(i as u32)).collect();
+        for logits in logit_rows(vocab) {
+            for request in requests() {
+                if request.inverse_temperature == 0.0 && logits.iter().any(|l| l.is_infinite()) {
+                    continue; // 0 · ∞: the next test.
+                }
+                let greedy = request.inverse_temperature < 0.0;
+                let (kept, p) = if greedy {
+                    let mut best = 0;
+                    (0..vocab).for_each(|v| if logits[v] > logits[best] { best = v });
+                    (vec![best], vec![1.0])
+                } else {
+                    kept_by_definition(&logits, &request, &seen)
+                };
+                let all: Vec<sample::Request> = uniforms.iter().map(|u| sample::Request { uniform: *u, ..request }).collect();
+                let check = |what: &str, drawn: &sample::Drawn, u: f32| {
+                    let what = format!("sample {what} V{vocab} u {u} {request:?}: {drawn:?}");
+                    assert_eq!(drawn.kept as usize, kept.len(), "{what}");
+                    let place = kept.iter().position(|v| *v == drawn.token as usize).unwrap_or_else(|| panic!("{what}"));
+                    // The draw lies where u falls in the cumulative distribution, up to rounding.
+                    let below: f64 = p[..place].iter().sum();
+                    assert!(below <= f64::from(u) + 1e-5 && f64::from(u) <= below + p[place] + 1e-5, "{what}: {below}");
+                    assert!((f64::from(drawn.logprob) - p[place].ln()).abs() < 2e-5 * p[place].ln().abs().max(1.0), "{what}: {}", p[place].ln());
+                    assert_eq!(drawn.logit, logits[drawn.token as usize], "{what}");
+                };
+                let mut z = Vec::new();
+                for isa in Isa::available() {
+                    for r in &all {
+                        check(isa.name(), &sample::sample(isa, &logits, r, &seen, &mut z), r.uniform);
+                    }
+                }
+                for (gpu, _) in gpus_once() {
+                    let params = sample::Params { rows: all.len() as u32, vocab: vocab as u32, seen_words: seen.len() as u32 };
+                    let many = vec![logits.clone(); all.len()].concat();
+                    let size = size_of::<sample::Drawn>();
+                    let mut storage =
+                        [bytes(&many), cast_slice(&all).to_vec(), cast_slice(&seen).to_vec(), vec![0; all.len() * size]];
+                    let groups = [all.len() as u32, 1, 1];
+                    dispatch_once(gpu, &sample::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups).unwrap();
+                    let drawn: Vec<sample::Drawn> = pod_collect_to_vec(&storage[3]);
+                    drawn.iter().zip(&all).for_each(|(d, r)| check("gpu", d, r.uniform));
+                }
+            }
+        }
+    }
+}
+
+fn gpus_once() -> &'static [(Gpu, Vec<Flags>)] {
+    static GPUS: std::sync::OnceLock<Vec<(Gpu, Vec<Flags>)>> = std::sync::OnceLock::new();
+    GPUS.get_or_init(gpus)
+}
+
+/// Rows without a distribution are reported as such, not drawn from.
+#[test]
+fn sample_refuses_broken_rows() {
+    let nan = vec![1.0, f32::NAN, 2.0];
+    let infinite = vec![1.0, f32::INFINITY, 2.0];
+    let nothing = vec![f32::NEG_INFINITY; 3];
+    let request = requests()[0];
+    for logits in [nan, infinite, nothing] {
+        for isa in Isa::available() {
+            let drawn = sample::sample(isa, &logits, &request, &[0], &mut Vec::new());
+            assert_eq!(drawn.token, top_k::NO_TOKEN, "{} {logits:?}", isa.name());
+        }
+        for (gpu, _) in gpus_once() {
+            let params = sample::Params { rows: 1, vocab: 3, seen_words: 1 };
+            let mut storage = [bytes(&logits), bytes_of(&request).to_vec(), vec![0; 4], vec![0; 20]];
+            dispatch_once(gpu, &sample::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [1, 1, 1]).unwrap();
+            let drawn: Vec<sample::Drawn> = pod_collect_to_vec(&storage[3]);
+            assert_eq!(drawn[0].token, top_k::NO_TOKEN, "gpu {logits:?}");
+        }
+    }
+}
