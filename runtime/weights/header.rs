@@ -130,8 +130,9 @@ pub(super) fn unique_keys(json: &[u8], limit: usize) -> Result<HashSet<String>> 
             while let Some(key) = map.next_key::<String>()? {
                 if key == "__metadata__" {
                     // Strings only: anything else is a tensor that took the reserved name.
-                    if map.next_value::<std::collections::HashMap<String, String>>().is_err() {
-                        return Ok(Err(Error::format("\"__metadata__\" must map strings to strings")));
+                    let value = map.next_value::<serde_json::Value>()?;
+                    if !value.as_object().is_some_and(|o| o.values().all(serde_json::Value::is_string)) {
+                        problem.get_or_insert_with(|| Error::format("\"__metadata__\" must map strings to strings"));
                     }
                 } else {
                     map.next_value::<IgnoredAny>()?;
