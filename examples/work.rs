@@ -26,12 +26,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let work: Work = serde_json::from_str(&line?)?;
         let start = Instant::now();
         if work.kind == "decode" {
-            let request = SampleRequest {
-                prompts: work.ids,
-                max_tokens: work.new,
-                ignore_eos: true,
-                ..SampleRequest::default()
-            };
+            let request =
+                SampleRequest { prompts: work.ids, max_tokens: work.new, ignore_eos: true, ..SampleRequest::default() };
             model.sample(&request)?.wait()?;
         } else {
             let request = LogprobRequest { sequences: work.ids, ..LogprobRequest::default() };

@@ -218,7 +218,9 @@ impl Checker<'_> {
         }
         let stops = r.stop.len().max(r.stop_ids.len());
         if stops > MAX_STOPS || r.stop.iter().any(String::is_empty) {
-            return Err(Error::argument(format!("stop strings must not be empty, and at most {MAX_STOPS} stops are allowed")));
+            return Err(Error::argument(format!(
+                "stop strings must not be empty, and at most {MAX_STOPS} stops are allowed"
+            )));
         }
         if !r.stop.is_empty() && self.tokenizer.is_none() {
             return Err(Error::argument("stop strings need a tokenizer, and the model has no tokenizer.json"));
@@ -257,7 +259,9 @@ impl Checker<'_> {
             let max_tokens = r.max_tokens.min(self.max_context - prompt.len());
             total = total.saturating_add((prompt.len() + max_tokens).saturating_mul(r.n));
             if total > MAX_TOKENS {
-                return Err(Error::limit(format!("the request could reach {total} tokens, at most {MAX_TOKENS} are allowed")));
+                return Err(Error::limit(format!(
+                    "the request could reach {total} tokens, at most {MAX_TOKENS} are allowed"
+                )));
             }
             let stream = r.streams.get(i).copied().unwrap_or(i as u64);
             for sample in 0..r.n {
@@ -276,7 +280,11 @@ impl Checker<'_> {
     pub(crate) fn logprobs(&self, r: &LogprobRequest) -> Result<Vec<NewSequence>> {
         self.count("sequences", r.sequences.len())?;
         if !r.prompt_lens.is_empty() && r.prompt_lens.len() != r.sequences.len() {
-            return Err(Error::argument(format!("{} prompt_lens for {} sequences", r.prompt_lens.len(), r.sequences.len())));
+            return Err(Error::argument(format!(
+                "{} prompt_lens for {} sequences",
+                r.prompt_lens.len(),
+                r.sequences.len()
+            )));
         }
         let top = self.top(r.top_logprobs)?;
         self.total(&r.sequences)?;
@@ -284,7 +292,10 @@ impl Checker<'_> {
             self.tokens("sequence", i, tokens, self.max_context)?;
             let prompt_len = r.prompt_lens.get(i).copied().unwrap_or(0);
             if prompt_len > tokens.len() {
-                return Err(Error::argument(format!("sequence {i} has {} tokens but a prompt_len of {prompt_len}", tokens.len())));
+                return Err(Error::argument(format!(
+                    "sequence {i} has {} tokens but a prompt_len of {prompt_len}",
+                    tokens.len()
+                )));
             }
             let want = |p: usize| (p - 1, Want::Logprob { target: tokens[p], top });
             Ok(NewSequence {

@@ -174,7 +174,16 @@ impl Runtime {
         let runtime = self.inner.clone();
         let weights_version = options.weights_version;
         Ok(Model {
-            inner: Arc::new(ModelInner { runtime, id, spec, tokenizer, max_context, capacity, memory, weights_version }),
+            inner: Arc::new(ModelInner {
+                runtime,
+                id,
+                spec,
+                tokenizer,
+                max_context,
+                capacity,
+                memory,
+                weights_version,
+            }),
         })
     }
 

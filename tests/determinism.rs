@@ -14,7 +14,8 @@ fn prompt(i: usize) -> Vec<u32> {
 
 /// A mix of sampling controls: the result must not depend on the batch under any of them.
 fn request(prompts: Vec<Vec<u32>>, streams: Vec<u64>, variant: usize) -> SampleRequest {
-    let base = SampleRequest { prompts, streams, max_tokens: 12, seed: 7, ignore_eos: true, ..SampleRequest::default() };
+    let base =
+        SampleRequest { prompts, streams, max_tokens: 12, seed: 7, ignore_eos: true, ..SampleRequest::default() };
     match variant {
         0 => base,
         1 => SampleRequest { temperature: 0.7, top_k: 12, top_p: 0.9, ..base },
@@ -32,8 +33,9 @@ fn a_sequence_does_not_see_its_batch() {
         for name in MODELS {
             let model = load(&open(&device, 2), name, &small());
             for variant in 0..3 {
-                let alone: Vec<_> =
-                    (0..6).map(|i| sample(&model, &request(vec![prompt(i)], vec![i as u64], variant)).remove(0)).collect();
+                let alone: Vec<_> = (0..6)
+                    .map(|i| sample(&model, &request(vec![prompt(i)], vec![i as u64], variant)).remove(0))
+                    .collect();
                 // Among 64 others, in reverse order.
                 let order: Vec<usize> = (0..70).rev().collect();
                 let prompts = order.iter().map(|&i| prompt(i)).collect();
@@ -106,9 +108,8 @@ fn scores_do_not_see_their_batch() {
     for device in devices() {
         let model = load(&open(&device, 2), "llama-labels-3", &small());
         let sequences: Vec<_> = (0..40).map(prompt).collect();
-        let score = |sequences: Vec<Vec<u32>>| {
-            model.score(&ScoreRequest { sequences, rule: None }).unwrap().wait().unwrap()
-        };
+        let score =
+            |sequences: Vec<Vec<u32>>| model.score(&ScoreRequest { sequences, rule: None }).unwrap().wait().unwrap();
         let together = score(sequences.clone());
         for (i, sequence) in sequences.into_iter().enumerate().step_by(9) {
             assert_eq!(score(vec![sequence])[0], together[i], "{device} {i}");

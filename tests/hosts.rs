@@ -45,7 +45,8 @@ fn compile(source: &str, target: &Path, flags: &[&str]) {
         .args(["-lrewardrt", &format!("-Wl,-rpath,{}", library.display())]));
 }
 
-const SANITIZERS: [&str; 4] = ["-std=c99", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GNU_SOURCE"];
+const SANITIZERS: [&str; 4] =
+    ["-std=c99", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GNU_SOURCE"];
 
 fn compile_sanitized(source: &str, target: &Path) {
     compile(source, target, &SANITIZERS);

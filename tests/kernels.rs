@@ -62,7 +62,10 @@ fn compare(what: &str, got: &[f32], want: &[f64], scale: &[f64], dtype: Dtype) {
     for (i, ((g, w), s)) in got.iter().zip(want).zip(scale).enumerate() {
         let g64 = f64::from(*g);
         let same = (g64.is_nan() && w.is_nan()) || g64 == *w;
-        assert!(same || (g64 - w).abs() <= tolerance(dtype) * s.max(1e-30), "{what} [{i}]: {g}, the formula gives {w} (scale {s})");
+        assert!(
+            same || (g64 - w).abs() <= tolerance(dtype) * s.max(1e-30),
+            "{what} [{i}]: {g}, the formula gives {w} (scale {s})"
+        );
     }
 }
 
@@ -92,7 +95,17 @@ fn padded_rows(stored: &[u8], rows: usize, cols: usize, size: usize) -> (Vec<u8>
 #[test]
 fn linear_twins() {
     let gpus = gpus();
-    let shapes = [(1, 1, 1), (1, 3, 8), (2, 8, 7), (3, 9, 65), (4, 24, 64), (5, 17, 100), (7, 25, 33), (13, 50, 129), (1, 64, 576)];
+    let shapes = [
+        (1, 1, 1),
+        (1, 3, 8),
+        (2, 8, 7),
+        (3, 9, 65),
+        (4, 24, 64),
+        (5, 17, 100),
+        (7, 25, 33),
+        (13, 50, 129),
+        (1, 64, 576),
+    ];
     for dtype in Dtype::ALL {
         for (t, n, k) in shapes {
             for with_bias in [false, true] {
@@ -110,7 +123,8 @@ fn linear_twins() {
                 let (mut want, mut scale) = (Vec::new(), Vec::new());
                 for row in x.chunks_exact(k) {
                     for (j, w) in exact.chunks_exact(k).enumerate() {
-                        let products: Vec<f64> = row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).collect();
+                        let products: Vec<f64> =
+                            row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).collect();
                         let b = if with_bias { f64::from(bias[j]) } else { 0.0 };
                         want.push(products.iter().sum::<f64>() + b);
                         scale.push(products.iter().map(|p| p.abs()).sum::<f64>() + b.abs());
@@ -187,12 +201,12 @@ fn linear_keeps_nan_and_infinity() {
 fn embed_twins() {
     let (vocab, width) = (37, 21);
     let mut numbers = Numbers(3);
-    let rows: Vec<RowMeta> = (0..19).map(|_| RowMeta { token: numbers.below(vocab) as u32, ..RowMeta::default() }).collect();
+    let rows: Vec<RowMeta> =
+        (0..19).map(|_| RowMeta { token: numbers.below(vocab) as u32, ..RowMeta::default() }).collect();
     for dtype in Dtype::ALL {
         let stored = dtype.from_f32(&numbers.floats(vocab * width));
         let exact = dtype.to_f32(&stored);
-        let want: Vec<f32> =
-            rows.iter().flat_map(|r| exact[r.token as usize * width..][..width].to_vec()).collect();
+        let want: Vec<f32> = rows.iter().flat_map(|r| exact[r.token as usize * width..][..width].to_vec()).collect();
         let mut out = vec![0.0; rows.len() * width];
         embed::embed(&rows, MatrixView::new(dtype, &stored, vocab, width), &mut out);
         assert_eq!(out, want);
@@ -250,11 +264,8 @@ fn silu_mul_and_add_twins() {
     let mut gate: Vec<f32> = numbers.floats(1031).iter().map(|v| v * 30.0).collect();
     gate[..7].copy_from_slice(&[0.0, -0.0, 100.0, -100.0, f32::NAN, f32::INFINITY, -87.0]);
     let up = numbers.floats(1031);
-    let silu: Vec<f64> = gate
-        .iter()
-        .zip(&up)
-        .map(|(g, u)| f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u))
-        .collect();
+    let silu: Vec<f64> =
+        gate.iter().zip(&up).map(|(g, u)| f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u)).collect();
     let sum: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| f64::from(g + u)).collect();
     for isa in Isa::available() {
         let mut out = up.clone();
@@ -268,14 +279,25 @@ fn silu_mul_and_add_twins() {
         // Drivers may answer e^100 with infinity or the largest float, and Inf/Inf with NaN: finite inputs only.
         let mut finite = gate.clone();
         finite[2..7].fill(1.5);
-        let want: Vec<f64> =
-            finite.iter().zip(&up).map(|(g, u)| f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u)).collect();
+        let want: Vec<f64> = finite
+            .iter()
+            .zip(&up)
+            .map(|(g, u)| f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u))
+            .collect();
         let params = silu_mul::Params { len: 1031 };
         let mut storage = [bytes(&finite), bytes(&up)];
         dispatch_once(gpu, &silu_mul::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [5, 1, 1]).unwrap();
         compare("silu_mul gpu", &floats(&storage[1]), &want, &magnitudes(&want), Dtype::F32);
         let mut storage = [bytes(&gate), bytes(&up)];
-        dispatch_once(gpu, &add::KERNEL, Flags::default(), bytes_of(&add::Params { len: 1031 }), &mut storage, [5, 1, 1]).unwrap();
+        dispatch_once(
+            gpu,
+            &add::KERNEL,
+            Flags::default(),
+            bytes_of(&add::Params { len: 1031 }),
+            &mut storage,
+            [5, 1, 1],
+        )
+        .unwrap();
         compare("add gpu", &floats(&storage[1]), &sum, &magnitudes(&sum), Dtype::F32);
     }
 }
@@ -353,10 +375,12 @@ fn attention_and_kv_write_twins() {
                 let first = window.map_or(0, |w: usize| (position + 1).saturating_sub(w));
                 for h in 0..heads {
                     let kv_head = h * kv_heads / heads;
-                    let at = |values: &[f32], row: usize, e: usize| f64::from(values[row * width + kv_head * head_dim + e]);
+                    let at =
+                        |values: &[f32], row: usize, e: usize| f64::from(values[row * width + kv_head * head_dim + e]);
                     let score = |p: usize| -> f64 {
                         let qs = &q[(row * heads + h) * head_dim..][..head_dim];
-                        let dot: f64 = qs.iter().enumerate().map(|(e, q)| f64::from(*q) * at(&k, span.start + p, e)).sum();
+                        let dot: f64 =
+                            qs.iter().enumerate().map(|(e, q)| f64::from(*q) * at(&k, span.start + p, e)).sum();
                         dot / (head_dim as f64).sqrt()
                     };
                     let scores: Vec<f64> = (first..=position).map(score).collect();
@@ -398,7 +422,8 @@ fn attention_and_kv_write_twins() {
             let params = kv_write::Params { rows: t as u32, kv_heads: kv_heads as u32, head_dim: head_dim as u32 };
             let meta: Vec<u8> = cast_slice(&rows).to_vec();
             let mut storage = [meta.clone(), bytes(&k), bytes(&v), bytes(&empty), bytes(&empty)];
-            dispatch_once(gpu, &kv_write::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [t as u32, 1, 1]).unwrap();
+            dispatch_once(gpu, &kv_write::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [t as u32, 1, 1])
+                .unwrap();
             let [_, _, _, gpu_keys, gpu_values] = storage;
             let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&floats(&gpu_keys)), bits(&keys));
@@ -450,7 +475,13 @@ fn log_sum_exp_twins() {
             for (row, want) in rows.iter().zip(&want) {
                 let chunks: Vec<_> = row.chunks(log_sum_exp::CHUNK).map(|c| log_sum_exp::log_sum_exp(isa, c)).collect();
                 let s = log_sum_exp::Stats::join(&chunks);
-                compare(&format!("log_sum_exp {} V{vocab}", isa.name()), &[s.max, s.sum, s.weighted], want, &scale(want), Dtype::F32);
+                compare(
+                    &format!("log_sum_exp {} V{vocab}", isa.name()),
+                    &[s.max, s.sum, s.weighted],
+                    want,
+                    &scale(want),
+                    Dtype::F32,
+                );
             }
             let mut broken = rows[0].clone();
             broken[1] = f32::NAN;
@@ -462,11 +493,18 @@ fn log_sum_exp_twins() {
             let params = log_sum_exp::Params { rows: 4, vocab: vocab as u32 };
             let targets = [1u32, 2, vocab as u32 / 2, u32::MAX];
             let mut storage = [bytes(&rows.concat()), cast_slice(&targets).to_vec(), vec![0; 64]];
-            dispatch_once(gpu, &log_sum_exp::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [4, 1, 1]).unwrap();
+            dispatch_once(gpu, &log_sum_exp::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [4, 1, 1])
+                .unwrap();
             let got: Vec<log_sum_exp::RowStats> = pod_collect_to_vec(&storage[2]);
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                 let s = got.stats;
-                compare(&format!("log_sum_exp gpu V{vocab}"), &[s.max, s.sum, s.weighted], want, &scale(want), Dtype::F32);
+                compare(
+                    &format!("log_sum_exp gpu V{vocab}"),
+                    &[s.max, s.sum, s.weighted],
+                    want,
+                    &scale(want),
+                    Dtype::F32,
+                );
                 let logit = rows[i].get(targets[i] as usize).copied().unwrap_or(0.0);
                 assert_eq!(got.target_logit, logit);
             }
@@ -512,7 +550,13 @@ fn kept_by_definition(logits: &[f32], r: &sample::Request, seen: &[u32]) -> (Vec
         .enumerate()
         .map(|(v, l)| {
             let hit = r.repetition_penalty != 1.0 && seen[v / 32] >> (v % 32) & 1 == 1;
-            let l = if !hit { *l } else if *l > 0.0 { l / r.repetition_penalty } else { l * r.repetition_penalty };
+            let l = if !hit {
+                *l
+            } else if *l > 0.0 {
+                l / r.repetition_penalty
+            } else {
+                l * r.repetition_penalty
+            };
             l * r.inverse_temperature
         })
         .collect();
@@ -587,20 +631,30 @@ fn sample_twins() {
                 let greedy = request.inverse_temperature < 0.0;
                 let (kept, p) = if greedy {
                     let mut best = 0;
-                    (0..vocab).for_each(|v| if logits[v] > logits[best] { best = v });
+                    (0..vocab).for_each(|v| {
+                        if logits[v] > logits[best] {
+                            best = v
+                        }
+                    });
                     (vec![best], vec![1.0])
                 } else {
                     kept_by_definition(&logits, &request, &seen)
                 };
-                let all: Vec<sample::Request> = uniforms.iter().map(|u| sample::Request { uniform: *u, ..request }).collect();
+                let all: Vec<sample::Request> =
+                    uniforms.iter().map(|u| sample::Request { uniform: *u, ..request }).collect();
                 let check = |what: &str, drawn: &sample::Drawn, u: f32| {
                     let what = format!("sample {what} V{vocab} u {u} {request:?}: {drawn:?}");
                     assert_eq!(drawn.kept as usize, kept.len(), "{what}");
-                    let place = kept.iter().position(|v| *v == drawn.token as usize).unwrap_or_else(|| panic!("{what}"));
+                    let place =
+                        kept.iter().position(|v| *v == drawn.token as usize).unwrap_or_else(|| panic!("{what}"));
                     // The draw lies where u falls in the cumulative distribution, up to rounding.
                     let below: f64 = p[..place].iter().sum();
                     assert!(below <= f64::from(u) + 1e-5 && f64::from(u) <= below + p[place] + 1e-5, "{what}: {below}");
-                    assert!((f64::from(drawn.logprob) - p[place].ln()).abs() < 2e-5 * p[place].ln().abs().max(1.0), "{what}: {}", p[place].ln());
+                    assert!(
+                        (f64::from(drawn.logprob) - p[place].ln()).abs() < 2e-5 * p[place].ln().abs().max(1.0),
+                        "{what}: {}",
+                        p[place].ln()
+                    );
                     assert_eq!(drawn.logit, logits[drawn.token as usize], "{what}");
                 };
                 let mut z = Vec::new();
@@ -610,13 +664,19 @@ fn sample_twins() {
                     }
                 }
                 for (gpu, _) in gpus_once() {
-                    let params = sample::Params { rows: all.len() as u32, vocab: vocab as u32, seen_words: seen.len() as u32 };
+                    let params =
+                        sample::Params { rows: all.len() as u32, vocab: vocab as u32, seen_words: seen.len() as u32 };
                     let many = vec![logits.clone(); all.len()].concat();
                     let size = size_of::<sample::Drawn>();
-                    let mut storage =
-                        [bytes(&many), cast_slice(&all).to_vec(), cast_slice(&seen).to_vec(), vec![0; all.len() * size]];
+                    let mut storage = [
+                        bytes(&many),
+                        cast_slice(&all).to_vec(),
+                        cast_slice(&seen).to_vec(),
+                        vec![0; all.len() * size],
+                    ];
                     let groups = [all.len() as u32, 1, 1];
-                    dispatch_once(gpu, &sample::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups).unwrap();
+                    dispatch_once(gpu, &sample::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups)
+                        .unwrap();
                     let drawn: Vec<sample::Drawn> = pod_collect_to_vec(&storage[3]);
                     drawn.iter().zip(&all).for_each(|(d, r)| check("gpu", d, r.uniform));
                 }

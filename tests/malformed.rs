@@ -236,7 +236,8 @@ fn f7_odd_header_length_gives_the_same_values() {
 fn f7_zero_sized_and_scalar_tensors() {
     let header = r#"{"empty":{"dtype":"F32","shape":[0,5],"data_offsets":[0,0]},"odd":{"dtype":"BF16","shape":[],"data_offsets":[0,2]}}"#;
     let checkpoint = open_bytes(&file(header, &[0x80, 0x3f])).unwrap();
-    let expected = |name: &str, shape: &[usize]| rewardrt::weights::Expected { name: name.into(), shape: shape.to_vec() };
+    let expected =
+        |name: &str, shape: &[usize]| rewardrt::weights::Expected { name: name.into(), shape: shape.to_vec() };
     let weights = checkpoint.claim(&[expected("empty", &[0, 5]), expected("odd", &[])], |_| false).unwrap();
     assert_eq!(weights.get("odd").unwrap().to_f32(), [1.0]);
     assert!(weights.get("empty").unwrap().to_f32().is_empty());
@@ -360,7 +361,11 @@ fn f10_config_values() {
         ("rope_scaling", json!({"type": "linear"}), Format),
         ("rope_scaling", json!({"rope_type": "longrope", "factor": 2}), ErrorKind::Unsupported),
         ("rope_scaling", json!("linear"), Format),
-        ("rope_scaling", json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}), Format),
+        (
+            "rope_scaling",
+            json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}),
+            Format,
+        ),
         ("rope_scaling", json!({"rope_type": "default", "partial_rotary_factor": 0.5}), ErrorKind::Unsupported),
         ("hidden_act", json!("gelu"), ErrorKind::Unsupported),
         ("architectures", json!(["GPT2LMHeadModel"]), ErrorKind::Unsupported),
@@ -382,7 +387,9 @@ fn f10_config_values() {
     // A huge context costs nothing until it is used.
     let folder = copy("llama-biases");
     edit(folder.path(), "config.json", |v| v["max_position_embeddings"] = json!(1_000_000_000));
-    open("cpu", 1).load_model(folder.path(), &ModelOptions { kv_tokens: Some(256), ..ModelOptions::default() }).unwrap();
+    open("cpu", 1)
+        .load_model(folder.path(), &ModelOptions { kv_tokens: Some(256), ..ModelOptions::default() })
+        .unwrap();
 }
 
 /// F11: every difference at once, not the first only.
@@ -518,7 +525,9 @@ fn t1_tokenizer_files() {
         ("id beyond the limit", |v| v["model"]["vocab"]["b"] = json!(1u64 << 31)),
         ("added id that shifts", |v| v["added_tokens"][0]["id"] = json!(9)),
         ("empty added token", |v| v["added_tokens"][0]["content"] = json!("")),
-        ("precompiled charsmap (expect)", |v| v["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
+        ("precompiled charsmap (expect)", |v| {
+            v["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+        }),
         ("template without its token (index panic)", |v| {
             v["post_processor"] = json!({"type": "TemplateProcessing", "special_tokens": {},
                 "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -529,7 +538,9 @@ fn t1_tokenizer_files() {
                 "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]});
         }),
         ("fixed length 0 (chunks(0) panic)", |v| v["pre_tokenizer"] = json!({"type": "FixedLength", "length": 0})),
-        ("strip beyond the token (underflow)", |v| v["decoder"] = json!({"type": "Strip", "content": " ", "start": 0, "stop": 3})),
+        ("strip beyond the token (underflow)", |v| {
+            v["decoder"] = json!({"type": "Strip", "content": " ", "start": 0, "stop": 3})
+        }),
         ("model without a vocabulary", |v| v["model"] = json!({"type": "BPE"})),
         ("random encoding", |v| v["model"]["dropout"] = json!(0.5)),
     ];
@@ -538,7 +549,11 @@ fn t1_tokenizer_files() {
         change(&mut v);
         assert!(parse(&v).is_err(), "{what} was accepted");
     }
-    let nested = format!("{{\"pre_tokenizer\":{}null{}}}", "{\"type\":\"Sequence\",\"pretokenizers\":[".repeat(60), "]}".repeat(60));
+    let nested = format!(
+        "{{\"pre_tokenizer\":{}null{}}}",
+        "{\"type\":\"Sequence\",\"pretokenizers\":[".repeat(60),
+        "]}".repeat(60)
+    );
     assert!(Tokenizer::from_json(nested.as_bytes()).is_err());
     // Truncation with a stride beyond its length panics in the crate, padding to 2^60 aborts: both are switched off.
     let mut v = tokenizer();
@@ -557,7 +572,10 @@ fn render(source: &str) -> Result<String, Error> {
 #[test]
 fn t4_templates_do_what_jinja_does() {
     for (source, want) in [
-        ("{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m['content'] }};{% endfor %}", "<s>user:hi;assistant:yo;"),
+        (
+            "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m['content'] }};{% endfor %}",
+            "<s>user:hi;assistant:yo;",
+        ),
         ("{%- for m in messages %}\n  {%- if loop.first %}[{% endif %}\n{{ m.content }}\n{% endfor %}]", "[hi\nyo\n]"),
         ("{% if add_generation_prompt %}go{% endif %}", "go"),
         ("{{ messages[0].content.upper().strip() }}", "HI"),
@@ -601,12 +619,17 @@ fn t4_hostile_templates() {
 
 #[test]
 fn requests_out_of_range() {
-    let model = load(&open("cpu", 1), "llama-gqa-9-3", &ModelOptions { kv_tokens: Some(256), ..ModelOptions::default() });
+    let model =
+        load(&open("cpu", 1), "llama-gqa-9-3", &ModelOptions { kv_tokens: Some(256), ..ModelOptions::default() });
     let good = SampleRequest { prompts: vec![vec![5, 6, 7]], max_tokens: 4, ..SampleRequest::default() };
     let cases = [
         (SampleRequest { prompts: vec![], ..good.clone() }, ErrorKind::Argument, "samples"),
         (SampleRequest { prompts: vec![vec![]], ..good.clone() }, ErrorKind::Argument, "empty"),
-        (SampleRequest { prompts: vec![vec![5], vec![101]], ..good.clone() }, ErrorKind::Argument, "prompt 1: token id 101"),
+        (
+            SampleRequest { prompts: vec![vec![5], vec![101]], ..good.clone() },
+            ErrorKind::Argument,
+            "prompt 1: token id 101",
+        ),
         (SampleRequest { prompts: vec![vec![5; 64]], ..good.clone() }, Limit, "64 tokens"),
         (SampleRequest { n: 0, ..good.clone() }, ErrorKind::Argument, "samples"),
         (SampleRequest { n: usize::MAX, ..good.clone() }, Limit, "samples"),
@@ -626,7 +649,11 @@ fn requests_out_of_range() {
     }
     let logprobs = LogprobRequest { sequences: vec![vec![5, 6]], prompt_lens: vec![3], top_logprobs: 0 };
     assert!(model.logprobs(&logprobs).map(|_| ()).unwrap_err().to_string().contains("prompt_len of 3"));
-    for (rule, says) in [(None, "rule must be named"), (Some(Rule::Sequence), "does not fit"), (Some(Rule::parse("judge").unwrap()), "tokenizer.json")] {
+    for (rule, says) in [
+        (None, "rule must be named"),
+        (Some(Rule::Sequence), "does not fit"),
+        (Some(Rule::parse("judge").unwrap()), "tokenizer.json"),
+    ] {
         let e = model.score(&ScoreRequest { sequences: vec![vec![5]], rule }).map(|_| ()).unwrap_err();
         assert!(e.to_string().contains(says), "{e}");
     }

@@ -130,7 +130,9 @@ fn judge_probabilities_are_those_of_transformers() {
         sequences: chats.iter().map(|c| ids(&c["prompt_ids"])).collect(),
         rule: Some(Rule::parse("judge:yes,no").unwrap()),
     };
-    for (score, want) in model.score(&request).unwrap().wait().unwrap().iter().zip(expected["judge"].as_array().unwrap()) {
+    for (score, want) in
+        model.score(&request).unwrap().wait().unwrap().iter().zip(expected["judge"].as_array().unwrap())
+    {
         let want = want.as_f64().unwrap() as f32;
         assert!((score.score.score - want).abs() < 1e-4, "{} {want}", score.score.score);
         assert!((score.score.values.iter().sum::<f32>() - 1.0).abs() < 1e-6);

@@ -52,7 +52,8 @@ fn every_shader_begins_with_its_purpose() {
 fn check(kernel: &Kernel, flags: Flags) {
     let source = resolve(kernel.source, flags);
     let name = format!("{} {flags:?}", kernel.name);
-    let module = naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
+    let module =
+        naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
     let mut capabilities = Capabilities::empty();
     capabilities.set(Capabilities::SUBGROUP, flags.subgroup);
     capabilities.set(Capabilities::SHADER_FLOAT16, flags.f16);

@@ -1,6 +1,7 @@
 //! What every function does at its edge: catch panics, check pointers, sizes and processes, copy structs.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::status::{E_ABI, E_ARG, E_FORKED, E_NULL, E_PANIC, E_POISONED, E_SHORT_BUFFER, Failure, OK, rrt_error};
@@ -15,6 +16,9 @@ pub type Outcome<T> = Result<T, Failure>;
 /// # Safety
 /// `err` is NULL or points to an rrt_error of the caller's.
 pub unsafe fn enter(err: *mut rrt_error, body: impl FnOnce() -> Outcome<()>) -> i32 {
+    // This library's own copy of std: a caught panic goes to the log instead of stderr.
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| std::panic::set_hook(Box::new(|info| log::error!(target: "rewardrt", "{info}"))));
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return OK,
         Ok(Err(failure)) => failure,
@@ -102,7 +106,10 @@ pub unsafe fn input<T: Sized32>(p: *const T) -> Outcome<T> {
     // SAFETY: the caller's promise.
     let bytes = unsafe { std::slice::from_raw_parts(p.cast::<u8>(), size) };
     if bytes[known..].iter().any(|b| *b != 0) {
-        return Err(Failure::new(E_ABI, format!("{}: fields beyond byte {known} are set, which this library does not know", T::NAME)));
+        return Err(Failure::new(
+            E_ABI,
+            format!("{}: fields beyond byte {known} are set, which this library does not know", T::NAME),
+        ));
     }
     // SAFETY: `known` readable bytes of a Copy struct.
     Ok(unsafe { p.read_unaligned() })
@@ -118,8 +125,11 @@ pub unsafe fn write<T: Sized32>(p: *mut T, value: &T) -> Outcome<()> {
     }
     // SAFETY: the caller's promise.
     let size = unsafe { p.cast::<u32>().read_unaligned() } as usize;
-    if size < 8 || size > 4096 {
-        return Err(Failure::new(E_ABI, format!("{}: struct_size is {size}, this library knows {}", T::NAME, size_of::<T>())));
+    if !(8..=4096).contains(&size) {
+        return Err(Failure::new(
+            E_ABI,
+            format!("{}: struct_size is {size}, this library knows {}", T::NAME, size_of::<T>()),
+        ));
     }
     let count = size.min(size_of::<T>());
     let from = std::ptr::from_ref(value).cast::<u8>();

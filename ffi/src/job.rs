@@ -90,7 +90,8 @@ pub unsafe extern "C" fn rrt_submit_sample(
         }
         // SAFETY: the header's conditions on arrays.
         let (prompts, stop_ids, streams) = unsafe {
-            let streams = if req.streams.is_null() { &[] } else { elements(req.streams, req.prompts.count, "streams")? };
+            let streams =
+                if req.streams.is_null() { &[] } else { elements(req.streams, req.prompts.count, "streams")? };
             (sequences(&req.prompts, "prompts")?, elements(req.stop_ids, req.stop_id_count, "stop_ids")?, streams)
         };
         let request = SampleRequest {
@@ -155,8 +156,12 @@ pub unsafe extern "C" fn rrt_submit_score(
         let sequences = unsafe { sequences(&req.sequences, "sequences") }?;
         let pending = match req.kind {
             REWARD => {
-                // SAFETY: the header's condition on strings.
-                let rule = if req.rule.is_null() { None } else { Some(unsafe { text(req.rule, req.rule_len, "rule") }?) };
+                let rule = if req.rule.is_null() {
+                    None
+                } else {
+                    // SAFETY: the header's condition on strings.
+                    Some(unsafe { text(req.rule, req.rule_len, "rule") }?)
+                };
                 let rule = rule.map(Rule::parse).transpose()?;
                 Pending::Score(model.model.score(&ScoreRequest { sequences, rule })?)
             }

@@ -86,7 +86,11 @@ pub unsafe extern "C" fn rrt_model_free(model: *mut rrt_model) {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn rrt_get_model_info(model: *const rrt_model, out: *mut rrt_model_info, err: *mut rrt_error) -> i32 {
+pub unsafe extern "C" fn rrt_get_model_info(
+    model: *const rrt_model,
+    out: *mut rrt_model_info,
+    err: *mut rrt_error,
+) -> i32 {
     let body = || {
         // SAFETY: the header's condition on handles.
         let model = &unsafe { live_model(model) }?.model;

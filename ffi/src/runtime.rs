@@ -106,7 +106,10 @@ pub unsafe extern "C" fn rrt_list_devices(
         // SAFETY: not NULL.
         unsafe { need.write(list.len()) };
         if list.len() > capacity {
-            return Err(Failure::new(E_SHORT_BUFFER, format!("the buffer holds {capacity}, {} are needed", list.len())));
+            return Err(Failure::new(
+                E_SHORT_BUFFER,
+                format!("the buffer holds {capacity}, {} are needed", list.len()),
+            ));
         }
         for (i, info) in list.iter().enumerate() {
             let offset = i.checked_mul(stride).filter(|_| stride >= 8);
@@ -157,7 +160,10 @@ pub unsafe extern "C" fn rrt_close(runtime: *mut rrt_runtime, timeout_ns: u64, e
             handle.shared.owner.check_process()?;
             let children = handle.shared.children.load(Ordering::SeqCst);
             if children > 0 {
-                return Err(Failure::new(E_BUSY, format!("{children} models or results are still alive; free them first")));
+                return Err(Failure::new(
+                    E_BUSY,
+                    format!("{children} models or results are still alive; free them first"),
+                ));
             }
             let start = Instant::now();
             for job in handle.jobs().values() {

@@ -186,6 +186,7 @@ inits! {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use std::process::Command;
 
@@ -193,20 +194,25 @@ mod tests {
     #[test]
     fn the_header_has_the_same_layout() {
         let folder = tempfile::tempdir().unwrap();
-        let mut c = "#include \"rewardrt.h\"\n#define SAME(a, b) _Static_assert((a) == (b), #a \" is not \" #b)\n".to_owned();
+        let mut c =
+            "#include \"rewardrt.h\"\n#define SAME(a, b) _Static_assert((a) == (b), #a \" is not \" #b)\n".to_owned();
         for (name, size, fields) in super::layout() {
             c += &format!("SAME(sizeof({name}), {size});\n");
             for (field, offset) in fields {
                 c += &format!("SAME(offsetof({name}, {}), {offset});\n", field.trim_start_matches("r#"));
             }
         }
-        c += &format!("SAME(sizeof(rrt_error), 512);\nSAME(sizeof(rrt_message), {});\n", size_of::<super::rrt_message>());
+        c += &format!(
+            "SAME(sizeof(rrt_error), 512);\nSAME(sizeof(rrt_message), {});\n",
+            size_of::<super::rrt_message>()
+        );
         let file = folder.path().join("layout.c");
         std::fs::write(&file, c).unwrap();
         let include = concat!(env!("CARGO_MANIFEST_DIR"), "/include");
         let object = folder.path().join("layout.o");
-        let cc = Command::new("cc").args(["-std=c11", "-Werror", "-I", include, "-c"]).arg(&file).arg("-o").arg(object);
-        let output = { cc }.output().unwrap();
+        let mut cc = Command::new("cc");
+        cc.args(["-std=c11", "-Werror", "-I", include, "-c"]).arg(&file).arg("-o").arg(object);
+        let output = cc.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 

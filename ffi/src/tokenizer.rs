@@ -130,7 +130,13 @@ pub unsafe extern "C" fn rrt_chat_encode(
             return Err(null("messages"));
         }
         if count > MAX_MESSAGES || stride < size_of::<rrt_message>() {
-            return Err(Failure::new(E_ARG, format!("{count} messages {stride} bytes apart; at most {MAX_MESSAGES}, at least {}", size_of::<rrt_message>())));
+            return Err(Failure::new(
+                E_ARG,
+                format!(
+                    "{count} messages {stride} bytes apart; at most {MAX_MESSAGES}, at least {}",
+                    size_of::<rrt_message>()
+                ),
+            ));
         }
         let mut conversation = Vec::with_capacity(count);
         for i in 0..count {

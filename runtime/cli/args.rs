@@ -118,19 +118,19 @@ pub struct Sample {
     #[arg(long, default_value_t = 128)]
     pub max_tokens: usize,
     /// 0 is greedy.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     pub temperature: f32,
     /// Keep the K most likely tokens; 0: all.
     #[arg(long, default_value_t = 0)]
     pub top_k: usize,
     /// Keep the most likely tokens that hold this much of the probability.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     pub top_p: f32,
     /// Keep tokens at least this fraction as likely as the most likely one.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
     pub min_p: f32,
     /// Divide (or multiply, if negative) the logits of tokens that occurred.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     pub repetition_penalty: f32,
     /// Key of the random numbers; sample j of prompt i draws from stream (seed, i, j).
     #[arg(long, default_value_t = 0)]

@@ -53,7 +53,10 @@ pub fn run(args: &Inspect) -> Result<()> {
             ("rule", rule),
             ("layers", spec.layers.to_string()),
             ("width", format!("{} hidden, {} in the MLP", spec.hidden_size, spec.intermediate_size)),
-            ("attention", format!("{} heads of {}, {} kv heads, window {window}", spec.heads, spec.head_dim, spec.kv_heads)),
+            (
+                "attention",
+                format!("{} heads of {}, {} kv heads, window {window}", spec.heads, spec.head_dim, spec.kv_heads),
+            ),
             ("rope", format!("theta {}, {:?}", spec.rope.theta, spec.rope.kind)),
             ("context", spec.max_positions.to_string()),
             ("vocabulary", spec.vocab_size.to_string()),

@@ -42,7 +42,8 @@ pub fn read(path: &Path) -> Result<Vec<(String, Record)>> {
         if line.iter().all(u8::is_ascii_whitespace) {
             continue;
         }
-        let record = serde_json::from_slice(&line).map_err(|e| Error::new(ErrorKind::Format, format!("{place}: {e}")))?;
+        let record =
+            serde_json::from_slice(&line).map_err(|e| Error::new(ErrorKind::Format, format!("{place}: {e}")))?;
         records.push((place, record));
     }
     if records.is_empty() {

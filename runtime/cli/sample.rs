@@ -5,9 +5,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::args::Sample;
+use crate::jobs;
 use crate::record::{Record, id_of, read};
 use crate::sink::Sink;
-use crate::jobs;
 
 #[derive(Serialize)]
 struct Line<'a> {

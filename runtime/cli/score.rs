@@ -41,7 +41,8 @@ pub fn run(args: &Score) -> Result<()> {
         1,
         |_, chunk| model.score(&request(chunk)),
         |number, result| {
-            let by_label = || result.labels.iter().cloned().zip(result.score.values.iter().map(|v| number_of(*v))).collect();
+            let by_label =
+                || result.labels.iter().cloned().zip(result.score.values.iter().map(|v| number_of(*v))).collect();
             sink.write(&Line {
                 id: &items[number].0,
                 score: result.score.score,

@@ -75,10 +75,7 @@ pub struct Job<T> {
 }
 
 impl<T> Job<T> {
-    pub(crate) fn new(
-        state: Arc<JobState>,
-        read: impl Fn(Vec<Finished>) -> Result<T> + Send + Sync + 'static,
-    ) -> Self {
+    pub(crate) fn new(state: Arc<JobState>, read: impl Fn(Vec<Finished>) -> Result<T> + Send + Sync + 'static) -> Self {
         Job { state, read: Box::new(read) }
     }
 

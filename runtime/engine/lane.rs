@@ -74,13 +74,14 @@ impl Lane {
         if packed.rows.is_empty() {
             return released;
         }
-        let step = Step {
-            rows: &packed.rows,
-            tables: &packed.tables,
-            cos_sin: &packed.cos_sin,
-            outputs: &packed.outputs,
-        };
-        log::trace!("step: {} rows, {} outputs, {} running", packed.rows.len(), packed.outputs.len(), self.running.len());
+        let step =
+            Step { rows: &packed.rows, tables: &packed.tables, cos_sin: &packed.cos_sin, outputs: &packed.outputs };
+        log::trace!(
+            "step: {} rows, {} outputs, {} running",
+            packed.rows.len(),
+            packed.outputs.len(),
+            self.running.len()
+        );
         match self.executor.step(&step) {
             Ok(outputs) if outputs.len() == packed.owners.len() => {
                 for ((owner, position), output) in packed.owners.into_iter().zip(outputs) {

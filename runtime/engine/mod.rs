@@ -19,8 +19,8 @@ use std::thread::JoinHandle;
 pub use job::Job;
 pub(crate) use job::JobState;
 use lane::Lane;
-pub(crate) use sequence::{Finished, NewSequence, Purpose, SamplePlan};
 pub use sequence::{Finish, SampledToken};
+pub(crate) use sequence::{Finished, NewSequence, Purpose, SamplePlan};
 
 use crate::backend::{Capacity, Executor};
 use crate::error::{Error, ErrorKind, Result};
@@ -99,7 +99,10 @@ impl Engine {
         let queued = self.shared.queued_tokens.fetch_add(tokens, Ordering::Relaxed);
         if queued > 0 && queued.saturating_add(tokens) > MAX_QUEUED_TOKENS {
             self.shared.queued_tokens.fetch_sub(tokens, Ordering::Relaxed);
-            return Err(Error::new(ErrorKind::Full, format!("{queued} tokens are queued; retry when jobs have finished")));
+            return Err(Error::new(
+                ErrorKind::Full,
+                format!("{queued} tokens are queued; retry when jobs have finished"),
+            ));
         }
         let job = JobState::new(sequences.len());
         self.send(Command::Submit { model, job: job.clone(), sequences })?;
@@ -107,7 +110,8 @@ impl Engine {
     }
 
     fn send(&self, command: Command) -> Result<()> {
-        let gone = |_| self.shared.poison().unwrap_or_else(|| Error::new(ErrorKind::Poisoned, "the engine has stopped"));
+        let gone =
+            |_| self.shared.poison().unwrap_or_else(|| Error::new(ErrorKind::Poisoned, "the engine has stopped"));
         self.commands.send(command).map_err(gone)
     }
 }
@@ -145,7 +149,8 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
                 Err(panic) => {
                     let error = Error::new(ErrorKind::Internal, format!("internal error: {}", panic_text(&*panic)));
                     log::error!("{error}");
-                    let poison = Error::new(ErrorKind::Poisoned, format!("the runtime is poisoned by an earlier {error}"));
+                    let poison =
+                        Error::new(ErrorKind::Poisoned, format!("the runtime is poisoned by an earlier {error}"));
                     *shared.poisoned.lock().unwrap_or_else(PoisonError::into_inner) = Some(poison);
                     for (_, lane) in &mut lanes {
                         lane.fail_all(&error);

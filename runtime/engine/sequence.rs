@@ -190,7 +190,10 @@ impl Sequence {
     /// Takes an output of the row at `position`; `Some` when the sequence is finished.
     pub(super) fn accept(&mut self, position: usize, output: Output) -> Result<Option<Finished>> {
         let nonfinite = |what: &str| {
-            Error::new(ErrorKind::NonFinite, format!("sequence {}: {what} at position {position} is not finite", self.index))
+            Error::new(
+                ErrorKind::NonFinite,
+                format!("sequence {}: {what} at position {position} is not finite", self.index),
+            )
         };
         match (&self.purpose, output) {
             (Purpose::Sample(plan), Output::Sampled { drawn, stats }) => {

@@ -78,16 +78,16 @@ for_each_isa! {
 fn body<L: Lanes>(logits: &[f32]) -> Stats {
     let whole = logits.len() - logits.len() % L::N;
     let rest = &logits[whole..];
-    // `difference` becomes NaN if a logit is NaN (or infinite, which the scan below tells apart).
-    let (mut max, mut difference) = (L::splat(f32::NEG_INFINITY), L::zero());
+    // `trap` becomes NaN if a logit is NaN (or infinite, which the scan below tells apart).
+    let (mut max, mut trap) = (L::splat(f32::NEG_INFINITY), L::zero());
     for_lanes::<L>(whole, |i, n| {
         // SAFETY: i + n ≤ whole.
         let l = unsafe { load::<L>(logits, i, n) };
-        difference = difference.add(l.sub(l));
+        trap = trap.mul_add(l, L::zero());
         max = l.max(max);
     });
     let mut max = rest.iter().fold(max.largest(), |m, l| if *l > m { *l } else { m });
-    if (difference.sum() + rest.iter().map(|l| l - l).sum::<f32>()).is_nan() && logits.iter().any(|l| l.is_nan()) {
+    if (trap.sum() + rest.iter().map(|l| l * 0.0).sum::<f32>()).is_nan() && logits.iter().any(|l| l.is_nan()) {
         max = f32::NAN;
     }
     if max == f32::NEG_INFINITY {

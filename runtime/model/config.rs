@@ -59,7 +59,9 @@ impl Fields<'_> {
             Some(n) if n >= 1 && n <= max => {
                 usize::try_from(n).map(Some).map_err(|_| self.wrong(key, "a number that fits this machine"))
             }
-            Some(n) if n > max => Err(Error::limit(format!("{}: {key:?} is {n}, at most {max} is allowed", self.place))),
+            Some(n) if n > max => {
+                Err(Error::limit(format!("{}: {key:?} is {n}, at most {max} is allowed", self.place)))
+            }
             _ => Err(self.wrong(key, &format!("an integer from 1 to {max}"))),
         }
     }
@@ -234,7 +236,9 @@ impl Fields<'_> {
         if same {
             return Ok(());
         }
-        Err(Error::unsupported(format!("config.json: \"layer_types\" is {value}; this version computes only all {kind:?}")))
+        Err(Error::unsupported(format!(
+            "config.json: \"layer_types\" is {value}; this version computes only all {kind:?}"
+        )))
     }
 
     /// Reads the old spelling (`rope_theta` + `rope_scaling`) and the newer one (`rope_parameters`), with
@@ -278,7 +282,9 @@ impl Fields<'_> {
             "default" => RopeKind::Default,
             "linear" => RopeKind::Linear { factor: factor()? },
             "dynamic" if head_dim <= 2 => {
-                return Err(Error::unsupported(format!("config.json: {place}: dynamic rope with a head size of {head_dim}")));
+                return Err(Error::unsupported(format!(
+                    "config.json: {place}: dynamic rope with a head size of {head_dim}"
+                )));
             }
             "dynamic" => RopeKind::Dynamic { factor: factor()?, max_positions },
             "llama3" => {
@@ -288,7 +294,9 @@ impl Fields<'_> {
                 };
                 let (low, high) = (required("low_freq_factor")?, required("high_freq_factor")?);
                 if high <= low {
-                    return Err(params.wrong("high_freq_factor", &format!("greater than low_freq_factor = {low}")).at(place));
+                    return Err(params
+                        .wrong("high_freq_factor", &format!("greater than low_freq_factor = {low}"))
+                        .at(place));
                 }
                 RopeKind::Llama3 {
                     factor: factor()?,
@@ -317,7 +325,8 @@ impl Fields<'_> {
         };
         let nonzero = |key: &str| self.number(key).map(|n| n.filter(|n| *n != 0.0));
         let mscale_of = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
-        let attention_factor = match (self.number("attention_factor")?, nonzero("mscale")?, nonzero("mscale_all_dim")?) {
+        let attention_factor = match (self.number("attention_factor")?, nonzero("mscale")?, nonzero("mscale_all_dim")?)
+        {
             (Some(given), _, _) => given,
             (None, Some(mscale), Some(all)) => mscale_of(mscale) / mscale_of(all),
             _ => mscale_of(1.0),

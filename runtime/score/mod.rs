@@ -38,7 +38,9 @@ impl Rule {
                 let labels: Vec<String> = list.split(',').map(str::to_owned).collect();
                 let twice = (1..labels.len()).any(|i| labels[..i].contains(&labels[i]));
                 if labels.len() < 2 || twice || labels.iter().any(String::is_empty) {
-                    return Err(Error::argument(format!("rule {text:?}: judge needs two or more different labels, as in judge:yes,no")));
+                    return Err(Error::argument(format!(
+                        "rule {text:?}: judge needs two or more different labels, as in judge:yes,no"
+                    )));
                 }
                 Ok(Rule::Judge { labels })
             }
@@ -66,17 +68,18 @@ impl Rule {
     /// `Argument` if the rule does not fit the model's head or a label is not one token.
     pub(crate) fn bind(&self, spec: &ModelSpec, tokenizer: Option<&Tokenizer>) -> Result<BoundRule> {
         match (self, &spec.head) {
-            (Rule::Sequence, Head::SequenceClassification { labels }) => Ok(BoundRule {
-                rule: self.clone(),
-                labels: labels.clone(),
-                want: Want::Score,
-                skip: spec.pad_token_id,
-            }),
+            (Rule::Sequence, Head::SequenceClassification { labels }) => {
+                Ok(BoundRule { rule: self.clone(), labels: labels.clone(), want: Want::Score, skip: spec.pad_token_id })
+            }
             (Rule::Judge { labels }, Head::LanguageModel { .. }) => {
-                let tokenizer = tokenizer.ok_or_else(|| Error::argument("rule judge: the model has no tokenizer.json"))?;
+                let tokenizer =
+                    tokenizer.ok_or_else(|| Error::argument("rule judge: the model has no tokenizer.json"))?;
                 let tokens: Vec<u32> = labels.iter().map(|l| label_token(l, tokenizer, spec)).collect::<Result<_>>()?;
                 if let Some(i) = (1..tokens.len()).find(|&i| tokens[..i].contains(&tokens[i])) {
-                    return Err(Error::argument(format!("rule judge: the label {:?} is the same token as another", labels[i])));
+                    return Err(Error::argument(format!(
+                        "rule judge: the label {:?} is the same token as another",
+                        labels[i]
+                    )));
                 }
                 Ok(BoundRule {
                     rule: self.clone(),
@@ -107,8 +110,13 @@ fn label_token(label: &str, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<u
     };
     match ids[..] {
         [id] if (id as usize) < spec.vocab_size => Ok(id),
-        [id] => Err(Error::argument(format!("rule judge: the label {label:?} is token {id}, beyond the model's vocabulary"))),
-        _ => Err(Error::argument(format!("rule judge: the label {label:?} is {} tokens {ids:?}, it must be one", ids.len()))),
+        [id] => Err(Error::argument(format!(
+            "rule judge: the label {label:?} is token {id}, beyond the model's vocabulary"
+        ))),
+        _ => Err(Error::argument(format!(
+            "rule judge: the label {label:?} is {} tokens {ids:?}, it must be one",
+            ids.len()
+        ))),
     }
 }
 

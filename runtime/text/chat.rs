@@ -59,7 +59,8 @@ impl ChatTemplate {
         let Some(source) = source else { return Ok(None) };
         let mut tokens = Vec::new();
         for (key, value) in config.as_object().into_iter().flatten() {
-            if let Some(text) = value.as_str().or_else(|| value["content"].as_str()).filter(|_| key.ends_with("_token")) {
+            if let Some(text) = value.as_str().or_else(|| value["content"].as_str()).filter(|_| key.ends_with("_token"))
+            {
                 tokens.push((key.clone(), text.to_owned()));
             }
         }
@@ -72,7 +73,10 @@ impl ChatTemplate {
     /// `Limit` above 64 KiB; `Template` for a syntax error or an unsafe use of `namespace`.
     pub fn new(source: String, tokens: Vec<(String, String)>) -> Result<Self> {
         if source.len() > MAX_TEMPLATE {
-            return Err(Error::limit(format!("the chat template has {} bytes, at most {MAX_TEMPLATE} are allowed", source.len())));
+            return Err(Error::limit(format!(
+                "the chat template has {} bytes, at most {MAX_TEMPLATE} are allowed",
+                source.len()
+            )));
         }
         // Training marks around the assistant's turns; they produce no text.
         let source = replace_generation_tags(&source);
@@ -109,7 +113,8 @@ impl ChatTemplate {
         };
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().stack_size(RENDER_STACK).spawn_scoped(scope, render);
-            let thread = thread.map_err(|e| Error::new(ErrorKind::HostMemory, format!("cannot start a thread: {e}")))?;
+            let thread =
+                thread.map_err(|e| Error::new(ErrorKind::HostMemory, format!("cannot start a thread: {e}")))?;
             thread.join().map_err(|p| Error::template(format!("chat template: it panicked: {}", panic_text(&*p))))?
         })
     }
@@ -246,7 +251,9 @@ fn refuse_namespace_cycles(source: &str) -> Result<()> {
     for i in 0..words.len() {
         if text(i) == "namespace" && text(i + 1) == "(" {
             if i < 3 || text(i - 1) != "=" || text(i - 3) != "set" {
-                return Err(Error::template("chat template: namespace() is allowed only in {% set NAME = namespace(…) %}"));
+                return Err(Error::template(
+                    "chat template: namespace() is allowed only in {% set NAME = namespace(…) %}",
+                ));
             }
             names.push(text(i - 2).to_owned());
         } else if text(i) == "namespace" {
@@ -257,7 +264,10 @@ fn refuse_namespace_cycles(source: &str) -> Result<()> {
         let is_attribute = i > 0 && text(i - 1) == ".";
         let declares = text(i + 1) == "=" && text(i + 2) == "namespace";
         if names.iter().any(|n| n == text(i)) && !is_attribute && !declares && text(i + 1) != "." {
-            return Err(Error::template(format!("chat template: the namespace {:?} may only be used by its attributes", text(i))));
+            return Err(Error::template(format!(
+                "chat template: the namespace {:?} may only be used by its attributes",
+                text(i)
+            )));
         }
     }
     Ok(())
@@ -268,7 +278,7 @@ fn code_words(source: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut rest = source;
     while let Some(at) = rest.find('{') {
-        let (close, code) = match rest[at..].as_bytes().get(1) {
+        let (close, code) = match rest.as_bytes().get(at + 1) {
             Some(b'%') => ("%}", true),
             Some(b'{') => ("}}", true),
             Some(b'#') => ("#}", false),

@@ -57,7 +57,9 @@ fn check_model(model: &Value) -> Result<()> {
             let vocab = model["vocab"].as_object().ok_or_else(|| bad("model", "\"vocab\" must be an object"))?;
             let mut ids = HashSet::with_capacity(vocab.len());
             for (token, id) in vocab {
-                let id = small_id(Some(id)).ok_or_else(|| bad("model.vocab", format!("{token:?} has the id {id}, it must be below {MAX_ID}")))?;
+                let id = small_id(Some(id)).ok_or_else(|| {
+                    bad("model.vocab", format!("{token:?} has the id {id}, it must be below {MAX_ID}"))
+                })?;
                 if !ids.insert(id) {
                     return Err(bad("model.vocab", format!("{token:?} has the id {id}, which another token has too")));
                 }
@@ -121,7 +123,10 @@ fn check_added(added: &Value) -> Result<()> {
     for token in list {
         let content = token["content"].as_str().unwrap_or("");
         if content.is_empty() || content.len() > MAX_CONTENT || small_id(token.get("id")).is_none() {
-            return Err(bad("added_tokens", format!("{token} needs an id below {MAX_ID} and 1 to {MAX_CONTENT} bytes of content")));
+            return Err(bad(
+                "added_tokens",
+                format!("{token} needs an id below {MAX_ID} and 1 to {MAX_CONTENT} bytes of content"),
+            ));
         }
         if !contents.insert(content) {
             return Err(bad("added_tokens", format!("{content:?} stands twice")));
@@ -165,7 +170,10 @@ fn check_template(place: &str, value: &Value) -> Result<()> {
         let lengths = (ids.map_or(0, Vec::len), names.map_or(0, Vec::len));
         let small = ids.is_some_and(|ids| ids.iter().all(|id| small_id(Some(id)).is_some()));
         if !small || lengths.0 != lengths.1 || lengths.0 > MAX_TEMPLATE_IDS {
-            return Err(bad(place, format!("special token {token} needs as many ids as tokens, at most {MAX_TEMPLATE_IDS}")));
+            return Err(bad(
+                place,
+                format!("special token {token} needs as many ids as tokens, at most {MAX_TEMPLATE_IDS}"),
+            ));
         }
     }
     for (template, allowed) in [("single", &["A"][..]), ("pair", &["A", "B"][..])] {

@@ -52,8 +52,8 @@ impl Tokenizer {
         };
         let config = read("tokenizer_config.json")?;
         let template = read("chat_template.jinja")?;
-        tokenizer.chat = ChatTemplate::from_files(config.as_deref(), template.as_deref())
-            .map_err(|e| e.at(folder.display()))?;
+        tokenizer.chat =
+            ChatTemplate::from_files(config.as_deref(), template.as_deref()).map_err(|e| e.at(folder.display()))?;
         Ok(Some(tokenizer))
     }
 
@@ -67,15 +67,18 @@ impl Tokenizer {
                 .map_err(|e| Error::format(format!("tokenizer.json: not valid JSON: {e}")))?;
             check::sanitise(&mut value)?;
             let text = serde_json::to_vec(&value).map_err(|e| Error::internal(e.to_string()))?;
-            let parsed = tokenizers::Tokenizer::from_bytes(text)
-                .map_err(|e| Error::format(format!("tokenizer.json: {e}")))?;
+            let parsed =
+                tokenizers::Tokenizer::from_bytes(text).map_err(|e| Error::format(format!("tokenizer.json: {e}")))?;
             check_added_ids(&value, &parsed)?;
             Ok(parsed)
         };
         let trusted = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().stack_size(PARSE_STACK).spawn_scoped(scope, parse);
-            let thread = thread.map_err(|e| Error::new(ErrorKind::HostMemory, format!("cannot start a thread: {e}")))?;
-            thread.join().map_err(|p| Error::format(format!("tokenizer.json: the parser panicked: {}", panic_text(&*p))))?
+            let thread =
+                thread.map_err(|e| Error::new(ErrorKind::HostMemory, format!("cannot start a thread: {e}")))?;
+            thread
+                .join()
+                .map_err(|p| Error::format(format!("tokenizer.json: the parser panicked: {}", panic_text(&*p))))?
         })?;
         let added = trusted.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, t)| t.special).map(|(id, t)| (*id, t.content.clone())).collect();

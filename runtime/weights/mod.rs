@@ -12,7 +12,7 @@ mod source;
 pub(crate) use shards::read_bounded;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 pub use dtype::Dtype;
@@ -86,7 +86,7 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    fn add_file(&mut self, path: &PathBuf, options: &LoadOptions) -> Result<()> {
+    fn add_file(&mut self, path: &Path, options: &LoadOptions) -> Result<()> {
         let bytes = FileBytes::open(path, options.use_mmap)?;
         let place = path.display();
         let parsed = header::parse(bytes.as_slice(), &options.limits).map_err(|e| e.at(&place))?;
@@ -174,7 +174,10 @@ impl Checkpoint {
         }
         let kind = if dtype_only { ErrorKind::Unsupported } else { ErrorKind::Shape };
         let count = problems.len();
-        Err(Error::new(kind, format!("the checkpoint does not fit its config ({count} differences):\n  {}", problems.join("\n  "))))
+        Err(Error::new(
+            kind,
+            format!("the checkpoint does not fit its config ({count} differences):\n  {}", problems.join("\n  ")),
+        ))
     }
 
     /// True if two tensors have the same dtype, shape and bytes.

@@ -98,7 +98,10 @@ fn refuse_unlisted(folder: &Path, listed: &BTreeSet<&str>, index: &Path) -> Resu
         let Some(name) = name.to_str() else { continue };
         let shard = name.starts_with("model-") && name.contains("-of-") && name.ends_with(".safetensors");
         if shard && !listed.contains(name) {
-            return Err(Error::format(format!("{}: the shard {name:?} is in the folder but not listed", index.display())));
+            return Err(Error::format(format!(
+                "{}: the shard {name:?} is in the folder but not listed",
+                index.display()
+            )));
         }
     }
     Ok(())

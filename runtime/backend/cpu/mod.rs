@@ -222,7 +222,8 @@ impl CpuExecutor {
             out: SharedMut::new(&mut target),
         };
         let (isa, kv_heads) = (self.isa, spec.kv_heads);
-        self.pool.run(step.rows.len() * kv_heads, &|task| attention::attention(isa, call, task / kv_heads, task % kv_heads));
+        self.pool
+            .run(step.rows.len() * kv_heads, &|task| attention::attention(isa, call, task / kv_heads, task % kv_heads));
         self.put(Buf::Attn, target);
     }
 }
@@ -230,7 +231,11 @@ impl CpuExecutor {
 impl Executor for CpuExecutor {
     fn step(&mut self, step: &Step) -> Result<Vec<Output>> {
         if step.rows.len() > self.capacity.max_rows {
-            return Err(Error::internal(format!("a step of {} rows, built for {}", step.rows.len(), self.capacity.max_rows)));
+            return Err(Error::internal(format!(
+                "a step of {} rows, built for {}",
+                step.rows.len(),
+                self.capacity.max_rows
+            )));
         }
         self.reserve(step.rows.len(), step.outputs.len())?;
         let order = head::Order::new(step.outputs);

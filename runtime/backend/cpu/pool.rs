@@ -131,9 +131,9 @@ fn work(shared: &Shared) {
         let Some(state) = wait_for_loop(shared, last) else { return };
         last = state >> 32;
         // Enter, unless it was closed meanwhile.
-        let entered = shared.state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |s| {
-            (s & OPEN != 0 && s >> 32 == last).then_some(s + 1)
-        });
+        let entered = shared
+            .state
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |s| (s & OPEN != 0 && s >> 32 == last).then_some(s + 1));
         if entered.is_err() {
             continue;
         }

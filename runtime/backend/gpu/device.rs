@@ -81,6 +81,11 @@ impl Gpu {
         self.device.destroy();
     }
 
+    /// Behaves like a device whose bindings hold `bytes`: for tests of the splitting.
+    pub fn limit_bindings(&mut self, bytes: u64) {
+        self.limits.max_storage_buffer_binding_size = self.limits.max_storage_buffer_binding_size.min(bytes);
+    }
+
     /// Positions whose keys of one layer fit a storage binding.
     pub fn most_kv_tokens(&self, kv_width: usize) -> usize {
         let bytes = self.max_binding() / (4 * kv_width as u64);
@@ -97,7 +102,10 @@ impl Gpu {
         // At least a parameter struct, and whole 16-byte units.
         let size = bytes.max(64).next_multiple_of(16);
         if size > self.limits.max_buffer_size {
-            return Err(Error::limit(format!("{label}: {size} bytes, a buffer of this device holds {}", self.limits.max_buffer_size)));
+            return Err(Error::limit(format!(
+                "{label}: {size} bytes, a buffer of this device holds {}",
+                self.limits.max_buffer_size
+            )));
         }
         let usage = usage | wgpu::BufferUsages::COPY_DST;
         let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
@@ -166,7 +174,9 @@ impl Gpu {
         let mapped = Arc::new(AtomicBool::new(false));
         let flag = mapped.clone();
         self.checked("reading back", || {
-            buffer.slice(0..bytes).map_async(wgpu::MapMode::Read, move |result| flag.store(result.is_ok(), Ordering::SeqCst));
+            buffer
+                .slice(0..bytes)
+                .map_async(wgpu::MapMode::Read, move |result| flag.store(result.is_ok(), Ordering::SeqCst));
         })?;
         self.wait(submission)?;
         // The callback may never come after a loss: it is not waited for, the flag is read.

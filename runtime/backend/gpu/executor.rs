@@ -91,7 +91,8 @@ impl Builder<'_> {
         for (i, buffer) in storage.iter().enumerate() {
             entries.push(wgpu::BindGroupEntry { binding: i as u32 + 1, resource: buffer.as_entire_binding() });
         }
-        let descriptor = wgpu::BindGroupDescriptor { label: Some(kernel.name), layout: &built.layout, entries: &entries };
+        let descriptor =
+            wgpu::BindGroupDescriptor { label: Some(kernel.name), layout: &built.layout, entries: &entries };
         let group = self.gpu.checked(kernel.name, || self.gpu.device.create_bind_group(&descriptor))?;
         Ok((built.pipeline.clone(), group))
     }
@@ -108,18 +109,15 @@ impl GpuExecutor {
     /// # Errors
     /// `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
     /// [`MAX_HEAD_DIM`], `Gpu` if a shader does not build.
-    pub fn new(
-        gpu: Arc<Gpu>,
-        spec: ModelSpec,
-        plan: Arc<Plan>,
-        weights: &Weights,
-        capacity: Capacity,
-    ) -> Result<Self> {
+    pub fn new(gpu: Arc<Gpu>, spec: ModelSpec, plan: Arc<Plan>, weights: &Weights, capacity: Capacity) -> Result<Self> {
         if spec.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
         }
         if capacity.max_rows > PER_DIMENSION as usize {
-            return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes {PER_DIMENSION}", capacity.max_rows)));
+            return Err(Error::limit(format!(
+                "max_batch_tokens is {}, a GPU takes {PER_DIMENSION}",
+                capacity.max_rows
+            )));
         }
         let storage = wgpu::BufferUsages::STORAGE;
         let mut matrices = Vec::new();
@@ -140,7 +138,10 @@ impl GpuExecutor {
         for buf in Buf::ALL {
             let size = bytes("activations", &[capacity.max_rows, buf.width(&spec), 4])?;
             if size > gpu.max_binding() {
-                return Err(Error::limit(format!("activations of {} rows exceed a binding of this device; lower max_batch_tokens", capacity.max_rows)));
+                return Err(Error::limit(format!(
+                    "activations of {} rows exceed a binding of this device; lower max_batch_tokens",
+                    capacity.max_rows
+                )));
             }
             activations.push(gpu.buffer("activations", size, storage)?);
         }
@@ -165,7 +166,8 @@ impl GpuExecutor {
         for op in &plan.ops {
             build_calls(&mut builder, &spec, &matrices, &vectors, &kv, op, &mut calls)?;
         }
-        let head_matrix = matrices.get(plan.head.0).ok_or_else(|| Error::internal("the plan's head is not a matrix"))?;
+        let head_matrix =
+            matrices.get(plan.head.0).ok_or_else(|| Error::internal("the plan's head is not a matrix"))?;
         let head = super::head::Head::new(&mut builder, &spec, head_matrix, capacity.max_rows, calls.len())?;
         let memory = Memory {
             weights: matrices.iter().map(Matrix::bytes).sum::<u64>() + vectors.iter().map(|v| v.size()).sum::<u64>(),
@@ -308,9 +310,8 @@ fn build_calls(
         Op::KvWrite { layer } => {
             let (keys, values) = &kv[*layer];
             let storage = [&b.rows, b.activation(Buf::K), b.activation(Buf::V), keys, values];
-            let shape: Shape = Box::new(move |t, _| {
-                (bytes_of(&kv_write::Params { rows: t, kv_heads, head_dim }).to_vec(), fold(t))
-            });
+            let shape: Shape =
+                Box::new(move |t, _| (bytes_of(&kv_write::Params { rows: t, kv_heads, head_dim }).to_vec(), fold(t)));
             add_call(builder, &kv_write::KERNEL, plain, &storage, 0, shape)
         }
         Op::Attention { layer } => {

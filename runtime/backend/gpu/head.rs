@@ -17,6 +17,8 @@ pub(super) const SLOTS: usize = 3 + TOKEN_SLOTS;
 const TOKEN_SLOTS: usize = 64;
 
 type Bound = (wgpu::ComputePipeline, wgpu::BindGroup);
+/// What is bound (owned or borrowed), the bytes of its parameters, and its workgroups.
+type Dispatch<B> = (B, Vec<u8>, [u32; 3]);
 
 /// A slice of the head's matrix.
 struct HeadSlice {
@@ -230,10 +232,11 @@ impl GpuExecutor {
     }
 
     /// A product with one row of the head for each token; column i of the result is token i.
-    fn token_products(&self, start: usize, rows: u32, tokens: &[u32]) -> Result<Vec<(Bound, Vec<u8>, [u32; 3])>> {
+    fn token_products(&self, start: usize, rows: u32, tokens: &[u32]) -> Result<Vec<Dispatch<Bound>>> {
         let mut products = Vec::new();
         for (i, &token) in tokens.iter().enumerate() {
-            let slice = self.head.slices.iter().find(|s| token >= s.params.first && token < s.params.first + s.params.count);
+            let slice =
+                self.head.slices.iter().find(|s| token >= s.params.first && token < s.params.first + s.params.count);
             let slice = slice.ok_or_else(|| Error::internal(format!("token {token} is not a row of the head")))?;
             let slot = self.head.first_slot + i;
             let params = wgpu::BindingResource::Buffer(wgpu::BufferBinding {
@@ -268,7 +271,7 @@ impl GpuExecutor {
     }
 
     /// The product with every slice of the head, for `rows` rows of the final norm from `start` on.
-    fn head_products(&self, start: usize, rows: u32) -> Vec<(&Bound, Vec<u8>, [u32; 3])> {
+    fn head_products(&self, start: usize, rows: u32) -> Vec<Dispatch<&Bound>> {
         self.head
             .slices
             .iter()
@@ -282,7 +285,7 @@ impl GpuExecutor {
     /// Runs the head's dispatches, which take its slots in order, and reads the given lengths of three buffers.
     fn submit_and_read(
         &self,
-        dispatches: Vec<(&Bound, Vec<u8>, [u32; 3])>,
+        dispatches: Vec<Dispatch<&Bound>>,
         sizes: [(&wgpu::Buffer, usize); 3],
     ) -> Result<[Vec<u8>; 3]> {
         let mut params = vec![0u8; dispatches.len() * SLOT as usize];

@@ -1,6 +1,7 @@
 //! Shaders → pipelines, one per kernel and variant, built when a model first needs it.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use super::device::Gpu;
 use crate::error::Result;
@@ -71,11 +72,10 @@ impl Pipelines {
     pub(super) fn get(&mut self, gpu: &Gpu, kernel: &Kernel, dtype: Option<Dtype>, vec4: bool) -> Result<&Pipeline> {
         let flags = Flags { subgroup: gpu.subgroups, f16: gpu.f16, vec4, dtype };
         let key = (kernel.name, flags);
-        if !self.built.contains_key(&key) {
-            let pipeline = build(gpu, kernel, flags)?;
-            self.built.insert(key, pipeline);
+        match self.built.entry(key) {
+            Entry::Occupied(built) => Ok(built.into_mut()),
+            Entry::Vacant(place) => Ok(place.insert(build(gpu, kernel, flags)?)),
         }
-        Ok(&self.built[&key])
     }
 }
 

@@ -19,7 +19,12 @@ pub fn dispatch_once(
     groups: [u32; 3],
 ) -> Result<()> {
     if storage.len() != kernel.bindings.len() || params.len() != kernel.params_size {
-        return Err(Error::argument(format!("{}: {} buffers, {} bytes of parameters", kernel.name, storage.len(), params.len())));
+        return Err(Error::argument(format!(
+            "{}: {} buffers, {} bytes of parameters",
+            kernel.name,
+            storage.len(),
+            params.len()
+        )));
     }
     let pipeline = build(gpu, kernel, flags)?;
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;

