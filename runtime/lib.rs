@@ -28,7 +28,8 @@
 //!
 //! It does: Llama and Mistral checkpoints and their sequence classifiers, f32/f16/bf16 weights, ragged batches, paged
 //! KV, seeded sampling. It does not yet: other architectures, quantised weights, weight updates, shared prefixes. It
-//! never downloads anything, prints, exits, or installs a signal handler or a logger.
+//! never downloads anything, exits, prints, or installs a signal handler or a logger (a panic inside a dependency is
+//! caught, but the process's panic hook sees it).
 
 pub mod backend;
 mod engine;
@@ -42,7 +43,7 @@ mod text;
 pub mod weights;
 
 pub use backend::gpu::{DeviceInfo, DeviceType};
-pub use engine::{Finish, Job, SampledToken};
+pub use engine::{Finish, Job, JobWatch, SampledToken};
 pub use error::{Error, ErrorKind, Result};
 pub use request::{
     LogprobRequest, MAX_SEQUENCES, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,

@@ -14,6 +14,8 @@ use crate::text::Tokenizer;
 pub const MAX_SEQUENCES: usize = 1 << 16;
 /// Tokens in one request, what it may generate included.
 const MAX_TOKENS: usize = 1 << 24;
+/// Alternatives (8 bytes each) in the results of one request.
+const MAX_ALTERNATIVES: usize = 1 << 26;
 const MAX_STOPS: usize = 64;
 /// Below this a temperature is greedy: 1/T would lose the logits' differences to f32's range.
 const GREEDY_BELOW: f32 = 1e-5;
@@ -258,11 +260,7 @@ impl Checker<'_> {
             self.tokens("prompt", i, prompt, self.max_context - 1)?;
             let max_tokens = r.max_tokens.min(self.max_context - prompt.len());
             total = total.saturating_add((prompt.len() + max_tokens).saturating_mul(r.n));
-            if total > MAX_TOKENS {
-                return Err(Error::limit(format!(
-                    "the request could reach {total} tokens, at most {MAX_TOKENS} are allowed"
-                )));
-            }
+            self.results(total, plan.top)?;
             let stream = r.streams.get(i).copied().unwrap_or(i as u64);
             for sample in 0..r.n {
                 // n is at most MAX_SEQUENCES.
@@ -287,7 +285,7 @@ impl Checker<'_> {
             )));
         }
         let top = self.top(r.top_logprobs)?;
-        self.total(&r.sequences)?;
+        self.total(&r.sequences, top)?;
         let sequence = |(i, tokens): (usize, &Vec<u32>)| {
             self.tokens("sequence", i, tokens, self.max_context)?;
             let prompt_len = r.prompt_lens.get(i).copied().unwrap_or(0);
@@ -310,7 +308,7 @@ impl Checker<'_> {
 
     pub(crate) fn score(&self, r: &ScoreRequest, rule: &BoundRule) -> Result<Vec<NewSequence>> {
         self.count("sequences", r.sequences.len())?;
-        self.total(&r.sequences)?;
+        self.total(&r.sequences, 0)?;
         let sequence = |(i, tokens): (usize, &Vec<u32>)| {
             self.tokens("sequence", i, tokens, self.max_context)?;
             let purpose = Purpose::Read(rule.wants(tokens));
@@ -319,12 +317,18 @@ impl Checker<'_> {
         r.sequences.iter().enumerate().map(sequence).collect()
     }
 
-    fn total(&self, sequences: &[Vec<u32>]) -> Result<()> {
-        let total: usize = sequences.iter().map(Vec::len).sum();
-        if total <= MAX_TOKENS {
+    fn total(&self, sequences: &[Vec<u32>], top: usize) -> Result<()> {
+        self.results(sequences.iter().map(Vec::len).sum(), top)
+    }
+
+    /// Bounds what the results of a request take.
+    fn results(&self, tokens: usize, top: usize) -> Result<()> {
+        if tokens <= MAX_TOKENS && tokens.saturating_mul(top) <= MAX_ALTERNATIVES {
             return Ok(());
         }
-        Err(Error::limit(format!("the request has {total} tokens, at most {MAX_TOKENS} are allowed")))
+        Err(Error::limit(format!(
+            "the request has {tokens} tokens with {top} alternatives each; at most {MAX_TOKENS} tokens and {MAX_ALTERNATIVES} alternatives are allowed"
+        )))
     }
 }
 

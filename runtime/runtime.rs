@@ -145,7 +145,7 @@ impl Runtime {
     /// `Io`, `Format`, `Unsupported`, `Shape` or `Limit`, naming the file, field or tensors; nothing stays loaded.
     pub fn load_model(&self, folder: &Path, options: &ModelOptions) -> Result<Model> {
         let spec = read_spec(folder)?;
-        let max_context = options.max_context.unwrap_or(spec.max_positions);
+        let max_context = options.max_context.unwrap_or(spec.context());
         if max_context < 2 {
             return Err(Error::argument(format!("max_context is {max_context}, it must be at least 2")));
         }
@@ -202,13 +202,18 @@ impl Runtime {
         let per_token = 8 * spec.kv_width() as u64 * spec.layers as u64;
         let mut matrices = 0u64;
         for m in &plan.matrices {
-            matrices += weights.get(&m.name)?.bytes().len() as u64;
+            // The GPU pads rows to groups of eight.
+            let cols =
+                if matches!(self.inner.device, Device::Gpu(_)) { m.shape[1].next_multiple_of(8) } else { m.shape[1] };
+            matrices += (m.shape[0] * cols * weights.get(&m.name)?.dtype().size()) as u64;
         }
+        let vectors: usize = plan.vectors.iter().map(|v| 4 * v.shape[0]).sum();
         let (held, default_bytes) = match &self.inner.device {
             Device::Cpu { .. } if options.load.use_mmap => (0, DEFAULT_KV_BYTES_CPU),
             Device::Cpu { .. } => (matrices, DEFAULT_KV_BYTES_CPU),
             Device::Gpu(_) => (matrices, DEFAULT_KV_BYTES_GPU),
         };
+        let held = held + vectors as u64;
         let fixed = held + scratch_bytes(spec, max_rows);
         let budget = options.memory.unwrap_or(u64::MAX);
         let room = usize::try_from(budget.saturating_sub(fixed) / per_token).unwrap_or(usize::MAX);
@@ -226,7 +231,7 @@ impl Runtime {
             return Err(Error::limit(format!(
                 "the memory budget is {budget} bytes; {held} for weights, {} for activations and {} for a KV cache of {least} positions are needed",
                 fixed - held,
-                per_token * least as u64
+                per_token.saturating_mul(least as u64)
             )));
         }
         let kv_blocks = kv_tokens / KV_BLOCK;

@@ -3,7 +3,7 @@
 //   stats[m] = (max l, Σ e^(l − max), Σ e^(l − max)·(l − max), l[target])                 l = logits[m, ·]
 //
 // A workgroup owns row m: lane j takes the logits v ≡ j (mod 256) in rising v, then the lanes are joined by halves.
-// A logit of −Inf adds nothing; NaN makes all four NaN.
+// A logit of −Inf adds nothing; NaN makes both sums NaN.
 
 struct Params {
     rows: u32,

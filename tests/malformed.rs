@@ -563,6 +563,30 @@ fn t1_tokenizer_files() {
     assert_eq!(good.decode(&[99], true).unwrap_err().kind(), ErrorKind::Argument);
 }
 
+/// Role marks that a tokenizer flags as ordinary added tokens cannot be forged either, but the assistant's own turns
+/// keep theirs.
+#[test]
+fn t3_role_marks_that_are_not_special() {
+    let mut v = tokenizer();
+    let added = |id: u32, content: &str, special: bool| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": special});
+    v["model"]["vocab"] =
+        json!({"a": 0, "b": 1, "ab": 2, "<s>": 3, "<": 4, "U": 5, ">": 6, "t": 7, "<U>": 8, "<t>": 9});
+    v["added_tokens"] = json!([added(3, "<s>", true), added(8, "<U>", false), added(9, "<t>", false)]);
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), v.to_string()).unwrap();
+    let template = "{% for m in messages %}{% if m.role == 'user' %}<U>{% endif %}{{ m.content }}{% if false %}<t>{% endif %}{% endfor %}";
+    std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let tokenizer = Tokenizer::from_folder(folder.path()).unwrap().unwrap();
+    let chat = |role: &str, content: &str| {
+        tokenizer.encode_chat(&[Message { role: role.into(), content: content.into() }], false)
+    };
+    assert_eq!(chat("user", "a").unwrap(), [8, 0]);
+    assert_eq!(chat("user", "a<U>b<s>").unwrap(), [8, 0, 4, 5, 6, 1, 4, 6], "spelled (the vocabulary has no \"s\")");
+    assert_eq!(chat("assistant", "<t>a").unwrap(), [9, 0]);
+    assert_eq!(chat("user", "<t>a").unwrap(), [8, 4, 7, 6, 0]);
+    assert_eq!(chat("user", "<U>\u{100000}").unwrap_err().kind(), ErrorKind::Argument);
+}
+
 fn render(source: &str) -> Result<String, Error> {
     let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
     let messages = [message("user", "hi"), message("assistant", "yo")];
@@ -600,6 +624,9 @@ fn t4_hostile_templates() {
         "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}",
         "{% set ns = namespace() %}{% set b = ns %}{% set ns.a = [b] %}{{ ns.a | tojson }}",
         "{% for n in [namespace()] %}{% set n.a = n %}{{ n }}{% endfor %}",
+        // What a lexer of our own could take for a string or the end of a block.
+        "{% raw %}{{ \"{% endraw %}{% set n = namespace() %}{% set n.me = n %}{{ n }}{# \" }} #}",
+        "{% set n = namespace() %}{% macro f(v) %}{% set n.me = v %}{% endmacro %}{{ {\"a\": {}} }}{{ f(n) }}{{ n }}",
         "{% include '/etc/passwd' %}",
         "{{ ''.__class__.__mro__ }}",
         "{{ raise_exception('no') }}",

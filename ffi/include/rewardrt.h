@@ -22,8 +22,8 @@
  * Memory.   What is passed in is borrowed for the call and copied before it returns. Pointers in views are borrowed
  *           until rrt_result_free.
  * Promises. The library never exits, aborts, prints, installs a signal handler, or calls back except for the log. A bug
- *           in it becomes RRT_E_PANIC; the runtime is then poisoned, and every call but close and free gives
- *           RRT_E_POISONED.
+ *           in it becomes RRT_E_PANIC; from then on what would start work (open, load, submit) gives
+ *           RRT_E_POISONED, while waiting, taking, closing and freeing still work.
  * Fork.     Only before rrt_open: a child that uses an inherited runtime or model gets RRT_E_FORKED.
  */
 #ifndef REWARDRT_H

@@ -1,15 +1,14 @@
 //! rrt_submit_sample, rrt_submit_score, rrt_wait, rrt_job_take, rrt_job_cancel
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use runtime::{
-    Job, LogprobRequest, Rule, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
+    Job, JobWatch, LogprobRequest, Rule, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
 };
 
 use crate::boundary::{Outcome, elements, enter, input, null, output, text};
-use crate::model::live_model;
+use crate::model::{live_model, rrt_model};
 use crate::result::rrt_result;
 use crate::runtime::{Child, open_runtime, rrt_runtime};
 use crate::status::{E_ARG, E_NOT_FOUND, Failure, PENDING, TIMEOUT, rrt_error};
@@ -28,19 +27,11 @@ pub enum Pending {
 }
 
 impl Pending {
-    pub fn cancel(&self) {
+    pub fn watch(&self) -> JobWatch {
         match self {
-            Pending::Sample(job) => job.cancel(),
-            Pending::Logprobs(job) => job.cancel(),
-            Pending::Score(job) => job.cancel(),
-        }
-    }
-
-    pub fn wait_timeout(&self, timeout: Duration) -> bool {
-        match self {
-            Pending::Sample(job) => job.wait_timeout(timeout),
-            Pending::Logprobs(job) => job.wait_timeout(timeout),
-            Pending::Score(job) => job.wait_timeout(timeout),
+            Pending::Sample(job) => job.watch(),
+            Pending::Logprobs(job) => job.watch(),
+            Pending::Score(job) => job.watch(),
         }
     }
 }
@@ -67,7 +58,7 @@ unsafe fn sequences(s: &rrt_sequences, what: &str) -> Outcome<Vec<Vec<u32>>> {
 fn queue(runtime: &rrt_runtime, job: Pending, out: *mut u64) {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
-    runtime.jobs().insert(id, Arc::new(job));
+    runtime.jobs().insert(id, job);
     // SAFETY: checked by the caller of this function.
     unsafe { out.write(id) };
 }
@@ -85,6 +76,7 @@ pub unsafe extern "C" fn rrt_submit_sample(
         output(job, "job")?;
         // SAFETY: the header's condition on handles.
         let model = unsafe { live_model(req.model) }?;
+        same_runtime(runtime, model)?;
         if req.flags & !IGNORE_EOS != 0 || req.reserved != 0 {
             return Err(Failure::new(E_ARG, format!("rrt_sample_req: unknown flags {:#x}", req.flags)));
         }
@@ -149,6 +141,7 @@ pub unsafe extern "C" fn rrt_submit_score(
         output(job, "job")?;
         // SAFETY: the header's condition on handles.
         let model = unsafe { live_model(req.model) }?;
+        same_runtime(runtime, model)?;
         if req.flags != 0 || req.reserved != 0 {
             return Err(Failure::new(E_ARG, "rrt_score_req: flags and reserved must be 0"));
         }
@@ -184,6 +177,13 @@ pub unsafe extern "C" fn rrt_submit_score(
     unsafe { enter(err, body) }
 }
 
+fn same_runtime(runtime: &rrt_runtime, model: &rrt_model) -> Outcome<()> {
+    if std::sync::Arc::ptr_eq(&runtime.shared, &model.child.0) {
+        return Ok(());
+    }
+    Err(Failure::new(E_ARG, "the model was loaded on another runtime"))
+}
+
 fn unknown(job: u64) -> Failure {
     Failure::new(E_NOT_FOUND, format!("{job} is no job, or was taken"))
 }
@@ -208,9 +208,11 @@ pub unsafe extern "C" fn rrt_wait(
         }
         // SAFETY: the header's condition on arrays.
         let ids = unsafe { elements(jobs, count, "jobs") }?;
-        let pending: Vec<Arc<Pending>> = {
+        let pending: Vec<JobWatch> = {
             let known = runtime.jobs();
-            ids.iter().map(|id| known.get(id).cloned().ok_or_else(|| unknown(*id))).collect::<Outcome<_>>()?
+            ids.iter()
+                .map(|id| known.get(id).map(Pending::watch).ok_or_else(|| unknown(*id)))
+                .collect::<Outcome<_>>()?
         };
         let start = Instant::now();
         let limit = (timeout_ns != u64::MAX).then(|| Duration::from_nanos(timeout_ns));
@@ -248,11 +250,10 @@ pub unsafe extern "C" fn rrt_job_take(
         let taken = {
             let mut jobs = runtime.jobs();
             let pending = jobs.get(&job).ok_or_else(|| unknown(job))?;
-            // Another thread may be in rrt_wait for it, for a moment.
-            if !pending.wait_timeout(Duration::ZERO) || Arc::strong_count(pending) > 1 {
+            if !pending.watch().wait_timeout(Duration::ZERO) {
                 return Err(Failure::new(PENDING, "the job is not done"));
             }
-            jobs.remove(&job).and_then(Arc::into_inner).ok_or_else(|| unknown(job))?
+            jobs.remove(&job).ok_or_else(|| unknown(job))?
         };
         let result = rrt_result::read(taken, Child::of(&runtime.shared))?;
         // SAFETY: not NULL.
@@ -268,7 +269,7 @@ pub unsafe extern "C" fn rrt_job_cancel(runtime: *mut rrt_runtime, job: u64, err
     let body = || {
         // SAFETY: the header's condition on handles.
         let runtime = unsafe { open_runtime(runtime) }?;
-        runtime.jobs().get(&job).ok_or_else(|| unknown(job))?.cancel();
+        runtime.jobs().get(&job).ok_or_else(|| unknown(job))?.watch().cancel();
         Ok(())
     };
     // SAFETY: the header's condition on err.

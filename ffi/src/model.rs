@@ -48,6 +48,7 @@ pub unsafe extern "C" fn rrt_model_load(
         // SAFETY: the header's condition on structs.
         let opts = unsafe { input(opts) }?;
         output(out, "out")?;
+        runtime.shared.owner.check()?;
         if opts.flags & !NO_MMAP != 0 {
             return Err(Failure::new(E_ARG, format!("rrt_model_opts: unknown flags {:#x}", opts.flags)));
         }

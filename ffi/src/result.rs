@@ -112,7 +112,7 @@ pub unsafe extern "C" fn rrt_result_sequences(
     let body = || {
         // SAFETY: the header's condition on handles.
         let result = unsafe { reference(result, "result") }?;
-        result.child.0.owner.check()?;
+        result.child.0.owner.check_process()?;
         let Data::Sequences(s) = &result.data else {
             return Err(Failure::new(E_ARG, "the result is that of a scoring job"));
         };
@@ -149,7 +149,7 @@ pub unsafe extern "C" fn rrt_result_scores(
     let body = || {
         // SAFETY: the header's condition on handles.
         let result = unsafe { reference(result, "result") }?;
-        result.child.0.owner.check()?;
+        result.child.0.owner.check_process()?;
         let Data::Scores(s) = &result.data else {
             return Err(Failure::new(E_ARG, "the result is that of a sampling job"));
         };

@@ -40,11 +40,11 @@ impl Drop for Child {
 pub struct rrt_runtime {
     pub runtime: Runtime,
     pub shared: Arc<Shared>,
-    jobs: Mutex<HashMap<u64, Arc<Pending>>>,
+    jobs: Mutex<HashMap<u64, Pending>>,
 }
 
 impl rrt_runtime {
-    pub fn jobs(&self) -> MutexGuard<'_, HashMap<u64, Arc<Pending>>> {
+    pub fn jobs(&self) -> MutexGuard<'_, HashMap<u64, Pending>> {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -54,7 +54,7 @@ impl rrt_runtime {
 pub unsafe fn open_runtime<'a>(p: *const rrt_runtime) -> Outcome<&'a rrt_runtime> {
     // SAFETY: the caller's promise.
     let runtime = unsafe { reference(p, "runtime") }?;
-    runtime.shared.owner.check()?;
+    runtime.shared.owner.check_process()?;
     Ok(runtime)
 }
 
@@ -129,6 +129,7 @@ pub unsafe extern "C" fn rrt_open(opts: *const rrt_open_opts, out: *mut *mut rrt
         // SAFETY: the header's condition on structs.
         let opts = unsafe { input(opts) }?;
         output(out, "out")?;
+        Owner::current().check()?;
         if opts.flags != 0 || opts.reserved != 0 {
             return Err(Failure::new(E_ARG, "rrt_open_opts: flags and reserved must be 0"));
         }
@@ -165,9 +166,10 @@ pub unsafe extern "C" fn rrt_close(runtime: *mut rrt_runtime, timeout_ns: u64, e
                     format!("{children} models or results are still alive; free them first"),
                 ));
             }
+            let jobs: Vec<_> = handle.jobs().values().map(Pending::watch).collect();
+            jobs.iter().for_each(runtime::JobWatch::cancel);
             let start = Instant::now();
-            for job in handle.jobs().values() {
-                job.cancel();
+            for job in &jobs {
                 let left = Duration::from_nanos(timeout_ns).saturating_sub(start.elapsed());
                 if !job.wait_timeout(left) {
                     return Err(Failure::new(TIMEOUT, "jobs did not end in time; the runtime is still open"));

@@ -38,7 +38,7 @@ pub fn run(args: &Inspect) -> Result<()> {
                 "architecture": spec.architecture, "head": head, "rule": rule, "layers": spec.layers,
                 "hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size, "heads": spec.heads,
                 "kv_heads": spec.kv_heads, "head_dim": spec.head_dim, "vocab_size": spec.vocab_size,
-                "max_positions": spec.max_positions, "sliding_window": spec.sliding_window,
+                "context": spec.context(), "sliding_window": spec.sliding_window,
                 "rope": format!("{:?}", spec.rope.kind), "dtypes": dtypes, "bytes": bytes,
                 "fits_config": fits.is_ok(), "tensors": list,
             })
@@ -58,7 +58,7 @@ pub fn run(args: &Inspect) -> Result<()> {
                 format!("{} heads of {}, {} kv heads, window {window}", spec.heads, spec.head_dim, spec.kv_heads),
             ),
             ("rope", format!("theta {}, {:?}", spec.rope.theta, spec.rope.kind)),
-            ("context", spec.max_positions.to_string()),
+            ("context", spec.context().to_string()),
             ("vocabulary", spec.vocab_size.to_string()),
             ("bytes", format!("{:.1} MB: {}", bytes as f64 / 1e6, dtypes.join(", "))),
             ("tensors", tensors.len().to_string()),

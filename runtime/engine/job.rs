@@ -63,8 +63,39 @@ impl JobState {
         self.lock().error.is_some()
     }
 
+    fn wait_timeout(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now().checked_add(timeout);
+        let mut inner = self.lock();
+        while inner.remaining > 0 && inner.error.is_none() {
+            let left = deadline.map_or(Duration::from_secs(3600), |d| d.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return false;
+            }
+            inner = self.done.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
     pub(super) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+/// Watches a job without owning it.
+#[derive(Clone)]
+pub struct JobWatch {
+    state: Arc<JobState>,
+}
+
+impl JobWatch {
+    /// See [`Job::wait_timeout`].
+    pub fn wait_timeout(&self, timeout: Duration) -> bool {
+        self.state.wait_timeout(timeout)
+    }
+
+    /// See [`Job::cancel`].
+    pub fn cancel(&self) {
+        self.state.cancelled.store(true, Ordering::Relaxed);
     }
 }
 
@@ -97,16 +128,12 @@ impl<T> Job<T> {
 
     /// Blocks until the job is done, at most for `timeout`. True if it is done.
     pub fn wait_timeout(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now().checked_add(timeout);
-        let mut inner = self.state.lock();
-        while inner.remaining > 0 && inner.error.is_none() {
-            let left = deadline.map_or(Duration::from_secs(3600), |d| d.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return false;
-            }
-            inner = self.state.done.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        self.state.wait_timeout(timeout)
+    }
+
+    /// A watch on this job that another thread can keep.
+    pub fn watch(&self) -> JobWatch {
+        JobWatch { state: self.state.clone() }
     }
 
     /// Blocks until the job is done and returns its result.

@@ -51,10 +51,11 @@ impl Lane {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    pub(super) fn enqueue(&mut self, job: &Arc<JobState>, sequences: Vec<NewSequence>) {
+    /// Takes sequences in, or fails their job if the device is gone; returns the queued tokens that are done with.
+    pub(super) fn enqueue(&mut self, job: &Arc<JobState>, sequences: Vec<NewSequence>) -> usize {
         if let Some(error) = &self.broken {
             job.fail(error.clone());
-            return;
+            return sequences.iter().map(NewSequence::positions).sum();
         }
         for (i, new) in sequences.into_iter().enumerate() {
             // A text of one token has no log-prob to read.
@@ -64,6 +65,7 @@ impl Lane {
                 self.waiting.push_back(Sequence::new(job.clone(), i, new));
             }
         }
+        0
     }
 
     /// Runs one step if there is work. Returns the queued tokens that are done with.
@@ -158,7 +160,7 @@ impl Lane {
             && let Some(blocks) = self.kv.take(first.most_positions())
         {
             if let Some(mut sequence) = self.waiting.pop_front() {
-                sequence.blocks = blocks;
+                sequence.start(blocks);
                 self.running.push(sequence);
             }
         }

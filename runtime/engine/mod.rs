@@ -16,8 +16,8 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-pub use job::Job;
 pub(crate) use job::JobState;
+pub use job::{Job, JobWatch};
 use lane::Lane;
 pub use sequence::{Finish, SampledToken};
 pub(crate) use sequence::{Finished, NewSequence, Purpose, SamplePlan};
@@ -69,6 +69,9 @@ impl Engine {
 
     /// Takes over a loaded model; the number names it from now on.
     pub(crate) fn add(&self, executor: Box<dyn Executor>, rope: Rope, capacity: Capacity) -> Result<u64> {
+        if let Some(error) = self.shared.poison() {
+            return Err(error);
+        }
         let model = self.next_model.fetch_add(1, Ordering::Relaxed);
         let lane = Box::new(Lane::new(executor, rope, capacity));
         self.send(Command::Add { model, lane })?;
@@ -132,41 +135,32 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
     loop {
         let idle = lanes.iter().all(|(_, lane)| lane.is_idle());
         let command = if idle { inbox.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.try_recv() };
-        match command {
-            Ok(command) => {
-                obey(&mut lanes, command, shared);
-                continue;
-            }
-            Err(TryRecvError::Disconnected) => break,
-            Err(TryRecvError::Empty) => {}
-        }
-        for (_, lane) in &mut lanes {
-            let step = catch_unwind(AssertUnwindSafe(|| lane.advance()));
-            match step {
-                Ok(finished_tokens) => {
-                    shared.queued_tokens.fetch_sub(finished_tokens, Ordering::Relaxed);
-                }
-                Err(panic) => {
-                    let error = Error::new(ErrorKind::Internal, format!("internal error: {}", panic_text(&*panic)));
-                    log::error!("{error}");
-                    let poison =
-                        Error::new(ErrorKind::Poisoned, format!("the runtime is poisoned by an earlier {error}"));
-                    *shared.poisoned.lock().unwrap_or_else(PoisonError::into_inner) = Some(poison);
-                    for (_, lane) in &mut lanes {
-                        lane.fail_all(&error);
-                    }
-                    break;
-                }
-            }
-        }
-        if let Some(error) = shared.poison() {
-            // Refuse whatever is still on its way, until the runtime is closed.
-            while let Ok(command) = inbox.recv() {
-                if let Command::Submit { job, .. } = command {
-                    job.fail(error.clone());
-                }
-            }
+        if command.as_ref().is_err_and(|e| *e == TryRecvError::Disconnected) {
             break;
+        }
+        // A job that a panicking command carried is unknown to the lanes.
+        let submitted = match &command {
+            Ok(Command::Submit { job, .. }) => Some(job.clone()),
+            _ => None,
+        };
+        let work = catch_unwind(AssertUnwindSafe(|| match command {
+            Ok(command) => obey(&mut lanes, command),
+            Err(_) => lanes.iter_mut().map(|(_, lane)| lane.advance()).sum(),
+        }));
+        match work {
+            Ok(released) => {
+                shared.queued_tokens.fetch_sub(released, Ordering::Relaxed);
+            }
+            Err(panic) => {
+                poison(shared, &*panic, &mut lanes, submitted);
+                // Refuse whatever is still on its way, until the runtime is closed.
+                while let Ok(command) = inbox.recv() {
+                    if let (Command::Submit { job, .. }, Some(error)) = (command, shared.poison()) {
+                        job.fail(error);
+                    }
+                }
+                return;
+            }
         }
     }
     let closed = Error::new(ErrorKind::Cancelled, "the runtime was closed");
@@ -175,19 +169,40 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
     }
 }
 
-fn obey(lanes: &mut Vec<(u64, Box<Lane>)>, command: Command, shared: &Shared) {
+/// After a panic nobody knows what the lanes are like: every job fails, every later one is refused.
+fn poison(shared: &Shared, panic: &(dyn Any + Send), lanes: &mut [(u64, Box<Lane>)], submitted: Option<Arc<JobState>>) {
+    let error = Error::new(ErrorKind::Internal, format!("internal error: {}", panic_text(panic)));
+    log::error!("{error}");
+    let poison = Error::new(ErrorKind::Poisoned, format!("the runtime is poisoned by an earlier {error}"));
+    *shared.poisoned.lock().unwrap_or_else(PoisonError::into_inner) = Some(poison);
+    for (_, lane) in lanes {
+        lane.fail_all(&error);
+    }
+    if let Some(job) = submitted {
+        job.fail(error);
+    }
+}
+
+/// Carries out a command; returns the queued tokens that are done with.
+fn obey(lanes: &mut Vec<(u64, Box<Lane>)>, command: Command) -> usize {
     match command {
-        Command::Add { model, lane } => lanes.push((model, lane)),
-        Command::Remove { model } => {
-            if let Some(i) = lanes.iter().position(|(id, _)| *id == model) {
-                let (_, mut lane) = lanes.swap_remove(i);
-                let error = Error::new(ErrorKind::Cancelled, "the model was freed");
-                shared.queued_tokens.fetch_sub(lane.fail_all(&error), Ordering::Relaxed);
-            }
+        Command::Add { model, lane } => {
+            lanes.push((model, lane));
+            0
         }
+        Command::Remove { model } => match lanes.iter().position(|(id, _)| *id == model) {
+            Some(i) => {
+                let (_, mut lane) = lanes.swap_remove(i);
+                lane.fail_all(&Error::new(ErrorKind::Cancelled, "the model was freed"))
+            }
+            None => 0,
+        },
         Command::Submit { model, job, sequences } => match lanes.iter_mut().find(|(id, _)| *id == model) {
             Some((_, lane)) => lane.enqueue(&job, sequences),
-            None => job.fail(Error::new(ErrorKind::NotFound, "the model was freed")),
+            None => {
+                job.fail(Error::new(ErrorKind::NotFound, "the model was freed"));
+                sequences.iter().map(NewSequence::positions).sum()
+            }
         },
     }
 }

@@ -85,7 +85,8 @@ impl NewSequence {
     /// Positions it can grow to.
     pub(crate) fn positions(&self) -> usize {
         match &self.purpose {
-            Purpose::Sample(plan) => self.tokens.len() + plan.max_tokens,
+            // The last token is sampled and not computed.
+            Purpose::Sample(plan) => self.tokens.len() + plan.max_tokens - 1,
             // Nothing to compute.
             Purpose::Read(wants) if wants.is_empty() => 0,
             Purpose::Read(_) => self.tokens.len(),
@@ -119,13 +120,6 @@ impl Sequence {
     pub(super) fn new(job: Arc<JobState>, index: usize, new: NewSequence) -> Self {
         let queued_tokens = new.positions();
         let NewSequence { tokens, forward_len, purpose } = new;
-        let mut seen = Vec::new();
-        if let Purpose::Sample(plan) = &purpose
-            && plan.request.repetition_penalty != 1.0
-        {
-            seen.resize(plan.vocab_size.div_ceil(32), 0);
-            tokens.iter().for_each(|t| mark(&mut seen, *t));
-        }
         Sequence {
             job,
             index,
@@ -137,8 +131,19 @@ impl Sequence {
             blocks: Vec::new(),
             purpose,
             sampled: Vec::new(),
-            seen,
+            seen: Vec::new(),
             outputs: Vec::new(),
+        }
+    }
+
+    /// Gives it its KV blocks; what a running sequence needs beyond them is allocated now, not while it waits.
+    pub(super) fn start(&mut self, blocks: Vec<u32>) {
+        self.blocks = blocks;
+        if let Purpose::Sample(plan) = &self.purpose
+            && plan.request.repetition_penalty != 1.0
+        {
+            self.seen.resize(plan.vocab_size.div_ceil(32), 0);
+            self.tokens.iter().for_each(|t| mark(&mut self.seen, *t));
         }
     }
 
@@ -252,7 +257,7 @@ impl Sequence {
         let longest = plan.stop_strings.iter().map(String::len).max().unwrap_or(0);
         let generated = &self.tokens[self.prompt_len..];
         let hit = |ids: &[u32]| {
-            let text = tokenizer.decode(ids, true).unwrap_or_default();
+            let text = tokenizer.decode_sampled(ids).unwrap_or_default();
             plan.stop_strings.iter().any(|s| text.contains(s.as_str()))
         };
         // Every token but a special one is at least a byte; the rest is room for those.
@@ -263,7 +268,7 @@ impl Sequence {
     pub(super) fn finish_sampling(&mut self, finish: Finish) -> Finished {
         let text = match &self.purpose {
             Purpose::Sample(plan) => plan.tokenizer.as_ref().and_then(|tokenizer| {
-                let mut text = tokenizer.decode(&self.tokens[self.prompt_len..], true).ok()?;
+                let mut text = tokenizer.decode_sampled(&self.tokens[self.prompt_len..]).ok()?;
                 let cut = plan.stop_strings.iter().filter_map(|s| text.find(s.as_str())).min();
                 text.truncate(cut.unwrap_or(text.len()));
                 Some(text)

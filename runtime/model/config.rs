@@ -159,7 +159,11 @@ impl Fields<'_> {
             rope: self.rope(head_dim, max_positions)?,
             max_positions,
             head,
-            pad_token_id: self.token_ids("pad_token_id")?.and_then(|ids| ids.first().copied()),
+            // Old Llama exports say −1 for none.
+            pad_token_id: match self.get("pad_token_id").and_then(Value::as_i64) {
+                Some(id) if id < 0 => None,
+                _ => self.token_ids("pad_token_id")?.and_then(|ids| ids.first().copied()),
+            },
             eos_token_ids: match self.map.contains_key("eos_token_id") {
                 true => self.token_ids("eos_token_id")?.unwrap_or_default(),
                 false => vec![2],

@@ -1,6 +1,6 @@
 //! What a model is, as data.
 
-use super::rope::Rope;
+use super::rope::{Rope, RopeKind};
 
 /// Where the final hidden states go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub struct ModelSpec {
     pub sliding_window: Option<usize>,
     /// Rotary positions.
     pub rope: Rope,
-    /// Longest sequence the config allows.
+    /// `max_position_embeddings`.
     pub max_positions: usize,
     /// What is read off the final hidden states.
     pub head: Head,
@@ -59,6 +59,15 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// The longest sequence the model is meant for: dynamic rope stretches the trained length by its factor.
+    pub fn context(&self) -> usize {
+        match self.rope.kind {
+            // At least as long as trained, whatever the factor says; `as` saturates.
+            RopeKind::Dynamic { factor, max_positions } => max_positions.max((max_positions as f64 * factor) as usize),
+            _ => self.max_positions,
+        }
+    }
+
     /// H · E.
     pub fn q_width(&self) -> usize {
         self.heads * self.head_dim

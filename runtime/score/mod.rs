@@ -72,6 +72,9 @@ impl Rule {
                 Ok(BoundRule { rule: self.clone(), labels: labels.clone(), want: Want::Score, skip: spec.pad_token_id })
             }
             (Rule::Judge { labels }, Head::LanguageModel { .. }) => {
+                if labels.len() < 2 {
+                    return Err(Error::argument(format!("rule judge: {} labels, it needs two or more", labels.len())));
+                }
                 let tokenizer =
                     tokenizer.ok_or_else(|| Error::argument("rule judge: the model has no tokenizer.json"))?;
                 let tokens: Vec<u32> = labels.iter().map(|l| label_token(l, tokenizer, spec)).collect::<Result<_>>()?;

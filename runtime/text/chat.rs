@@ -85,6 +85,11 @@ impl ChatTemplate {
         Ok(ChatTemplate { source, tokens })
     }
 
+    /// The template's text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
     /// Renders a conversation.
     ///
     /// # Errors
@@ -244,26 +249,26 @@ fn replace_generation_tags(source: &str) -> String {
 
 /// A namespace that contains itself overflows the stack when it is printed. So a namespace may only be made by
 /// `set NAME = namespace(…)`, and NAME may only be followed by a dot: it can then never become a value.
+///
+/// The whole source is read as code, text and strings included: a lexer of our own that skipped them could be led to
+/// disagree with the real one. The price is that NAME must not be a word of the template's text either.
 fn refuse_namespace_cycles(source: &str) -> Result<()> {
-    let words = code_words(source);
-    let text = |i: usize| words.get(i).map_or("", |w| w.as_str());
+    let words = words(source);
+    let text = |i: usize| words.get(i).copied().unwrap_or("");
+    let declares = |i: usize| text(i + 1) == "=" && text(i + 2) == "namespace" && i > 0 && text(i - 1) == "set";
     let mut names = Vec::new();
     for i in 0..words.len() {
-        if text(i) == "namespace" && text(i + 1) == "(" {
-            if i < 3 || text(i - 1) != "=" || text(i - 3) != "set" {
+        if text(i) == "namespace" {
+            if i < 2 || !declares(i - 2) || text(i + 1) != "(" {
                 return Err(Error::template(
-                    "chat template: namespace() is allowed only in {% set NAME = namespace(…) %}",
+                    "chat template: \"namespace\" is allowed only in {% set NAME = namespace(…) %}",
                 ));
             }
-            names.push(text(i - 2).to_owned());
-        } else if text(i) == "namespace" {
-            return Err(Error::template("chat template: namespace may only be called"));
+            names.push(text(i - 2));
         }
     }
     for i in 0..words.len() {
-        let is_attribute = i > 0 && text(i - 1) == ".";
-        let declares = text(i + 1) == "=" && text(i + 2) == "namespace";
-        if names.iter().any(|n| n == text(i)) && !is_attribute && !declares && text(i + 1) != "." {
+        if names.contains(&text(i)) && !declares(i) && text(i + 1) != "." {
             return Err(Error::template(format!(
                 "chat template: the namespace {:?} may only be used by its attributes",
                 text(i)
@@ -273,54 +278,17 @@ fn refuse_namespace_cycles(source: &str) -> Result<()> {
     Ok(())
 }
 
-/// Identifiers and punctuation inside `{% %}` and `{{ }}`, string literals and comments left out.
-fn code_words(source: &str) -> Vec<String> {
+/// Identifiers and single other characters, without white space.
+fn words(source: &str) -> Vec<&str> {
     let mut words = Vec::new();
     let mut rest = source;
-    while let Some(at) = rest.find('{') {
-        let (close, code) = match rest.as_bytes().get(at + 1) {
-            Some(b'%') => ("%}", true),
-            Some(b'{') => ("}}", true),
-            Some(b'#') => ("#}", false),
-            _ => {
-                rest = &rest[at + 1..];
-                continue;
-            }
-        };
-        rest = &rest[at + 2..];
-        if !code {
-            rest = rest.find(close).map_or("", |n| &rest[n + 2..]);
-            continue;
+    while let Some(c) = rest.chars().next() {
+        let is_word = |c: char| c.is_alphanumeric() || c == '_';
+        let len = if is_word(c) { rest.find(|c| !is_word(c)).unwrap_or(rest.len()) } else { c.len_utf8() };
+        if !c.is_whitespace() {
+            words.push(&rest[..len]);
         }
-        while !rest.is_empty() && !rest.starts_with(close) {
-            let Some(c) = rest.chars().next() else { break };
-            let len = if c == '"' || c == '\'' {
-                string_literal_len(rest, c)
-            } else if c.is_alphanumeric() || c == '_' {
-                let len = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
-                words.push(rest[..len].to_owned());
-                len
-            } else {
-                if !c.is_whitespace() {
-                    words.push(c.to_string());
-                }
-                c.len_utf8()
-            };
-            rest = &rest[len..];
-        }
+        rest = &rest[len..];
     }
     words
-}
-
-fn string_literal_len(text: &str, quote: char) -> usize {
-    let mut escaped = false;
-    for (i, c) in text.char_indices().skip(1) {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' => escaped = true,
-            c if c == quote => return i + 1,
-            _ => {}
-        }
-    }
-    text.len()
 }

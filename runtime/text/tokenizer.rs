@@ -82,6 +82,9 @@ impl Tokenizer {
         })?;
         let added = trusted.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, t)| t.special).map(|(id, t)| (*id, t.content.clone())).collect();
+        if added.len() > MAX_CONTROL {
+            return Err(Error::limit(format!("tokenizer.json: {} added tokens, at most {MAX_CONTROL}", added.len())));
+        }
         let mut plain = trusted.clone();
         plain.set_encode_special_tokens(true);
         Ok(Tokenizer { trusted, plain, special, chat: None })
@@ -135,6 +138,12 @@ impl Tokenizer {
         caught(|| self.trusted.decode(ids, skip_special))
     }
 
+    /// Decodes ids that a model gave: those that the tokenizer does not know (a padded vocabulary) are left out.
+    pub(crate) fn decode_sampled(&self, ids: &[u32]) -> Result<String> {
+        let known: Vec<u32> = ids.iter().copied().filter(|id| self.trusted.id_to_token(*id).is_some()).collect();
+        self.decode(&known, true)
+    }
+
     /// The id of a token by its exact spelling in the vocabulary.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.trusted.token_to_id(token)
@@ -166,51 +175,72 @@ impl Tokenizer {
             .chat
             .as_ref()
             .ok_or_else(|| Error::template("the tokenizer has no chat template: give the text or its ids instead"))?;
-        // A special token in a message is masked by a private-use character while the template works on it.
-        let specials: Vec<&str> = self.special.values().map(String::as_str).collect();
-        let masked: Vec<Message> = messages.iter().map(|m| mask(m, &specials)).collect();
-        let text = template.render(&masked, add_generation_prompt)?;
+        // A control token in a message is masked by a private-use character while the template works on it.
+        let control = self.control_tokens(template.source());
+        let masked: Vec<Message> = messages.iter().map(|m| mask(m, &control)).collect();
         let trusted = EncodeOptions { add_special: false, parse_special: true };
         if masked == messages {
-            return self.encode(&text, trusted);
+            return self.encode(&template.render(messages, add_generation_prompt)?, trusted);
         }
+        let in_range = |c: char| (MASK_BASE..MASK_BASE + control.len() as u32).contains(&(c as u32));
+        if messages.iter().any(|m| m.role.contains(in_range) || m.content.contains(in_range)) {
+            return Err(Error::argument(
+                "a message has both control tokens and characters of the private-use plane 16",
+            ));
+        }
+        let text = template.render(&masked, add_generation_prompt)?;
         let mut ids = Vec::new();
         let mut start = 0;
-        for (at, c) in text.char_indices() {
-            if let Some(content) = unmask(c, &specials) {
-                ids.extend(self.encode(&text[start..at], trusted)?);
-                ids.extend(self.encode(content, EncodeOptions::default())?);
-                start = at + c.len_utf8();
-            }
+        for (at, c) in text.char_indices().filter(|(_, c)| in_range(*c)) {
+            let content = &control[(c as u32 - MASK_BASE) as usize].content;
+            ids.extend(self.encode(&text[start..at], trusted)?);
+            self.spell(content, &mut ids)?;
+            start = at + c.len_utf8();
         }
         ids.extend(self.encode(&text[start..], trusted)?);
         Ok(ids)
     }
+
+    /// The tokens that must not be forged: the special ones, and other added ones that the template itself writes
+    /// (role marks are not always flagged as special). Longest first.
+    fn control_tokens(&self, template: &str) -> Vec<Control> {
+        let added = self.trusted.get_added_tokens_decoder();
+        let mut control: Vec<Control> = added
+            .values()
+            .filter(|t| t.special || template.contains(&t.content))
+            .map(|t| Control { content: t.content.clone(), special: t.special })
+            .collect();
+        control.sort_by(|a, b| b.content.len().cmp(&a.content.len()).then_with(|| a.content.cmp(&b.content)));
+        control
+    }
 }
 
-/// First of the private-use characters that stand for special tokens (plane 16; text never needs them).
-const MASK_BASE: u32 = 0x10_0000;
-const MASK_COUNT: usize = 0xFFFD;
+/// A token that must not come out of a message's text.
+struct Control {
+    content: String,
+    special: bool,
+}
 
-fn mask(message: &Message, specials: &[&str]) -> Message {
+/// First of the private-use characters that stand for control tokens (plane 16; text never needs them).
+const MASK_BASE: u32 = 0x10_0000;
+/// The plane has 65,534 of them.
+const MAX_CONTROL: usize = 0xFFFD;
+
+/// Puts a private-use character in the place of every control token. The assistant's own turns may hold tokens that
+/// are not special, such as the marks of its thoughts.
+fn mask(message: &Message, control: &[Control]) -> Message {
     let mut masked = message.clone();
-    let mut order: Vec<usize> = (0..specials.len().min(MASK_COUNT)).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(specials[i].len()));
-    for i in order {
+    let own = message.role == "assistant";
+    for (i, token) in control.iter().enumerate().filter(|(_, t)| t.special || !own) {
         if let Some(c) = char::from_u32(MASK_BASE + i as u32) {
             for text in [&mut masked.role, &mut masked.content] {
-                if text.contains(specials[i]) {
-                    *text = text.replace(specials[i], c.encode_utf8(&mut [0; 4]));
+                if text.contains(&token.content) {
+                    *text = text.replace(&token.content, c.encode_utf8(&mut [0; 4]));
                 }
             }
         }
     }
     masked
-}
-
-fn unmask<'a>(c: char, specials: &[&'a str]) -> Option<&'a str> {
-    let i = (c as u32).checked_sub(MASK_BASE)?;
-    specials.get(i as usize).copied()
 }
 
 /// The crate ignores the `id` of added tokens and counts instead; a file where the two differ would shift ids.

@@ -128,6 +128,10 @@ pub(crate) fn inside(folder: &Path, file: &Path) -> Result<PathBuf> {
 pub(crate) fn read_bounded(path: &Path, limit: usize) -> Result<Vec<u8>> {
     use std::io::Read;
     let fail = |e| io_error(path, e);
+    // Opening a pipe would wait for its other end.
+    if !std::fs::metadata(path).map_err(fail)?.is_file() {
+        return Err(Error::new(ErrorKind::Io, format!("{}: not a regular file", path.display())));
+    }
     let file = std::fs::File::open(path).map_err(fail)?;
     let mut bytes = Vec::new();
     let bound = (limit as u64).saturating_add(1);

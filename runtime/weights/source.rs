@@ -37,11 +37,12 @@ pub(super) struct FileBytes {
 impl FileBytes {
     pub(super) fn open(path: &Path, use_mmap: bool) -> Result<Self> {
         let fail = |e| io_error(path, e);
-        let mut file = File::open(path).map_err(fail)?;
-        let metadata = file.metadata().map_err(fail)?;
-        if !metadata.is_file() {
+        // Opening a pipe would wait for its other end.
+        if !std::fs::metadata(path).map_err(fail)?.is_file() {
             return Err(Error::new(ErrorKind::Io, format!("{}: not a regular file", path.display())));
         }
+        let mut file = File::open(path).map_err(fail)?;
+        let metadata = file.metadata().map_err(fail)?;
         let stamp = Stamp::of(&metadata);
         let bytes = if use_mmap {
             // SAFETY: the map is read-only. That nobody shortens the file while it is mapped is a condition that

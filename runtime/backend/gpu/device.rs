@@ -178,17 +178,18 @@ impl Gpu {
                 .slice(0..bytes)
                 .map_async(wgpu::MapMode::Read, move |result| flag.store(result.is_ok(), Ordering::SeqCst));
         })?;
-        self.wait(submission)?;
-        // The callback may never come after a loss: it is not waited for, the flag is read.
-        if !mapped.load(Ordering::SeqCst) {
-            self.alive()?;
-            return Err(Error::gpu("reading back: the buffer was not mapped"));
-        }
-        let view = buffer.slice(0..bytes).get_mapped_range().map_err(|e| Error::gpu(format!("reading back: {e}")))?;
-        let copy = view.to_vec();
-        drop(view);
-        buffer.unmap();
-        Ok(copy)
+        let copy = self.wait(submission).and_then(|()| {
+            // The callback may never come after a loss: it is not waited for, the flag is read.
+            if !mapped.load(Ordering::SeqCst) {
+                self.alive()?;
+                return Err(Error::gpu("reading back: the buffer was not mapped"));
+            }
+            let view = buffer.slice(0..bytes).get_mapped_range();
+            view.map(|v| v.to_vec()).map_err(|e| Error::gpu(format!("reading back: {e}")))
+        });
+        // Also after an error, or the next step would find it mapped.
+        caught("unmapping", || buffer.unmap())?;
+        copy
     }
 }
 

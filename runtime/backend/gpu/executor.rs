@@ -27,13 +27,22 @@ const PER_DIMENSION: u32 = 65_535;
 /// Workgroups, and the parameter bytes of a dispatch, for T rows and M outputs.
 type Shape = Box<dyn Fn(u32, u32) -> (Vec<u8>, [u32; 3]) + Send>;
 
+/// Multiply-adds of a dispatch.
+#[derive(Clone, Copy)]
+enum Cost {
+    PerRow(u64),
+    /// For each key that a row sees.
+    PerKey(u64),
+}
+
+const CHEAP: Cost = Cost::PerRow(0);
+
 /// A dispatch whose bindings never change.
 pub(super) struct Call {
     pub pipeline: wgpu::ComputePipeline,
     pub bind_group: wgpu::BindGroup,
     shape: Shape,
-    /// Multiply-adds a row.
-    cost: u64,
+    cost: Cost,
 }
 
 /// The buffers of a model that do not belong to one op.
@@ -179,7 +188,7 @@ impl GpuExecutor {
     }
 
     /// Encodes and submits the calls of a step, in submissions of bounded cost.
-    fn run_calls(&self, t: u32, m: u32) -> Result<()> {
+    fn run_calls(&self, t: u32, m: u32, keys: u64) -> Result<()> {
         let mut params = vec![0u8; self.calls.len() * SLOT as usize];
         let mut sizes = Vec::with_capacity(self.calls.len());
         for (slot, call) in params.chunks_exact_mut(SLOT as usize).zip(&self.calls) {
@@ -201,7 +210,10 @@ impl GpuExecutor {
                         pass.set_bind_group(0, &call.bind_group, &[]);
                         pass.dispatch_workgroups(x, y, z);
                     }
-                    cost += call.cost * u64::from(t);
+                    cost += match call.cost {
+                        Cost::PerRow(cost) => cost * u64::from(t),
+                        Cost::PerKey(cost) => cost * keys,
+                    };
                     next += 1;
                 }
                 drop(pass);
@@ -236,7 +248,10 @@ impl Executor for GpuExecutor {
         self.write(&self.buffers.cos_sin, bytemuck::cast_slice(step.cos_sin))?;
         self.write(&self.buffers.picked, bytemuck::cast_slice(&picked))?;
         // Both are at most max_rows, which fits.
-        self.run_calls(t as u32, m as u32)?;
+        let seen = |r: &RowMeta| u64::from(r.position) + 1;
+        let window = self.spec.sliding_window.map_or(u64::MAX, |w| w as u64);
+        let keys = step.rows.iter().map(|r| seen(r).min(window)).sum();
+        self.run_calls(t as u32, m as u32, keys)?;
         self.run_head(step, &order)
     }
 
@@ -273,7 +288,7 @@ fn build_calls(
                 let shape: Shape = Box::new(move |t, _| {
                     (bytes_of(&embed::Params { rows: t, width, stride, first, count }).to_vec(), fold(t))
                 });
-                add_call(builder, &embed::KERNEL, (Some(table.dtype), false), &storage, 0, shape)?;
+                add_call(builder, &embed::KERNEL, (Some(table.dtype), false), &storage, CHEAP, shape)?;
             }
             Ok(())
         }
@@ -284,7 +299,7 @@ fn build_calls(
                 let rows = if all { t } else { m };
                 (bytes_of(&rms_norm::Params { rows, width, eps }).to_vec(), fold(rows))
             });
-            add_call(builder, &rms_norm::KERNEL, plain, &storage, 0, shape)
+            add_call(builder, &rms_norm::KERNEL, plain, &storage, CHEAP, shape)
         }
         Op::Linear { x, parts } => {
             for part in parts {
@@ -294,7 +309,7 @@ fn build_calls(
                     let storage = [b.activation(*x), &slice.buffer, bias, b.activation(part.out)];
                     let base = slice_params(matrix, slice, part.bias.is_some());
                     let shape: Shape = Box::new(move |t, _| linear_shape(linear::Params { rows: t, ..base }));
-                    let cost = u64::from(matrix.cols) * u64::from(slice.count);
+                    let cost = Cost::PerRow(u64::from(matrix.cols) * u64::from(slice.count));
                     let variant = (Some(matrix.dtype), matrix.cols.is_multiple_of(4));
                     add_call(builder, &linear::KERNEL, variant, &storage, cost, shape)?;
                 }
@@ -305,14 +320,14 @@ fn build_calls(
             let heads = *heads as u32;
             let shape: Shape =
                 Box::new(move |t, _| (bytes_of(&rope::Params { rows: t, heads, half }).to_vec(), fold(t)));
-            add_call(builder, &rope::KERNEL, plain, &[&b.cos_sin, b.activation(*x)], 0, shape)
+            add_call(builder, &rope::KERNEL, plain, &[&b.cos_sin, b.activation(*x)], CHEAP, shape)
         }
         Op::KvWrite { layer } => {
             let (keys, values) = &kv[*layer];
             let storage = [&b.rows, b.activation(Buf::K), b.activation(Buf::V), keys, values];
             let shape: Shape =
                 Box::new(move |t, _| (bytes_of(&kv_write::Params { rows: t, kv_heads, head_dim }).to_vec(), fold(t)));
-            add_call(builder, &kv_write::KERNEL, plain, &storage, 0, shape)
+            add_call(builder, &kv_write::KERNEL, plain, &storage, CHEAP, shape)
         }
         Op::Attention { layer } => {
             let (keys, values) = &kv[*layer];
@@ -323,8 +338,7 @@ fn build_calls(
                 let params = attention::Params { rows: t, heads, kv_heads, head_dim, scale, window };
                 (bytes_of(&params).to_vec(), [heads, t, 1])
             });
-            // Longer contexts cost more than this; it only has to bound a submission roughly.
-            add_call(builder, &attention::KERNEL, plain, &storage, 512 * spec.q_width() as u64, shape)
+            add_call(builder, &attention::KERNEL, plain, &storage, Cost::PerKey(2 * spec.q_width() as u64), shape)
         }
         Op::SiluMul { gate, up } => {
             let width = width(*gate);
@@ -332,7 +346,7 @@ fn build_calls(
                 let len = t * width;
                 (bytes_of(&silu_mul::Params { len }).to_vec(), fold(len.div_ceil(silu_mul::ELEMENTS_PER_WORKGROUP)))
             });
-            add_call(builder, &silu_mul::KERNEL, plain, &[b.activation(*gate), b.activation(*up)], 0, shape)
+            add_call(builder, &silu_mul::KERNEL, plain, &[b.activation(*gate), b.activation(*up)], CHEAP, shape)
         }
         Op::Add { delta, to } => {
             let width = width(*to);
@@ -340,14 +354,14 @@ fn build_calls(
                 let len = t * width;
                 (bytes_of(&add::Params { len }).to_vec(), fold(len.div_ceil(add::ELEMENTS_PER_WORKGROUP)))
             });
-            add_call(builder, &add::KERNEL, plain, &[b.activation(*delta), b.activation(*to)], 0, shape)
+            add_call(builder, &add::KERNEL, plain, &[b.activation(*delta), b.activation(*to)], CHEAP, shape)
         }
         Op::GatherRows { x, out } => {
             let width = width(*x);
             let storage = [&b.picked, b.activation(*x), b.activation(*out)];
             let shape: Shape =
                 Box::new(move |_, m| (bytes_of(&gather_rows::Params { rows: m, width }).to_vec(), fold(m)));
-            add_call(builder, &gather_rows::KERNEL, plain, &storage, 0, shape)
+            add_call(builder, &gather_rows::KERNEL, plain, &storage, CHEAP, shape)
         }
     }
 }

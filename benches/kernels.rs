@@ -1,0 +1,117 @@
+//! Each CPU twin on one thread at the shapes of SmolLM2-135M (D 576, F 1536, H 9, G 3, E 64, V 49152).
+#![allow(missing_docs)]
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rewardrt::kernels::*;
+use rewardrt::weights::Dtype;
+
+fn floats(n: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0).collect()
+}
+
+fn linear(c: &mut Criterion) {
+    let isa = Isa::detect();
+    let mut group = c.benchmark_group("linear");
+    for (n, k) in [(1536, 576), (576, 1536)] {
+        let weights = floats(n * k);
+        for dtype in Dtype::ALL {
+            let stored = dtype.from_f32(&weights);
+            let view = MatrixView::new(dtype, &stored, n, k);
+            for rows in [1, 8, 64, 256] {
+                let (x, mut out) = (floats(rows * k), vec![0.0; rows * n]);
+                group.throughput(Throughput::Elements((2 * rows * n * k) as u64));
+                let id = BenchmarkId::new(format!("{}x{n}x{k}", dtype.name()), rows);
+                group.bench_function(id, |b| b.iter(|| linear::linear_alone(isa, &x, view, None, black_box(&mut out))));
+            }
+        }
+    }
+}
+
+fn row_wise(c: &mut Criterion) {
+    let isa = Isa::detect();
+    let (x, weight) = (floats(64 * 576), floats(576));
+    let mut out = vec![0.0; x.len()];
+    c.bench_function("rms_norm/64x576", |b| b.iter(|| rms_norm::rms_norm(isa, &x, &weight, 1e-5, black_box(&mut out))));
+    let (gate, mut up) = (floats(64 * 1536), floats(64 * 1536));
+    c.bench_function("silu_mul/64x1536", |b| b.iter(|| silu_mul::silu_mul(isa, &gate, black_box(&mut up))));
+    let mut y = floats(64 * 576);
+    c.bench_function("add/64x576", |b| b.iter(|| add::add(&x, black_box(&mut y))));
+    let (cos_sin, mut q) = (floats(64 * 64), floats(64 * 576));
+    c.bench_function("rope/64x9x64", |b| b.iter(|| rope::rope(&cos_sin, 32, 9, black_box(&mut q))));
+    let index: Vec<u32> = (0..64).rev().collect();
+    c.bench_function("gather_rows/64x576", |b| {
+        b.iter(|| gather_rows::gather_rows(&index, &x, 576, black_box(&mut out)));
+    });
+    let stored = Dtype::BF16.from_f32(&floats(1000 * 576));
+    let table = MatrixView::new(Dtype::BF16, &stored, 1000, 576);
+    let rows: Vec<RowMeta> = (0..64).map(|i| RowMeta { token: i * 13, ..RowMeta::default() }).collect();
+    c.bench_function("embed/64x576", |b| b.iter(|| embed::embed(&rows, table, black_box(&mut out))));
+}
+
+fn attention(c: &mut Criterion) {
+    let isa = Isa::detect();
+    let mut group = c.benchmark_group("attention");
+    for len in [128usize, 1024] {
+        let blocks = len / KV_BLOCK;
+        let (keys, values, q) = (floats(len * 192), floats(len * 192), floats(576));
+        let tables: Vec<u32> = (0..blocks as u32).collect();
+        let rows = [RowMeta { position: len as u32 - 1, slot: len as u32 - 1, ..RowMeta::default() }];
+        let mut out = vec![0.0; 576];
+        group.bench_function(BenchmarkId::new("9/3x64, keys", len), |b| {
+            b.iter(|| {
+                let inputs = attention::Inputs {
+                    rows: &rows,
+                    tables: &tables,
+                    q: &q,
+                    keys: &keys,
+                    values: &values,
+                    heads: 9,
+                    kv_heads: 3,
+                    head_dim: 64,
+                    window: None,
+                };
+                attention::attention_alone(isa, inputs, black_box(&mut out));
+            });
+        });
+    }
+    let rows: Vec<RowMeta> = (0..64).map(|i| RowMeta { position: i, slot: i, ..RowMeta::default() }).collect();
+    let (k, v) = (floats(64 * 192), floats(64 * 192));
+    let (mut keys, mut values) = (vec![0.0; 64 * 192], vec![0.0; 64 * 192]);
+    group.bench_function("kv_write/64x3x64", |b| {
+        b.iter(|| kv_write::kv_write_alone(&rows, &k, &v, 3, black_box(&mut keys), black_box(&mut values)));
+    });
+}
+
+fn vocabulary(c: &mut Criterion) {
+    let isa = Isa::detect();
+    let logits: Vec<f32> = floats(49152).iter().map(|l| l * 8.0).collect();
+    c.bench_function("log_sum_exp/49152", |b| {
+        b.iter(|| logits.chunks(log_sum_exp::CHUNK).map(|c| log_sum_exp::log_sum_exp(isa, c).sum).sum::<f32>());
+    });
+    c.bench_function("top_k/49152, k 20", |b| b.iter(|| top_k::top_k(&logits, 20)));
+    let plain = sample::Request {
+        uniform: 0.4,
+        inverse_temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        seen_row: 0,
+        active: 1,
+    };
+    let mut z = Vec::new();
+    for (name, request) in [
+        ("plain", plain),
+        ("top-k 50", sample::Request { top_k: 50, ..plain }),
+        ("top-p 0.9", sample::Request { top_p: 0.9, ..plain }),
+    ] {
+        c.bench_function(&format!("sample/49152, {name}"), |b| {
+            b.iter(|| sample::sample(isa, &logits, &request, &[], &mut z))
+        });
+    }
+}
+
+criterion_group!(benches, linear, row_wise, attention, vocabulary);
+criterion_main!(benches);
