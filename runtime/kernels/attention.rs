@@ -4,6 +4,8 @@
 //! block of P at a time, from the first that the window admits, with a running maximum: the order is a function of
 //! the position alone.
 
+use std::ops::Range;
+
 use super::lanes::{Lanes, for_each_isa};
 use super::rms_norm::{for_lanes, load, store};
 use super::{KV_BLOCK, RowMeta, SharedMut};
@@ -55,10 +57,25 @@ pub(crate) struct Call<'a> {
 }
 
 for_each_isa! {
-    /// The CPU twin for one row and one kv head (the H/G heads that share it).
+    /// The CPU twin for some rows of one sequence and one kv head (the H/G heads that share it).
     ///
     /// The elements of `out` must be this task's own (the condition of [`SharedMut::slice`]).
-    pub(crate) fn attention(call: Call, row: usize, kv_head: usize) = body
+    pub(crate) fn attention(call: Call, rows: Range<usize>, kv_head: usize) = body
+}
+
+/// Rows of a sequence that one task takes: a block of keys is read once for all of them.
+pub(crate) const ROWS_PER_TASK: usize = 8;
+
+/// Cuts the rows of a step into runs of one sequence, at most [`ROWS_PER_TASK`] long.
+pub(crate) fn row_runs(rows: &[RowMeta]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (i, row) in rows.iter().enumerate() {
+        match runs.last_mut() {
+            Some(run) if run.len() < ROWS_PER_TASK && rows[run.start].table == row.table => run.end = i + 1,
+            _ => runs.push(i..i + 1),
+        }
+    }
+    runs
 }
 
 /// The arrays of one attention call, for [`attention_alone`].
@@ -93,8 +110,10 @@ pub fn attention_alone(isa: super::Isa, inputs: Inputs, out: &mut [f32]) {
     assert_eq!(out.len(), rows.len() * heads * head_dim);
     let out = SharedMut::new(out);
     let call = Call { rows, tables, q, keys, values, heads, kv_heads, head_dim, window, out };
-    for task in 0..rows.len() * kv_heads {
-        attention(isa, call, task / kv_heads, task % kv_heads);
+    for run in row_runs(rows) {
+        for kv_head in 0..kv_heads {
+            attention(isa, call, run.clone(), kv_head);
+        }
     }
 }
 
@@ -103,64 +122,77 @@ pub fn first_key(position: usize, window: Option<usize>) -> usize {
     window.map_or(0, |w| (position + 1).saturating_sub(w))
 }
 
-#[inline(always)]
-fn body<L: Lanes>(call: Call, row: usize, kv_head: usize) {
-    let group = call.heads / call.kv_heads;
-    for h in kv_head * group..(kv_head + 1) * group {
-        one_head::<L>(&call, row, kv_head, h);
-    }
+/// A query on its way through the keys.
+struct Query<'a> {
+    q: &'a [f32],
+    out: &'a mut [f32],
+    /// First and last key it sees.
+    first: usize,
+    last: usize,
+    max: f32,
+    total: f32,
 }
 
 #[inline(always)]
-fn one_head<L: Lanes>(call: &Call, row: usize, kv_head: usize, head: usize) {
-    let e = call.head_dim;
-    let meta = call.rows[row];
-    let last = meta.position as usize;
-    let first = first_key(last, call.window);
-    let start = (row * call.heads + head) * e;
-    let q = &call.q[start..start + e];
-    // SAFETY: this row's head belongs to this task, by the condition of `attention`.
-    let out = unsafe { call.out.slice(start..start + e) };
-    out.fill(0.0);
-
-    let scale = 1.0 / (e as f32).sqrt();
-    let (mut max, mut total) = (f32::NEG_INFINITY, 0.0f32);
+fn body<L: Lanes>(call: Call, rows: Range<usize>, kv_head: usize) {
+    let (e, group) = (call.head_dim, call.heads / call.kv_heads);
+    let mut queries = Vec::with_capacity(rows.len() * group);
+    for row in rows.clone() {
+        let last = call.rows[row].position as usize;
+        for head in kv_head * group..(kv_head + 1) * group {
+            let start = (row * call.heads + head) * e;
+            // SAFETY: these rows' heads belong to this task, by the condition of `attention`.
+            let out = unsafe { call.out.slice(start..start + e) };
+            out.fill(0.0);
+            let first = first_key(last, call.window);
+            let q = &call.q[start..start + e];
+            queries.push(Query { q, out, first, last, max: f32::NEG_INFINITY, total: 0.0 });
+        }
+    }
+    let first = queries.iter().map(|q| q.first).min().unwrap_or(0);
+    let last = queries.iter().map(|q| q.last).max().unwrap_or(0);
+    let table = call.rows[rows.start].table as usize;
+    // Which queries share the loop changes nothing for any of them: each takes its own blocks, in order.
     for block in first / KV_BLOCK..=last / KV_BLOCK {
-        let at = (call.tables[meta.table as usize + block] as usize * call.kv_heads + kv_head) * e * KV_BLOCK;
+        let at = (call.tables[table + block] as usize * call.kv_heads + kv_head) * e * KV_BLOCK;
+        let (keys, values) = (&call.keys[at..at + e * KV_BLOCK], &call.values[at..at + e * KV_BLOCK]);
+        for query in &mut queries {
+            if (query.first / KV_BLOCK..=query.last / KV_BLOCK).contains(&block) {
+                query.take_block::<L>(block, keys, values);
+            }
+        }
+    }
+    for query in queries {
+        let inverse = 1.0 / query.total;
+        query.out.iter_mut().for_each(|v| *v *= inverse);
+    }
+}
+
+impl Query<'_> {
+    #[inline(always)]
+    fn take_block<L: Lanes>(&mut self, block: usize, keys: &[f32], values: &[f32]) {
+        let scale = 1.0 / (self.q.len() as f32).sqrt();
         let mut scores = [0.0f32; KV_BLOCK];
-        block_scores::<L>(q, &call.keys[at..at + e * KV_BLOCK], scale, &mut scores);
-        let seen = first.saturating_sub(block * KV_BLOCK)..(last - block * KV_BLOCK + 1).min(KV_BLOCK);
-        let mut block_max = max;
+        block_scores::<L>(self.q, keys, scale, &mut scores);
+        let start = block * KV_BLOCK;
+        let seen = self.first.saturating_sub(start)..(self.last - start + 1).min(KV_BLOCK);
+        let mut max = self.max;
         for (j, score) in scores.iter_mut().enumerate() {
             if !seen.contains(&j) {
                 *score = f32::NEG_INFINITY;
-            } else if *score > block_max || score.is_nan() {
-                block_max = *score;
+            } else if *score > max || score.is_nan() {
+                max = *score;
             }
         }
-        let shrink = if max == f32::NEG_INFINITY { 0.0 } else { exp_one::<L>(max - block_max) };
+        let shrink = if self.max == f32::NEG_INFINITY { 0.0 } else { exp_one::<L>(self.max - max) };
         let mut weights = [0.0f32; KV_BLOCK];
         for_lanes::<L>(KV_BLOCK, |i, n| {
             // SAFETY: i + n ≤ KV_BLOCK.
-            unsafe { store(load::<L>(&scores, i, n).sub(L::splat(block_max)).exp(), &mut weights, i, n) };
+            unsafe { store(load::<L>(&scores, i, n).sub(L::splat(max)).exp(), &mut weights, i, n) };
         });
-        total = total * shrink + weights.iter().sum::<f32>();
-        max = block_max;
-        let values = &call.values[at..at + e * KV_BLOCK];
-        for_lanes::<L>(e, |i, n| {
-            // SAFETY: i + n ≤ e, the length of `out` and of every value row.
-            unsafe {
-                let mut sum = load::<L>(out, i, n).mul(L::splat(shrink));
-                for j in seen.clone() {
-                    sum = sum.mul_add(L::splat(weights[j]), load::<L>(values, j * e + i, n));
-                }
-                store(sum, out, i, n);
-            }
-        });
-    }
-    let inverse = 1.0 / total;
-    for v in out {
-        *v *= inverse;
+        self.total = self.total * shrink + weights.iter().sum::<f32>();
+        self.max = max;
+        add_values::<L>(self.out, values, &weights, seen, shrink);
     }
 }
 
@@ -169,19 +201,72 @@ fn exp_one<L: Lanes>(x: f32) -> f32 {
     L::splat(x).exp().first()
 }
 
-/// scores[j] = scale · Σ_e q[e] · keys[e, j], in rising e.
+/// scores[j] = scale · Σ_e q[e] · keys[e, j]: four running sums over e ≡ 0, 1, 2, 3 (mod 4), so that one product need
+/// not wait for the last one, then (0 + 1) + (2 + 3).
 #[inline(always)]
 fn block_scores<L: Lanes>(q: &[f32], keys: &[f32], scale: f32, scores: &mut [f32; KV_BLOCK]) {
     const { assert!(KV_BLOCK.is_multiple_of(16)) };
+    assert!(keys.len() >= q.len() * KV_BLOCK);
+    let whole = q.len() - q.len() % 4;
     let mut j = 0;
     while j < KV_BLOCK {
-        let mut sum = L::zero();
-        for (e, q) in q.iter().enumerate() {
-            // SAFETY: keys is [E, P] and j + lanes ≤ P, since every lane count divides P.
-            sum = sum.mul_add(L::splat(*q), unsafe { load::<L>(keys, e * KV_BLOCK + j, L::N) });
+        let mut sums = [L::zero(); 4];
+        let mut e = 0;
+        while e < whole {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: keys is [E, P] and j + lanes ≤ P, since every lane count divides P.
+                let key = unsafe { load::<L>(keys, (e + i) * KV_BLOCK + j, L::N) };
+                *sum = sum.mul_add(L::splat(q[e + i]), key);
+            }
+            e += 4;
         }
+        for (i, sum) in sums.iter_mut().enumerate().take(q.len() - whole) {
+            // SAFETY: as above.
+            let key = unsafe { load::<L>(keys, (e + i) * KV_BLOCK + j, L::N) };
+            *sum = sum.mul_add(L::splat(q[e + i]), key);
+        }
+        let [a, b, c, d] = sums;
+        let sum = a.add(b).add(c.add(d));
         // SAFETY: j + lanes ≤ P.
         unsafe { store(sum.mul(L::splat(scale)), scores, j, L::N) };
         j += L::N;
+    }
+}
+
+/// out ← out · shrink + Σ_j weights[j] · values[j] over the keys that are seen, in rising j.
+#[inline(always)]
+fn add_values<L: Lanes>(out: &mut [f32], values: &[f32], weights: &[f32; KV_BLOCK], seen: Range<usize>, shrink: f32) {
+    /// Sums side by side: enough to hide the latency of an addition.
+    const WIDE: usize = 8;
+    let e = out.len();
+    assert!(values.len() >= e * KV_BLOCK && seen.end <= KV_BLOCK);
+    let mut i = 0;
+    while i + WIDE * L::N <= e {
+        // SAFETY: i + WIDE · lanes ≤ e, the length of `out` and of every value row.
+        unsafe {
+            let mut sums: [L; WIDE] = std::array::from_fn(|k| load::<L>(out, i + k * L::N, L::N).mul(L::splat(shrink)));
+            for j in seen.clone() {
+                let weight = L::splat(weights[j]);
+                for (k, sum) in sums.iter_mut().enumerate() {
+                    *sum = sum.mul_add(weight, load::<L>(values, j * e + i + k * L::N, L::N));
+                }
+            }
+            for (k, sum) in sums.into_iter().enumerate() {
+                store(sum, out, i + k * L::N, L::N);
+            }
+        }
+        i += WIDE * L::N;
+    }
+    while i < e {
+        let n = (e - i).min(L::N);
+        // SAFETY: i + n ≤ e.
+        unsafe {
+            let mut sum = load::<L>(out, i, n).mul(L::splat(shrink));
+            for j in seen.clone() {
+                sum = sum.mul_add(L::splat(weights[j]), load::<L>(values, j * e + i, n));
+            }
+            store(sum, out, i, n);
+        }
+        i += n;
     }
 }

@@ -222,8 +222,10 @@ impl CpuExecutor {
             out: SharedMut::new(&mut target),
         };
         let (isa, kv_heads) = (self.isa, spec.kv_heads);
-        self.pool
-            .run(step.rows.len() * kv_heads, &|task| attention::attention(isa, call, task / kv_heads, task % kv_heads));
+        let runs = attention::row_runs(step.rows);
+        self.pool.run(runs.len() * kv_heads, &|task| {
+            attention::attention(isa, call, runs[task / kv_heads].clone(), task % kv_heads);
+        });
         self.put(Buf::Attn, target);
     }
 }
