@@ -68,6 +68,7 @@ fn sample_then_logprobs() {
         assert_eq!(s["text"], Value::Null);
     }
     assert_eq!(samples, lines(&args), "the same seed");
+    assert_eq!(samples, lines(&[&args[..], &["--no-mmap", "--threads", "1", "--max-batch-tokens", "5"]].concat()));
 
     let input: Vec<Value> = samples
         .iter()

@@ -70,6 +70,9 @@ pub struct Common {
     /// Bytes the model may allocate, with an optional suffix K, M or G (1024-based).
     #[arg(long, value_parser = bytes)]
     pub memory: Option<u64>,
+    /// Read the weights into memory instead of mapping the files.
+    #[arg(long)]
+    pub no_mmap: bool,
     /// Longest sequence [default: what config.json says].
     #[arg(long)]
     pub max_context: Option<usize>,
@@ -87,7 +90,7 @@ impl Common {
     /// Opens the runtime and loads the model.
     pub fn load(&self) -> Result<Model> {
         let runtime = Runtime::open(&RuntimeOptions { device: self.device.clone(), threads: self.threads })?;
-        let options = ModelOptions {
+        let mut options = ModelOptions {
             precision: match self.precision {
                 PrecisionArg::Auto => Precision::Auto,
                 PrecisionArg::F32 => Precision::F32,
@@ -97,6 +100,7 @@ impl Common {
             max_context: self.max_context,
             ..ModelOptions::default()
         };
+        options.load.use_mmap = !self.no_mmap;
         runtime.load_model(&self.model, &options)
     }
 }
