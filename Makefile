@@ -17,7 +17,7 @@ demo: model
 	target/release/examples/demo $(MODEL)
 
 test: model tools lint
-	$(CARGO) build --release --workspace
+	$(CARGO) build --release --workspace --all-targets
 	$(CARGO) test --release --workspace
 	@# The golden models and the twins again on the path that every other one is compared with.
 	REWARDRT_ISA=portable $(CARGO) test --release --test golden --test determinism -- --nocapture
