@@ -60,7 +60,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let scores = model.score(&request)?.wait()?;
     let judged = start.elapsed().as_secs_f64();
 
-    // 3. The table: the best answer of each prompt is starred.
+    // 3. The table.
+    println!(
+        "yes: the model's own probability that the answer is good (a judge of 135M parameters is an illustration);\n\
+         mean log p: of the answer's tokens; *: the best of its prompt\n"
+    );
     for (p, prompt) in prompts.iter().enumerate() {
         println!("{}", prompt.messages[0].content);
         let of_prompt: Vec<usize> = (0..answers.len()).filter(|&i| answers[i].prompt == p).collect();

@@ -26,7 +26,7 @@ pub fn run(args: &Devices) -> Result<()> {
         let features = [(d.has_f16, "f16"), (d.has_subgroups, "subgroups")];
         let features: Vec<_> = features.iter().filter(|(has, _)| *has).map(|(_, name)| *name).collect();
         print_line(&format!(
-            "gpu ({:<10}) {}\n                 {}, {}, bindings up to {} MiB, {}",
+            "gpu {:<12} {}\n                 {}, {}, bindings up to {} MiB, {}",
             d.device_type.name(),
             d.name,
             d.backend,

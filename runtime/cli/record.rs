@@ -42,8 +42,12 @@ pub fn read(path: &Path) -> Result<Vec<(String, Record)>> {
         if line.iter().all(u8::is_ascii_whitespace) {
             continue;
         }
-        let record =
-            serde_json::from_slice(&line).map_err(|e| Error::new(ErrorKind::Format, format!("{place}: {e}")))?;
+        let record = serde_json::from_slice(&line).map_err(|e| {
+            // Its own line number is that within this line.
+            let text = e.to_string();
+            let what = text.rsplit_once(" at line ").map_or(text.as_str(), |(what, _)| what);
+            Error::new(ErrorKind::Format, format!("{place}: {what} (column {})", e.column()))
+        })?;
         records.push((place, record));
     }
     if records.is_empty() {
