@@ -40,18 +40,7 @@ pub const MAX_HEAD_DIM: usize = 512;
 /// One call: what all its tasks share.
 #[derive(Clone, Copy)]
 pub(crate) struct Call<'a> {
-    pub rows: &'a [RowMeta],
-    pub tables: &'a [u32],
-    /// [T, H·E].
-    pub q: &'a [f32],
-    /// [blocks, G, E, P].
-    pub keys: &'a [f32],
-    /// [blocks, G, P, E].
-    pub values: &'a [f32],
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    pub window: Option<usize>,
+    pub inputs: Inputs<'a>,
     /// [T, H·E].
     pub out: SharedMut<'a>,
 }
@@ -78,7 +67,7 @@ pub(crate) fn row_runs(rows: &[RowMeta]) -> Vec<Range<usize>> {
     runs
 }
 
-/// The arrays of one attention call, for [`attention_alone`].
+/// What one attention call reads.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
     /// T rows.
@@ -106,12 +95,10 @@ pub struct Inputs<'a> {
 /// # Panics
 /// If a length does not fit, or a table names a block that is not there.
 pub fn attention_alone(isa: super::Isa, inputs: Inputs, out: &mut [f32]) {
-    let Inputs { rows, tables, q, keys, values, heads, kv_heads, head_dim, window } = inputs;
-    assert_eq!(out.len(), rows.len() * heads * head_dim);
-    let out = SharedMut::new(out);
-    let call = Call { rows, tables, q, keys, values, heads, kv_heads, head_dim, window, out };
-    for run in row_runs(rows) {
-        for kv_head in 0..kv_heads {
+    assert_eq!(out.len(), inputs.rows.len() * inputs.heads * inputs.head_dim);
+    let call = Call { inputs, out: SharedMut::new(out) };
+    for run in row_runs(inputs.rows) {
+        for kv_head in 0..inputs.kv_heads {
             attention(isa, call, run.clone(), kv_head);
         }
     }
@@ -135,27 +122,28 @@ struct Query<'a> {
 
 #[inline(always)]
 fn body<L: Lanes>(call: Call, rows: Range<usize>, kv_head: usize) {
-    let (e, group) = (call.head_dim, call.heads / call.kv_heads);
+    let Call { inputs, out } = call;
+    let (e, group) = (inputs.head_dim, inputs.heads / inputs.kv_heads);
     let mut queries = Vec::with_capacity(rows.len() * group);
     for row in rows.clone() {
-        let last = call.rows[row].position as usize;
+        let last = inputs.rows[row].position as usize;
         for head in kv_head * group..(kv_head + 1) * group {
-            let start = (row * call.heads + head) * e;
+            let start = (row * inputs.heads + head) * e;
             // SAFETY: these rows' heads belong to this task, by the condition of `attention`.
-            let out = unsafe { call.out.slice(start..start + e) };
+            let out = unsafe { out.slice(start..start + e) };
             out.fill(0.0);
-            let first = first_key(last, call.window);
-            let q = &call.q[start..start + e];
+            let first = first_key(last, inputs.window);
+            let q = &inputs.q[start..start + e];
             queries.push(Query { q, out, first, last, max: f32::NEG_INFINITY, total: 0.0 });
         }
     }
     let first = queries.iter().map(|q| q.first).min().unwrap_or(0);
     let last = queries.iter().map(|q| q.last).max().unwrap_or(0);
-    let table = call.rows[rows.start].table as usize;
+    let table = inputs.rows[rows.start].table as usize;
     // Which queries share the loop changes nothing for any of them: each takes its own blocks, in order.
     for block in first / KV_BLOCK..=last / KV_BLOCK {
-        let at = (call.tables[table + block] as usize * call.kv_heads + kv_head) * e * KV_BLOCK;
-        let (keys, values) = (&call.keys[at..at + e * KV_BLOCK], &call.values[at..at + e * KV_BLOCK]);
+        let at = (inputs.tables[table + block] as usize * inputs.kv_heads + kv_head) * e * KV_BLOCK;
+        let (keys, values) = (&inputs.keys[at..at + e * KV_BLOCK], &inputs.values[at..at + e * KV_BLOCK]);
         for query in &mut queries {
             if (query.first / KV_BLOCK..=query.last / KV_BLOCK).contains(&block) {
                 query.take_block::<L>(block, keys, values);

@@ -209,7 +209,7 @@ impl CpuExecutor {
         let mut target = self.take(Buf::Attn);
         let spec = &self.spec;
         let (keys, values) = &self.kv[layer];
-        let call = attention::Call {
+        let inputs = attention::Inputs {
             rows: step.rows,
             tables: step.tables,
             q: &self.buffers[Buf::Q as usize],
@@ -219,8 +219,8 @@ impl CpuExecutor {
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
             window: spec.sliding_window,
-            out: SharedMut::new(&mut target),
         };
+        let call = attention::Call { inputs, out: SharedMut::new(&mut target) };
         let (isa, kv_heads) = (self.isa, spec.kv_heads);
         let runs = attention::row_runs(step.rows);
         self.pool.run(runs.len() * kv_heads, &|task| {
