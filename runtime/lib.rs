@@ -45,9 +45,10 @@ pub mod weights;
 pub use backend::gpu::{DeviceInfo, DeviceType};
 pub use engine::{Finish, Job, JobWatch, SampledToken};
 pub use error::{Error, ErrorKind, Result};
+pub use kernels::linear::Precision;
 pub use request::{
     LogprobRequest, MAX_SEQUENCES, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
 };
-pub use runtime::{CpuInfo, Model, ModelOptions, Precision, Runtime, RuntimeOptions, devices};
+pub use runtime::{CpuInfo, Model, ModelOptions, Runtime, RuntimeOptions, devices};
 pub use score::{Rule, Score};
 pub use text::{ChatTemplate, EncodeOptions, Message, Tokenizer};

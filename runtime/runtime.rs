@@ -3,20 +3,21 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::backend::cpu::{CpuExecutor, scratch_bytes};
+use crate::backend::cpu::{CpuExecutor, CpuOptions, Pool, scratch_bytes};
 use crate::backend::gpu::{DeviceInfo, Gpu, GpuExecutor, Selection, list_devices};
 use crate::backend::{Capacity, Executor, Memory};
 use crate::engine::{Engine, Job};
 use crate::error::{Error, Result};
+use crate::kernels::linear::{Int8Matrix, Precision};
 use crate::kernels::{Isa, KV_BLOCK};
-use crate::model::{ModelSpec, Plan, parse_config};
+use crate::model::{MatrixId, ModelSpec, Op, Plan, parse_config};
 use crate::request::{
     Checker, LogprobRequest, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
     read_logprobs, read_samples, read_scores,
 };
 use crate::score::Rule;
 use crate::text::Tokenizer;
-use crate::weights::{LoadOptions, read_bounded};
+use crate::weights::{LoadOptions, WeightFormat, read_bounded};
 
 const MAX_CONFIG: usize = 1 << 20;
 /// Positions a KV cache has where nothing else is said, as far as the bytes below allow.
@@ -43,17 +44,6 @@ impl Default for RuntimeOptions {
     }
 }
 
-/// How products are computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Precision {
-    /// Inputs of a product may be rounded to the weights' 16-bit type where that is faster. No kernel of this version
-    /// does so: the result is that of `F32`.
-    #[default]
-    Auto,
-    /// Nothing is rounded.
-    F32,
-}
-
 /// How a model is loaded.
 #[derive(Clone, Debug, Default)]
 pub struct ModelOptions {
@@ -61,6 +51,8 @@ pub struct ModelOptions {
     pub precision: Precision,
     /// How the weights are opened.
     pub load: LoadOptions,
+    /// How the weights of products are held.
+    pub weights: WeightFormat,
     /// Rows of a step at most; `None`: 1024. Results do not depend on it.
     pub max_batch_tokens: Option<usize>,
     /// Positions in the KV cache; `None`: 32,768, or what 4 GiB (1 GiB on a GPU) and `memory` hold.
@@ -78,6 +70,8 @@ pub struct ModelOptions {
 pub struct CpuInfo {
     /// The instruction set the kernels use.
     pub isa: &'static str,
+    /// Every instruction set they could use here, slowest first; `REWARDRT_ISA` names one of them.
+    pub available: Vec<&'static str>,
     /// Threads by default.
     pub threads: usize,
 }
@@ -87,7 +81,8 @@ pub struct CpuInfo {
 /// # Errors
 /// `Gpu` if the graphics API fails to enumerate.
 pub fn devices() -> Result<(CpuInfo, Vec<DeviceInfo>)> {
-    let cpu = CpuInfo { isa: Isa::detect().name(), threads: default_threads() };
+    let available = Isa::available().into_iter().map(Isa::name).collect();
+    let cpu = CpuInfo { isa: Isa::detect()?.name(), available, threads: default_threads() };
     Ok((cpu, list_devices()?))
 }
 
@@ -96,7 +91,7 @@ fn default_threads() -> usize {
 }
 
 enum Device {
-    Cpu { threads: usize },
+    Cpu { isa: Isa, pool: Arc<Pool> },
     Gpu(Arc<Gpu>),
 }
 
@@ -126,7 +121,7 @@ impl Runtime {
         };
         let device = match Gpu::select(&Selection::parse(&options.device)?)? {
             Some(gpu) => Device::Gpu(Arc::new(gpu)),
-            None => Device::Cpu { threads },
+            None => Device::Cpu { isa: Isa::detect()?, pool: Arc::new(Pool::new(threads)) },
         };
         Ok(Runtime { inner: Arc::new(RuntimeInner { device, engine: Engine::start()? }) })
     }
@@ -134,7 +129,7 @@ impl Runtime {
     /// The device's name, for logs: `cpu (avx2, 2 threads)` or the adapter's name.
     pub fn device_name(&self) -> String {
         match &self.inner.device {
-            Device::Cpu { threads } => format!("cpu ({}, {threads} threads)", Isa::detect().name()),
+            Device::Cpu { isa, pool } => format!("cpu ({}, {} threads)", isa.name(), pool.threads()),
             Device::Gpu(gpu) => format!("{} ({})", gpu.info().name, gpu.info().backend),
         }
     }
@@ -154,11 +149,20 @@ impl Runtime {
         let capacity = self.capacity(&spec, &plan, &weights, options)?;
         let tokenizer = Tokenizer::from_folder(folder)?.map(Arc::new);
         let executor: Box<dyn Executor> = match &self.inner.device {
-            Device::Cpu { threads } => {
-                let mapped = options.load.use_mmap;
-                Box::new(CpuExecutor::new(spec.clone(), plan, &weights, mapped, capacity, *threads)?)
+            Device::Cpu { isa, pool } => {
+                let cpu = CpuOptions {
+                    isa: *isa,
+                    pool: pool.clone(),
+                    precision: options.precision,
+                    format: options.weights,
+                    mapped: options.load.use_mmap,
+                };
+                Box::new(CpuExecutor::new(spec.clone(), plan, &weights, capacity, cpu)?)
             }
-            Device::Gpu(gpu) => Box::new(GpuExecutor::new(gpu.clone(), spec.clone(), plan, &weights, capacity)?),
+            Device::Gpu(gpu) => {
+                let gpu = gpu.clone();
+                Box::new(GpuExecutor::new(gpu, spec.clone(), plan, &weights, options.weights, capacity)?)
+            }
         };
         let memory = executor.memory();
         let id = self.inner.engine.add(executor, spec.rope.clone(), capacity)?;
@@ -200,19 +204,26 @@ impl Runtime {
             return Err(Error::argument(format!("max_batch_tokens is {max_rows}, it must be from 1 to {}", 1 << 20)));
         }
         let per_token = 8 * spec.kv_width() as u64 * spec.layers as u64;
-        let mut matrices = 0u64;
-        for m in &plan.matrices {
+        let is_gpu = matches!(self.inner.device, Device::Gpu(_));
+        let quantised = if options.weights == WeightFormat::Int8 { plan.quantisable(spec) } else { Vec::new() };
+        // What is allocated: on the CPU mapped weights are not, but what is quantised from them is.
+        let mut held = 0u64;
+        for (i, m) in plan.matrices.iter().enumerate() {
+            let size = weights.get(&m.name)?.dtype().size();
+            let is_quantised = quantised.contains(&MatrixId(i));
             // The GPU pads rows to groups of eight.
-            let cols =
-                if matches!(self.inner.device, Device::Gpu(_)) { m.shape[1].next_multiple_of(8) } else { m.shape[1] };
-            matrices += (m.shape[0] * cols * weights.get(&m.name)?.dtype().size()) as u64;
+            let cols = if is_gpu { m.shape[1].next_multiple_of(8) } else { m.shape[1] };
+            let stored = m.shape[0] * cols * size;
+            let is_embedding = plan.ops.iter().any(|op| matches!(op, Op::Embed { table, .. } if table.0 == i));
+            if is_quantised {
+                held += Int8Matrix::bytes_for(m.shape[0], m.shape[1]) as u64;
+            }
+            if (is_gpu && (!is_quantised || is_embedding)) || (!is_gpu && !options.load.use_mmap) {
+                held += stored as u64;
+            }
         }
         let vectors: usize = plan.vectors.iter().map(|v| 4 * v.shape[0]).sum();
-        let (held, default_bytes) = match &self.inner.device {
-            Device::Cpu { .. } if options.load.use_mmap => (0, DEFAULT_KV_BYTES_CPU),
-            Device::Cpu { .. } => (matrices, DEFAULT_KV_BYTES_CPU),
-            Device::Gpu(_) => (matrices, DEFAULT_KV_BYTES_GPU),
-        };
+        let default_bytes = if is_gpu { DEFAULT_KV_BYTES_GPU } else { DEFAULT_KV_BYTES_CPU };
         let held = held + vectors as u64;
         let fixed = held + scratch_bytes(spec, max_rows);
         let budget = options.memory.unwrap_or(u64::MAX);

@@ -1,10 +1,12 @@
 // linear: rows of x times a weight stored row by row.
 //
-//   out[t, first + n] = Σ_k x[x_first + t, k] · weight[slice_row + n, k] + bias[first + n]
+//   out[t, first + n] = Σ_k x[x_first + t, k] · weight[slice_row + n, k] + bias[first + n], or adds that to out
 //
 // A workgroup owns 4 rows of x and 8 weight rows; 8 lanes share a weight row. Lane j takes the groups of 8 elements
 // j, j + 8, … in rising k, then one element of what is left of K; the lanes are added by halves, then the bias. So the
 // order depends on K alone. Sums in f32, no input is rounded.
+//
+// 8-bit weights (INT8) are q · scales[row, k / 64]; their rows are whole blocks of 64.
 //
 // The weight may be bound in slices of rows (a binding is limited); rows are `stride` elements apart, a multiple of 8.
 // With SUBGROUP (at least 8 lanes) the lanes are added by shuffles, without it through workgroup memory: the same
@@ -24,6 +26,7 @@ struct Params {
     has_bias: u32,
     slice_row: u32,
     x_first: u32,
+    accumulate: u32,
 }
 
 const ROWS = 4u;
@@ -39,10 +42,15 @@ const LANES = 8u;
 #if NATIVE_F16
 @group(0) @binding(2) var<storage, read> weight: array<vec4<f16>>; // (rows of the slice, stride/4)
 #else
+#if INT8
+@group(0) @binding(2) var<storage, read> weight: array<vec2<u32>>; // (rows of the slice, stride/8), 4 a word
+#else
 @group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>; // (rows of the slice, stride) in its dtype, packed
 #endif
-@group(0) @binding(3) var<storage, read> bias: array<f32>; // (N), or anything without a bias
-@group(0) @binding(4) var<storage, read_write> out: array<f32>; // (T, N)
+#endif
+@group(0) @binding(3) var<storage, read> scales: array<f32>; // (rows of the slice, stride/64), or anything if not INT8
+@group(0) @binding(4) var<storage, read> bias: array<f32>; // (N), or anything without a bias
+@group(0) @binding(5) var<storage, read_write> out: array<f32>; // (T, N)
 
 // Eight consecutive values.
 struct Eight {
@@ -64,6 +72,11 @@ fn half_value(bits: u32) -> f32 {
 
 // Eight weights from element i on, a multiple of 8.
 fn weights(i: u32) -> Eight {
+#if INT8
+    let q = weight[i / 8u];
+    let scale = scales[i / 64u];
+    return Eight(scale * vec4<f32>(unpack4xI8(q.x)), scale * vec4<f32>(unpack4xI8(q.y)));
+#else
 #if BF16
     let w = weight[i / 8u];
     let even = bitcast<vec4<f32>>(w << vec4<u32>(16u));
@@ -81,6 +94,7 @@ fn weights(i: u32) -> Eight {
                            half_value(w.w & 0xffffu), half_value(w.w >> 16u)));
 #else
     return Eight(bitcast<vec4<f32>>(weight[i / 4u]), bitcast<vec4<f32>>(weight[i / 4u + 1u]));
+#endif
 #endif
 #endif
 #endif
@@ -201,6 +215,10 @@ fn main(
         if p.has_bias == 1u {
             value += bias[column];
         }
-        out[(t + lane) * p.out_stride + column] = value;
+        let at = (t + lane) * p.out_stride + column;
+        if p.accumulate == 1u {
+            value += out[at];
+        }
+        out[at] = value;
     }
 }

@@ -6,7 +6,8 @@
 mod common;
 
 use common::{devices, golden, load, open, small};
-use rewardrt::{LogprobRequest, Model, SampleRequest, ScoreRequest};
+use rewardrt::weights::WeightFormat;
+use rewardrt::{LogprobRequest, Model, ModelOptions, Precision, SampleRequest, ScoreRequest};
 use serde_json::Value;
 
 /// f32 mode's gate (DESIGN.md, Precision) is 1e-3 on a real model; these are two layers deep.
@@ -96,12 +97,47 @@ fn names() -> Vec<String> {
     names
 }
 
+/// Options under which nothing is rounded.
+fn exact() -> ModelOptions {
+    ModelOptions { precision: Precision::F32, ..small() }
+}
+
 #[test]
 fn every_checkpoint_on_every_device() {
     for device in devices() {
         let runtime = open(&device, 2);
         for name in names() {
-            check(&name, &load(&runtime, &name, &small()));
+            check(&name, &load(&runtime, &name, &exact()));
+        }
+    }
+}
+
+/// What rounding may cost, as the mean of e^|Δ log-prob| over all checkpoints with a language model.
+#[test]
+fn what_rounds_keeps_its_gate() {
+    let auto = small();
+    let int8 = ModelOptions { weights: WeightFormat::Int8, ..small() };
+    for device in devices() {
+        let runtime = open(&device, 2);
+        for (what, options, gate) in [("auto", &auto, 1.01), ("int8", &int8, 1.02)] {
+            let mut ratios = Vec::new();
+            for name in names() {
+                let text = std::fs::read_to_string(golden(&name).join("expected.json")).unwrap();
+                let expected: Value = serde_json::from_str(&text).unwrap();
+                if expected.get("scores").is_some() {
+                    continue;
+                }
+                let sequences = expected["sequences"].as_array().unwrap().iter().map(ids).collect();
+                let request = LogprobRequest { sequences, ..LogprobRequest::default() };
+                let results = load(&runtime, &name, options).logprobs(&request).unwrap().wait().unwrap();
+                for (result, want) in results.iter().zip(expected["logprobs"].as_array().unwrap()) {
+                    let got = result.logprobs[1..].iter().map(|l| l.unwrap());
+                    ratios.extend(got.zip(floats(want)).map(|(g, w)| f64::from((g - w).abs()).exp()));
+                }
+            }
+            let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+            println!("{device} {what}: mean exp|Δ| {mean:.5} over {} tokens", ratios.len());
+            assert!(mean <= gate, "{device} {what}: {mean}");
         }
     }
 }
@@ -110,7 +146,7 @@ fn every_checkpoint_on_every_device() {
 fn without_mmap_the_result_is_the_same() {
     let runtime = open("cpu", 2);
     for name in ["llama-shards", "llama-tied"] {
-        let mut options = small();
+        let mut options = exact();
         options.load.use_mmap = false;
         check(name, &load(&runtime, name, &options));
     }

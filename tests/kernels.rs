@@ -8,7 +8,9 @@ mod common;
 
 use bytemuck::{bytes_of, cast_slice, pod_collect_to_vec};
 use common::devices;
+use rewardrt::backend::cpu::Pool;
 use rewardrt::backend::gpu::{Flags, Gpu, Selection, dispatch_once};
+use rewardrt::kernels::linear::{Arithmetic, Precision, Weight};
 use rewardrt::kernels::*;
 use rewardrt::weights::Dtype;
 
@@ -92,58 +94,128 @@ fn padded_rows(stored: &[u8], rows: usize, cols: usize, size: usize) -> (Vec<u8>
     (out, stride as u32)
 }
 
+/// The inputs as an arithmetic reads them.
+fn as_read(x: &[f32], k: usize, arithmetic: Arithmetic) -> Vec<f64> {
+    let bf16 = |v: f32| half::bf16::from_f32(v).to_f32();
+    match arithmetic {
+        Arithmetic::Fma => x.iter().map(|v| f64::from(*v)).collect(),
+        Arithmetic::Bf16 | Arithmetic::Amx { terms: 1 } => x.iter().map(|v| f64::from(bf16(*v))).collect(),
+        Arithmetic::Amx { .. } => x.iter().map(|v| f64::from(bf16(*v)) + f64::from(bf16(v - bf16(*v)))).collect(),
+        Arithmetic::Int8 => {
+            let row = |row: &[f32]| {
+                let most = row.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                let q: Vec<f64> = row.iter().map(|v| f64::from((v * (32767.0 / most)).round_ties_even())).collect();
+                q.into_iter().map(|q| q * f64::from(most / 32767.0)).collect::<Vec<_>>()
+            };
+            x.chunks_exact(k).flat_map(row).collect()
+        }
+    }
+}
+
+/// What a product must be, and the magnitudes that were added up for it.
+fn product(x: &[f64], w: &[f32], k: usize, bias: Option<&[f32]>) -> (Vec<f64>, Vec<f64>) {
+    let (mut want, mut scale) = (Vec::new(), Vec::new());
+    for row in x.chunks_exact(k) {
+        for (j, w) in w.chunks_exact(k).enumerate() {
+            let products: Vec<f64> = row.iter().zip(w).map(|(a, b)| a * f64::from(*b)).collect();
+            let b = bias.map_or(0.0, |b| f64::from(b[j]));
+            want.push(products.iter().sum::<f64>() + b);
+            scale.push(products.iter().map(|p| p.abs()).sum::<f64>() + b.abs());
+        }
+    }
+    (want, scale)
+}
+
+/// Rows, columns, K: 1, odd, prime, and around the tiles of every instruction set.
+const LINEAR_SHAPES: [(usize, usize, usize); 13] = [
+    (1, 1, 1),
+    (1, 3, 8),
+    (2, 8, 7),
+    (3, 9, 65),
+    (4, 24, 64),
+    (5, 17, 100),
+    (7, 25, 33),
+    (6, 12, 96),
+    (13, 50, 129),
+    (17, 33, 31),
+    (32, 16, 160),
+    (1, 64, 576),
+    (70, 300, 40),
+];
+
+/// Every CPU arithmetic that this machine has.
 #[test]
-fn linear_twins() {
-    let gpus = gpus();
-    let shapes = [
-        (1, 1, 1),
-        (1, 3, 8),
-        (2, 8, 7),
-        (3, 9, 65),
-        (4, 24, 64),
-        (5, 17, 100),
-        (7, 25, 33),
-        (13, 50, 129),
-        (1, 64, 576),
-    ];
-    for dtype in Dtype::ALL {
-        for (t, n, k) in shapes {
-            for with_bias in [false, true] {
-                let mut numbers = Numbers((t * 1000 + n * 10 + k) as u64);
-                let x = numbers.floats(t * k);
-                let mut weights = numbers.floats(n * k);
-                for (i, v) in [65504.0f32, -0.0, 6e-8, 1e-20].into_iter().enumerate() {
-                    if i < weights.len() {
-                        weights[i] = v;
-                    }
-                }
-                let stored = dtype.from_f32(&weights);
-                let exact = dtype.to_f32(&stored);
-                let bias = numbers.floats(n);
-                let (mut want, mut scale) = (Vec::new(), Vec::new());
-                for row in x.chunks_exact(k) {
-                    for (j, w) in exact.chunks_exact(k).enumerate() {
-                        let products: Vec<f64> =
-                            row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).collect();
-                        let b = if with_bias { f64::from(bias[j]) } else { 0.0 };
-                        want.push(products.iter().sum::<f64>() + b);
-                        scale.push(products.iter().map(|p| p.abs()).sum::<f64>() + b.abs());
-                    }
-                }
-                let what = |path: &str| format!("linear {path} {dtype:?} T{t} N{n} K{k} bias {with_bias}");
+fn linear_twins_on_the_cpu() {
+    let mut seen = std::collections::HashSet::new();
+    for (t, n, k) in LINEAR_SHAPES {
+        let mut numbers = Numbers((t * 1000 + n * 10 + k) as u64);
+        let x = numbers.floats(t * k);
+        let mut weights = numbers.floats(n * k);
+        for (i, v) in [65504.0f32, -0.0, 6e-8, 1e-20].into_iter().enumerate() {
+            if i < weights.len() {
+                weights[i] = v;
+            }
+        }
+        let bias = numbers.floats(n);
+        for dtype in Dtype::ALL {
+            // At an odd address: files do not promise alignment.
+            let mut unaligned = vec![0u8];
+            unaligned.extend_from_slice(&dtype.from_f32(&weights));
+            let view = MatrixView::new(dtype, &unaligned[1..], n, k);
+            let exact = dtype.to_f32(&unaligned[1..]);
+            let int8 = linear::Int8Matrix::quantise(view, &Pool::new(1)).unwrap();
+            let mut dequantised = vec![0.0; n * k];
+            for (row, out) in dequantised.chunks_exact_mut(k).enumerate() {
+                int8.view().read_f32(row, out);
+            }
+            for (weight, w) in [(Weight::Stored(view), &exact), (Weight::Int8(int8.view()), &dequantised)] {
                 for isa in Isa::available() {
-                    // At an odd address: files do not promise alignment.
-                    let mut unaligned = vec![0u8];
-                    unaligned.extend_from_slice(&stored);
-                    let view = MatrixView::new(dtype, &unaligned[1..], n, k);
-                    let mut out = vec![f32::NAN; t * n];
-                    linear::linear_alone(isa, &x, view, with_bias.then_some(&bias[..]), &mut out);
-                    compare(&what(isa.name()), &out, &want, &scale, dtype);
+                    for precision in [Precision::Auto, Precision::F32] {
+                        let arithmetic = Arithmetic::of(isa, precision, [weight]);
+                        seen.insert(format!("{} {arithmetic:?}", isa.name()));
+                        for bias in [None, Some(&bias[..])] {
+                            let (want, scale) = product(&as_read(&x, k, arithmetic), w, k, bias);
+                            let mut out = vec![f32::NAN; t * n];
+                            linear::linear_alone(isa, precision, &x, weight, bias, &mut out);
+                            let what = format!("linear {} {arithmetic:?} {dtype:?} T{t} N{n} K{k}", isa.name());
+                            compare(&what, &out, &want, &scale, dtype);
+                        }
+                    }
                 }
+            }
+        }
+    }
+    println!("{seen:?}");
+    assert!(Isa::available().iter().all(|isa| seen.iter().any(|s| s.starts_with(isa.name()))));
+}
+
+#[test]
+fn linear_twins_on_the_gpu() {
+    let gpus = gpus();
+    for (t, n, k) in LINEAR_SHAPES.into_iter().filter(|s| s.0 * s.1 < 2000) {
+        let mut numbers = Numbers((t * 1000 + n * 10 + k) as u64);
+        let (x, weights, bias) = (numbers.floats(t * k), numbers.floats(n * k), numbers.floats(n));
+        for format in [Some(Dtype::F32), Some(Dtype::F16), Some(Dtype::BF16), None] {
+            let stored = format.unwrap_or(Dtype::F32).from_f32(&weights);
+            let view = MatrixView::new(format.unwrap_or(Dtype::F32), &stored, n, k);
+            let int8 = linear::Int8Matrix::quantise(view, &Pool::new(1)).unwrap();
+            let mut exact = vec![0.0; n * k];
+            for (row, out) in exact.chunks_exact_mut(k).enumerate() {
+                match format {
+                    Some(dtype) => dtype.read_f32(view.row(row), out),
+                    None => int8.view().read_f32(row, out),
+                }
+            }
+            let (on_device, stride) = match format {
+                Some(dtype) => padded_rows(&stored, n, k, dtype.size()),
+                None => (cast_slice(int8.view().quants()).to_vec(), k.next_multiple_of(linear::INT8_BLOCK) as u32),
+            };
+            for with_bias in [false, true] {
+                let (want, scale) = product(&as_read(&x, k, Arithmetic::Fma), &exact, k, with_bias.then_some(&bias));
                 for (gpu, variants) in &gpus {
-                    let (padded, stride) = padded_rows(&stored, n, k, dtype.size());
                     for flags in variants {
-                        let flags = Flags { dtype: Some(dtype), vec4: k % 4 == 0, ..*flags };
+                        let flags = Flags { dtype: format, int8: format.is_none(), vec4: k % 4 == 0, ..*flags };
+                        let what = format!("linear {flags:?} T{t} N{n} K{k} bias {with_bias}");
                         let params = linear::Params {
                             rows: t as u32,
                             k: k as u32,
@@ -154,11 +226,19 @@ fn linear_twins() {
                             has_bias: u32::from(with_bias),
                             slice_row: 0,
                             x_first: 0,
+                            accumulate: 0,
                         };
-                        let mut storage = [bytes(&x), padded.clone(), bytes(&bias), bytes(&vec![f32::NAN; t * n])];
+                        let scales = bytes(int8.view().scales());
+                        let empty = bytes(&vec![f32::NAN; t * n]);
+                        let mut storage = [bytes(&x), on_device.clone(), scales, bytes(&bias), empty];
                         let groups = [n.div_ceil(8) as u32, 1, t.div_ceil(4) as u32];
                         dispatch_once(gpu, &linear::KERNEL, flags, bytes_of(&params), &mut storage, groups).unwrap();
-                        compare(&what(&format!("{flags:?}")), &floats(&storage[3]), &want, &scale, dtype);
+                        compare(&what, &floats(&storage[4]), &want, &scale, Dtype::F32);
+                        // Once more on top of that.
+                        let params = linear::Params { accumulate: 1, ..params };
+                        dispatch_once(gpu, &linear::KERNEL, flags, bytes_of(&params), &mut storage, groups).unwrap();
+                        let twice: Vec<f64> = want.iter().map(|w| 2.0 * w).collect();
+                        compare(&format!("{what}, added"), &floats(&storage[4]), &twice, &scale, Dtype::F32);
                     }
                 }
             }
@@ -169,17 +249,42 @@ fn linear_twins() {
 /// An element's bits do not depend on how many rows or columns are computed with it.
 #[test]
 fn linear_is_batch_invariant() {
-    let (t, n, k) = (11, 29, 77);
-    let mut numbers = Numbers(5);
-    let (x, stored) = (numbers.floats(t * k), Dtype::BF16.from_f32(&numbers.floats(n * k)));
-    for isa in Isa::available() {
-        let mut all = vec![0.0; t * n];
-        linear::linear_alone(isa, &x, MatrixView::new(Dtype::BF16, &stored, n, k), None, &mut all);
-        for (row, expected) in x.chunks_exact(k).zip(all.chunks_exact(n)) {
-            for (w, e) in stored.chunks_exact(2 * k).zip(expected) {
-                let mut one = [0.0];
-                linear::linear_alone(isa, row, MatrixView::new(Dtype::BF16, w, 1, k), None, &mut one);
-                assert_eq!(one[0].to_bits(), e.to_bits(), "{}", isa.name());
+    for (t, n, k) in [(11, 29, 77), (67, 130, 192)] {
+        let mut numbers = Numbers(5);
+        let (x, weights) = (numbers.floats(t * k), numbers.floats(n * k));
+        for dtype in Dtype::ALL {
+            let stored = dtype.from_f32(&weights);
+            let all_rows = MatrixView::new(dtype, &stored, n, k);
+            let int8 = linear::Int8Matrix::quantise(all_rows, &Pool::new(1)).unwrap();
+            for isa in Isa::available() {
+                for precision in [Precision::Auto, Precision::F32] {
+                    for weight in [Weight::Stored(all_rows), Weight::Int8(int8.view())] {
+                        let mut all = vec![0.0; t * n];
+                        linear::linear_alone(isa, precision, &x, weight, None, &mut all);
+                        // Every count of rows from the front, then every row alone.
+                        for rows in 1..t {
+                            let mut some = vec![0.0; rows * n];
+                            linear::linear_alone(isa, precision, &x[..rows * k], weight, None, &mut some);
+                            let same = some.iter().zip(&all).all(|(a, b)| a.to_bits() == b.to_bits());
+                            assert!(same, "{} {precision:?} {dtype:?} {rows} rows", isa.name());
+                        }
+                        for (row, expected) in x.chunks_exact(k).zip(all.chunks_exact(n)) {
+                            let mut one = vec![0.0; n];
+                            linear::linear_alone(isa, precision, row, weight, None, &mut one);
+                            let same = one.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits());
+                            assert!(same, "{} {precision:?} {dtype:?}", isa.name());
+                        }
+                    }
+                    for (j, w) in stored.chunks_exact(dtype.size() * k).enumerate() {
+                        let mut column = vec![0.0f32; t];
+                        let weight = Weight::Stored(MatrixView::new(dtype, w, 1, k));
+                        linear::linear_alone(isa, precision, &x, weight, None, &mut column);
+                        let mut all = vec![0.0f32; t * n];
+                        linear::linear_alone(isa, precision, &x, Weight::Stored(all_rows), None, &mut all);
+                        let same = column.iter().zip(all.iter().skip(j).step_by(n)).all(|(a, b)| a == b);
+                        assert!(same, "{} {precision:?} {dtype:?} column {j}", isa.name());
+                    }
+                }
             }
         }
     }
@@ -187,13 +292,24 @@ fn linear_is_batch_invariant() {
 
 #[test]
 fn linear_keeps_nan_and_infinity() {
-    let view = |bytes| MatrixView::new(Dtype::F32, bytes, 1, 3);
-    let weights = Dtype::F32.from_f32(&[1.0, 2.0, 3.0]);
-    for isa in Isa::available() {
-        let mut out = [0.0; 3];
-        let x = [f32::NAN, 0.0, 0.0, f32::INFINITY, 1.0, 1.0, f32::INFINITY, f32::NEG_INFINITY, 0.0];
-        linear::linear_alone(isa, &x, view(&weights), None, &mut out);
-        assert!(out[0].is_nan() && out[1] == f32::INFINITY && out[2].is_nan(), "{}: {out:?}", isa.name());
+    for dtype in Dtype::ALL {
+        let weights = dtype.from_f32(&[1.0, 2.0, 3.0]);
+        let view = MatrixView::new(dtype, &weights, 1, 3);
+        for isa in Isa::available() {
+            for precision in [Precision::Auto, Precision::F32] {
+                let mut out = [0.0; 4];
+                let inf = f32::INFINITY;
+                let x = [f32::NAN, 0.0, 0.0, inf, 1.0, 1.0, inf, f32::NEG_INFINITY, 0.0, 1.0, 0.0, 0.0];
+                linear::linear_alone(isa, precision, &x, view.into(), None, &mut out);
+                let [nan, infinite, both, one] = out;
+                let right = nan.is_nan() && infinite == inf && both.is_nan() && one == 1.0;
+                assert!(right, "{} {precision:?} {dtype:?}: {out:?}", isa.name());
+                // Integers have no infinity: such a row is NaN as a whole, and no other row is.
+                let int8 = linear::Int8Matrix::quantise(view, &Pool::new(1)).unwrap();
+                linear::linear_alone(isa, Precision::Auto, &x, Weight::Int8(int8.view()), None, &mut out);
+                assert!(out[..3].iter().all(|v| v.is_nan()) && (out[3] - 1.0).abs() < 0.01, "{out:?}");
+            }
+        }
     }
 }
 
@@ -259,22 +375,18 @@ fn rms_norm_twins() {
 }
 
 #[test]
-fn silu_mul_and_add_twins() {
+fn silu_mul_twins() {
     let mut numbers = Numbers(9);
     let mut gate: Vec<f32> = numbers.floats(1031).iter().map(|v| v * 30.0).collect();
     gate[..7].copy_from_slice(&[0.0, -0.0, 100.0, -100.0, f32::NAN, f32::INFINITY, -87.0]);
     let up = numbers.floats(1031);
     let silu: Vec<f64> =
         gate.iter().zip(&up).map(|(g, u)| f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u)).collect();
-    let sum: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| f64::from(g + u)).collect();
     for isa in Isa::available() {
         let mut out = up.clone();
         silu_mul::silu_mul(isa, &gate, &mut out);
         compare(&format!("silu_mul {}", isa.name()), &out, &silu, &magnitudes(&silu), Dtype::F32);
     }
-    let mut out = up.clone();
-    add::add(&gate, &mut out);
-    compare("add", &out, &sum, &magnitudes(&sum), Dtype::F32);
     for (gpu, _) in &gpus() {
         // Drivers may answer e^100 with infinity or the largest float, and Inf/Inf with NaN: finite inputs only.
         let mut finite = gate.clone();
@@ -288,17 +400,6 @@ fn silu_mul_and_add_twins() {
         let mut storage = [bytes(&finite), bytes(&up)];
         dispatch_once(gpu, &silu_mul::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [5, 1, 1]).unwrap();
         compare("silu_mul gpu", &floats(&storage[1]), &want, &magnitudes(&want), Dtype::F32);
-        let mut storage = [bytes(&gate), bytes(&up)];
-        dispatch_once(
-            gpu,
-            &add::KERNEL,
-            Flags::default(),
-            bytes_of(&add::Params { len: 1031 }),
-            &mut storage,
-            [5, 1, 1],
-        )
-        .unwrap();
-        compare("add gpu", &floats(&storage[1]), &sum, &magnitudes(&sum), Dtype::F32);
     }
 }
 
@@ -324,9 +425,11 @@ fn rope_and_gather_twins() {
         }
     }
     let ones = vec![1.0; x.len()];
-    let mut out = x.clone();
-    rope::rope(&cos_sin, half, heads, &mut out);
-    compare("rope", &out, &want, &ones, Dtype::F32);
+    for isa in Isa::available() {
+        let mut out = x.clone();
+        rope::rope(isa, &cos_sin, half, heads, &mut out);
+        compare(&format!("rope {}", isa.name()), &out, &want, &ones, Dtype::F32);
+    }
     let index = [4u32, 0, 0, 2];
     let width = heads * 2 * half;
     let picked: Vec<f32> = index.iter().flat_map(|i| x[*i as usize * width..][..width].to_vec()).collect();

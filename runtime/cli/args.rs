@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use rewardrt::weights::WeightFormat;
 use rewardrt::{Model, ModelOptions, Precision, Result, Rule, Runtime, RuntimeOptions};
 
 /// Samples from language models and scores what was sampled.
@@ -58,6 +59,9 @@ pub struct Common {
     /// How products are computed.
     #[arg(long, value_enum, default_value = "auto")]
     pub precision: PrecisionArg,
+    /// How the weights of products are held; `int8` quantises them on load.
+    #[arg(long, value_enum, default_value = "stored")]
+    pub weights: WeightsArg,
     /// Write results here instead of stdout; the file appears when it is complete.
     #[arg(long, value_name = "F.jsonl")]
     pub out: Option<PathBuf>,
@@ -80,10 +84,18 @@ pub struct Common {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum PrecisionArg {
-    /// Inputs of products may be rounded to the weights' 16-bit type.
+    /// Inputs of products may be rounded to bf16 where weights are bf16 and the processor gains by it.
     Auto,
-    /// Nothing is rounded.
+    /// Inputs keep at least 16 bits of mantissa.
     F32,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum WeightsArg {
+    /// As in the checkpoint.
+    Stored,
+    /// 8 bits, symmetric, one scale for 64 elements of a row: for decoding few sequences, which is bound by memory.
+    Int8,
 }
 
 impl Common {
@@ -94,6 +106,10 @@ impl Common {
             precision: match self.precision {
                 PrecisionArg::Auto => Precision::Auto,
                 PrecisionArg::F32 => Precision::F32,
+            },
+            weights: match self.weights {
+                WeightsArg::Stored => WeightFormat::Stored,
+                WeightsArg::Int8 => WeightFormat::Int8,
             },
             max_batch_tokens: self.max_batch_tokens,
             memory: self.memory,

@@ -18,10 +18,11 @@ pub fn run(args: &Devices) -> Result<()> {
                 })
             })
             .collect();
-        let cpu = json!({"isa": cpu.isa, "threads": cpu.threads});
+        let cpu = json!({"isa": cpu.isa, "available": cpu.available, "threads": cpu.threads});
         return print_line(&json!({"cpu": cpu, "gpus": gpus}).to_string());
     }
-    print_line(&format!("cpu              {} threads, {}", cpu.threads, cpu.isa))?;
+    let available = cpu.available.join(" ");
+    print_line(&format!("cpu              {} threads, {} (of {available})", cpu.threads, cpu.isa))?;
     for d in &gpus {
         let features = [(d.has_f16, "f16"), (d.has_subgroups, "subgroups")];
         let features: Vec<_> = features.iter().filter(|(has, _)| *has).map(|(_, name)| *name).collect();

@@ -26,7 +26,6 @@ super::kernel!("embed", Params, [("rows", Read), ("table", Read), ("out", Write)
 /// If a token is not a row of the table: the engine checks ids where they enter.
 pub fn embed(rows: &[RowMeta], table: MatrixView, out: &mut [f32]) {
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(table.cols())) {
-        let values = table.dtype().to_f32(table.row(row.token as usize));
-        out.copy_from_slice(&values);
+        table.dtype().read_f32(table.row(row.token as usize), out);
     }
 }

@@ -30,11 +30,11 @@ pub struct RowStats {
 }
 
 /// Logits the CPU reduces at a time.
-pub const CHUNK: usize = 512;
+pub const CHUNK: usize = 256;
 
 /// What the pass leaves of a row (or of a chunk of it).
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct Stats {
     /// m.
     pub max: f32,

@@ -1,7 +1,6 @@
 //! The kernels: one file each, with its parameters, its dispatch rule and its CPU twin. The shader of the same stem
 //! is under `shaders/`. Letters in comments are those of `shaders/README.md`.
 
-pub mod add;
 pub mod attention;
 pub mod embed;
 pub mod gather_rows;
@@ -58,8 +57,7 @@ pub struct Kernel {
 }
 
 /// Every kernel, for the table of pipelines and for the test that walks `shaders/`.
-pub const ALL: [&Kernel; 12] = [
-    &add::KERNEL,
+pub const ALL: [&Kernel; 11] = [
     &attention::KERNEL,
     &embed::KERNEL,
     &gather_rows::KERNEL,
@@ -78,7 +76,7 @@ macro_rules! kernel {
         /// The shader and its bindings.
         pub const KERNEL: $crate::kernels::Kernel = $crate::kernels::Kernel {
             name: $name,
-            source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+            source: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $name, ".wgsl")),
             params_size: size_of::<$params>(),
             bindings: &[$(($binding, $crate::kernels::Access::$access)),*],
         };
@@ -122,26 +120,37 @@ impl<'a> MatrixView<'a> {
 
     /// The bytes of row `i`.
     pub fn row(&self, i: usize) -> &'a [u8] {
+        self.rows_bytes(i..i + 1)
+    }
+
+    /// The bytes of some rows, one after the other.
+    pub fn rows_bytes(&self, rows: std::ops::Range<usize>) -> &'a [u8] {
         let stride = self.cols * self.dtype.size();
-        &self.bytes[i * stride..(i + 1) * stride]
+        &self.bytes[rows.start * stride..rows.end * stride]
     }
 }
 
 /// An output that several tasks write, each its own elements.
-#[derive(Clone, Copy)]
-pub(crate) struct SharedMut<'a> {
-    start: *mut f32,
+pub(crate) struct SharedMut<'a, T = f32> {
+    start: *mut T,
     len: usize,
-    lifetime: std::marker::PhantomData<&'a mut [f32]>,
+    lifetime: std::marker::PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it is a `&mut [f32]` whose users promise to touch disjoint parts.
-unsafe impl Send for SharedMut<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for SharedMut<'_> {}
+impl<T> Clone for SharedMut<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for SharedMut<'_, T> {}
 
-impl<'a> SharedMut<'a> {
-    pub(crate) fn new(out: &'a mut [f32]) -> Self {
+// SAFETY: it is a `&mut [T]` of plain values whose users promise to touch disjoint parts.
+unsafe impl<T: Send> Send for SharedMut<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedMut<'_, T> {}
+
+impl<'a, T> SharedMut<'a, T> {
+    pub(crate) fn new(out: &'a mut [T]) -> Self {
         SharedMut { start: out.as_mut_ptr(), len: out.len(), lifetime: std::marker::PhantomData }
     }
 
@@ -154,7 +163,7 @@ impl<'a> SharedMut<'a> {
     /// If `range` is not inside the buffer.
     #[inline(always)]
     #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn slice(&self, range: std::ops::Range<usize>) -> &'a mut [f32] {
+    pub(crate) unsafe fn slice(&self, range: std::ops::Range<usize>) -> &'a mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: inside the buffer, and exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }

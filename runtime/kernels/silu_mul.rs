@@ -27,9 +27,14 @@ fn body<L: Lanes>(gate: &[f32], up: &mut [f32]) {
     for_lanes::<L>(len, |i, n| {
         // SAFETY: i + n ≤ len, at most the length of both.
         unsafe {
-            let (g, u) = (load::<L>(gate, i, n), load::<L>(up, i, n));
-            let sigmoid_inverse = L::splat(1.0).add(L::zero().sub(g).exp());
-            store(g.div(sigmoid_inverse).mul(u), up, i, n);
+            store(gated_lanes(load::<L>(gate, i, n), load::<L>(up, i, n)), up, i, n);
         }
     });
+}
+
+/// silu(gate) · up of some lanes.
+#[inline(always)]
+pub(super) fn gated_lanes<L: Lanes>(gate: L, up: L) -> L {
+    let sigmoid_inverse = L::splat(1.0).add(L::zero().sub(gate).exp());
+    gate.div(sigmoid_inverse).mul(up)
 }

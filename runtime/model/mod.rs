@@ -10,7 +10,7 @@ mod spec;
 
 pub use config::parse_config;
 pub use families::FAMILIES;
-pub use plan::{Buf, LinearPart, MatrixId, Op, Plan, Rows, VectorId};
+pub use plan::{Buf, MatrixId, Op, Plan, Projection, VectorId};
 pub use rope::{Rope, RopeKind};
 pub use spec::{Head, ModelSpec};
 

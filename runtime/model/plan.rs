@@ -13,13 +13,12 @@ pub struct MatrixId(pub usize);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct VectorId(pub usize);
 
-/// The activations a step works on: f32, one row a token (or one an output row), of the width given here.
+/// The activations that pass from one op to the next: f32, one row a token (or one an output row), of the width given
+/// here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Buf {
     /// Residual stream [T, D].
     Hidden,
-    /// A norm's output [T, D].
-    Normed,
     /// [T, H·E].
     Q,
     /// [T, G·E].
@@ -28,12 +27,8 @@ pub enum Buf {
     V,
     /// Attention's output [T, H·E].
     Attn,
-    /// What a block adds to the residual stream [T, D].
-    Delta,
-    /// [T, F].
-    Gate,
-    /// [T, F]; receives silu(gate) · up.
-    Up,
+    /// silu(gate) · up [T, F].
+    Gated,
     /// Hidden states of the rows that asked for an output [M, D].
     Picked,
     /// Their final norm [M, D].
@@ -42,64 +37,103 @@ pub enum Buf {
 
 impl Buf {
     /// Every buffer, in the order of their discriminants.
-    pub const ALL: [Buf; 11] = [
-        Buf::Hidden,
-        Buf::Normed,
-        Buf::Q,
-        Buf::K,
-        Buf::V,
-        Buf::Attn,
-        Buf::Delta,
-        Buf::Gate,
-        Buf::Up,
-        Buf::Picked,
-        Buf::Final,
-    ];
+    pub const ALL: [Buf; 8] = [Buf::Hidden, Buf::Q, Buf::K, Buf::V, Buf::Attn, Buf::Gated, Buf::Picked, Buf::Final];
 
     /// Elements a row.
     pub fn width(self, spec: &ModelSpec) -> usize {
         match self {
-            Buf::Hidden | Buf::Normed | Buf::Delta | Buf::Picked | Buf::Final => spec.hidden_size,
+            Buf::Hidden | Buf::Picked | Buf::Final => spec.hidden_size,
             Buf::Q | Buf::Attn => spec.q_width(),
             Buf::K | Buf::V => spec.kv_width(),
-            Buf::Gate | Buf::Up => spec.intermediate_size,
+            Buf::Gated => spec.intermediate_size,
         }
     }
 }
 
-/// Which rows an op runs over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rows {
-    /// All T rows of the step.
-    All,
-    /// The M rows that asked for an output.
-    Outputs,
-}
-
-/// One product of an [`Op::Linear`].
-#[derive(Clone, Debug)]
-pub struct LinearPart {
-    /// The weight [N, K].
+/// A weight [N, K] and its bias [N].
+#[derive(Clone, Copy, Debug)]
+pub struct Projection {
+    /// The weight.
     pub weight: MatrixId,
-    /// [N].
+    /// The bias.
     pub bias: Option<VectorId>,
-    /// Receives [rows, N].
-    pub out: Buf,
 }
 
-/// One kernel call. Each is documented in the file of its name under `kernels/`.
+/// One kernel call, fused where the intermediate result has one reader. What is fused into one call and what a backend
+/// splits again is its own affair; the order of the calls and their meaning are not.
 #[derive(Clone, Debug)]
-#[allow(missing_docs)]
 pub enum Op {
-    Embed { table: MatrixId, out: Buf },
-    RmsNorm { x: Buf, weight: VectorId, out: Buf, rows: Rows },
-    Linear { x: Buf, parts: Vec<LinearPart> },
-    Rope { x: Buf, heads: usize },
-    KvWrite { layer: usize },
-    Attention { layer: usize },
-    SiluMul { gate: Buf, up: Buf },
-    Add { delta: Buf, to: Buf },
-    GatherRows { x: Buf, out: Buf },
+    /// out = table[token].
+    Embed {
+        /// [V, D].
+        table: MatrixId,
+        /// Receives [T, D].
+        out: Buf,
+    },
+    /// out_i = x' · w_iᵀ + b_i for every part, with x' = rms_norm(x) where there is a norm.
+    Linear {
+        /// [T, K].
+        x: Buf,
+        /// The norm's weight.
+        norm: Option<VectorId>,
+        /// Each with what receives it.
+        parts: Vec<(Projection, Buf)>,
+    },
+    /// to = to + (x · wᵀ + b).
+    LinearAdd {
+        /// [T, K].
+        x: Buf,
+        /// The product.
+        part: Projection,
+        /// The residual stream.
+        to: Buf,
+    },
+    /// out = silu(x' · gateᵀ + b) · (x' · upᵀ + b) with x' = rms_norm(x).
+    LinearGated {
+        /// [T, K].
+        x: Buf,
+        /// The norm's weight.
+        norm: VectorId,
+        /// Goes through silu.
+        gate: Projection,
+        /// Is multiplied.
+        up: Projection,
+        /// Receives [T, F].
+        out: Buf,
+    },
+    /// Rotates the heads of x in place.
+    Rope {
+        /// [T, heads · E].
+        x: Buf,
+        /// H or G.
+        heads: usize,
+    },
+    /// Puts K and V into the layer's cache.
+    KvWrite {
+        /// The layer.
+        layer: usize,
+    },
+    /// Attn = attention of Q over the layer's cache.
+    Attention {
+        /// The layer.
+        layer: usize,
+    },
+    /// out = the rows of x that asked for an output.
+    GatherRows {
+        /// [T, D].
+        x: Buf,
+        /// Receives [M, D].
+        out: Buf,
+    },
+    /// out = rms_norm(x), over the M rows that asked for an output.
+    RmsNorm {
+        /// [M, D].
+        x: Buf,
+        /// The norm's weight.
+        weight: VectorId,
+        /// Receives [M, D].
+        out: Buf,
+    },
 }
 
 /// Everything a backend needs to execute a model: the tensors by name, and the calls.
@@ -126,6 +160,23 @@ impl Plan {
     /// Every tensor the model needs.
     pub fn expected(&self) -> impl Iterator<Item = &Expected> {
         self.matrices.iter().chain(&self.vectors)
+    }
+
+    /// The weights of products, which may be quantised: all but the embedding table as such and a score head.
+    pub fn quantisable(&self, spec: &ModelSpec) -> Vec<MatrixId> {
+        let mut list = Vec::new();
+        for op in &self.ops {
+            match op {
+                Op::Linear { parts, .. } => list.extend(parts.iter().map(|(p, _)| p.weight)),
+                Op::LinearAdd { part, .. } => list.push(part.weight),
+                Op::LinearGated { gate, up, .. } => list.extend([gate.weight, up.weight]),
+                _ => {}
+            }
+        }
+        if matches!(spec.head, Head::LanguageModel { .. }) {
+            list.push(self.head);
+        }
+        list
     }
 
     /// Compares the checkpoint at `path` with the plan and opens its bytes.
@@ -167,10 +218,10 @@ impl Builder {
         VectorId(self.vectors.len() - 1)
     }
 
-    fn part(&mut self, name: &str, shape: [usize; 2], biased: bool, out: Buf) -> Result<LinearPart> {
+    fn projection(&mut self, name: &str, shape: [usize; 2], biased: bool) -> Result<Projection> {
         let weight = self.matrix(format!("{name}.weight"), shape[0], shape[1])?;
         let bias = biased.then(|| self.vector(format!("{name}.bias"), shape[0]));
-        Ok(LinearPart { weight, bias, out })
+        Ok(Projection { weight, bias })
     }
 
     fn build(mut self, spec: &ModelSpec) -> Result<Plan> {
@@ -181,7 +232,7 @@ impl Builder {
         }
         self.ops.push(Op::GatherRows { x: Buf::Hidden, out: Buf::Picked });
         let weight = self.vector("model.norm.weight", spec.hidden_size);
-        self.ops.push(Op::RmsNorm { x: Buf::Picked, weight, out: Buf::Final, rows: Rows::Outputs });
+        self.ops.push(Op::RmsNorm { x: Buf::Picked, weight, out: Buf::Final });
         let head = match &spec.head {
             Head::LanguageModel { tied: true } => table,
             Head::LanguageModel { tied: false } => self.matrix(LM_HEAD, spec.vocab_size, spec.hidden_size)?,
@@ -195,33 +246,26 @@ impl Builder {
         let (attention_bias, mlp_bias) = (spec.attention_bias, spec.mlp_bias);
         let name = |suffix: &str| format!("model.layers.{layer}.{suffix}");
 
-        let weight = self.vector(name("input_layernorm.weight"), d);
-        self.ops.push(Op::RmsNorm { x: Buf::Hidden, weight, out: Buf::Normed, rows: Rows::All });
+        let norm = Some(self.vector(name("input_layernorm.weight"), d));
         let parts = vec![
-            self.part(&name("self_attn.q_proj"), [q, d], attention_bias, Buf::Q)?,
-            self.part(&name("self_attn.k_proj"), [kv, d], attention_bias, Buf::K)?,
-            self.part(&name("self_attn.v_proj"), [kv, d], attention_bias, Buf::V)?,
+            (self.projection(&name("self_attn.q_proj"), [q, d], attention_bias)?, Buf::Q),
+            (self.projection(&name("self_attn.k_proj"), [kv, d], attention_bias)?, Buf::K),
+            (self.projection(&name("self_attn.v_proj"), [kv, d], attention_bias)?, Buf::V),
         ];
-        self.ops.push(Op::Linear { x: Buf::Normed, parts });
+        self.ops.push(Op::Linear { x: Buf::Hidden, norm, parts });
         self.ops.push(Op::Rope { x: Buf::Q, heads: spec.heads });
         self.ops.push(Op::Rope { x: Buf::K, heads: spec.kv_heads });
         self.ops.push(Op::KvWrite { layer });
         self.ops.push(Op::Attention { layer });
-        let parts = vec![self.part(&name("self_attn.o_proj"), [d, q], attention_bias, Buf::Delta)?];
-        self.ops.push(Op::Linear { x: Buf::Attn, parts });
-        self.ops.push(Op::Add { delta: Buf::Delta, to: Buf::Hidden });
+        let part = self.projection(&name("self_attn.o_proj"), [d, q], attention_bias)?;
+        self.ops.push(Op::LinearAdd { x: Buf::Attn, part, to: Buf::Hidden });
 
-        let weight = self.vector(name("post_attention_layernorm.weight"), d);
-        self.ops.push(Op::RmsNorm { x: Buf::Hidden, weight, out: Buf::Normed, rows: Rows::All });
-        let parts = vec![
-            self.part(&name("mlp.gate_proj"), [f, d], mlp_bias, Buf::Gate)?,
-            self.part(&name("mlp.up_proj"), [f, d], mlp_bias, Buf::Up)?,
-        ];
-        self.ops.push(Op::Linear { x: Buf::Normed, parts });
-        self.ops.push(Op::SiluMul { gate: Buf::Gate, up: Buf::Up });
-        let parts = vec![self.part(&name("mlp.down_proj"), [d, f], mlp_bias, Buf::Delta)?];
-        self.ops.push(Op::Linear { x: Buf::Up, parts });
-        self.ops.push(Op::Add { delta: Buf::Delta, to: Buf::Hidden });
+        let norm = self.vector(name("post_attention_layernorm.weight"), d);
+        let gate = self.projection(&name("mlp.gate_proj"), [f, d], mlp_bias)?;
+        let up = self.projection(&name("mlp.up_proj"), [f, d], mlp_bias)?;
+        self.ops.push(Op::LinearGated { x: Buf::Hidden, norm, gate, up, out: Buf::Gated });
+        let part = self.projection(&name("mlp.down_proj"), [d, f], mlp_bias)?;
+        self.ops.push(Op::LinearAdd { x: Buf::Gated, part, to: Buf::Hidden });
         Ok(())
     }
 }

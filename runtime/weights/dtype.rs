@@ -52,6 +52,20 @@ impl Dtype {
         }
     }
 
+    /// As [`Dtype::to_f32`], into `out`, as far as both reach.
+    pub fn read_f32(self, bytes: &[u8], out: &mut [f32]) {
+        let halves = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+        match self {
+            Dtype::F32 => {
+                out.iter_mut()
+                    .zip(bytes.chunks_exact(4))
+                    .for_each(|(o, b)| *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            }
+            Dtype::F16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => out.iter_mut().zip(halves).for_each(|(o, b)| *o = bf16::from_le_bytes(b).to_f32()),
+        }
+    }
+
     /// Rounds f32 values to this dtype, little endian: what test fixtures and synthetic checkpoints are made with.
     pub fn from_f32(self, values: &[f32]) -> Vec<u8> {
         match self {

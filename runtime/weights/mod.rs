@@ -37,6 +37,18 @@ impl Default for LoadOptions {
     }
 }
 
+/// How the weights of products are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// As stored in the checkpoint; the CPU uses them where they are mapped.
+    #[default]
+    Stored,
+    /// Quantised to 8 bits on load: symmetric, one scale for [`crate::kernels::linear::INT8_BLOCK`] elements of a row.
+    /// Half the bytes of bf16, for decoding that is bound by memory. Embeddings, norms, biases and score heads stay as
+    /// stored.
+    Int8,
+}
+
 /// One tensor as its header describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {

@@ -1,133 +1,201 @@
-//! What follows the final norm: logits of a bounded block of rows at a time, reduced while they are in the cache.
+//! What follows the final norm: one pass over blocks of the vocabulary, each reduced while it is in the cache.
+//!
+//! A block of logits leaves its log-sum-exp statistics and the logits of targets in it. Whole rows of logits are kept
+//! for rows that sample or ask for the best tokens, for a bounded number of rows at a time.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Mutex;
 
 use super::CpuExecutor;
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, logit_rows, top_logprobs};
 use crate::error::{Result, try_vec};
-use crate::kernels::linear::{self, Product};
+use crate::kernels::linear::{self, Arithmetic, Source};
 use crate::kernels::log_sum_exp::{CHUNK, Stats, log_sum_exp};
-use crate::kernels::{MatrixView, SharedMut, sample, top_k};
-use crate::model::Buf;
+use crate::kernels::{Isa, SharedMut, sample, top_k};
+use crate::model::{Buf, Head};
 
-/// The output rows, those that need the whole vocabulary first.
+/// The output rows by what they need of the vocabulary.
 pub(super) struct Order {
-    /// Positions in `Step::outputs`.
+    /// Positions in `Step::outputs`: rows that keep their logits, then other rows over the vocabulary, then the rest.
     outputs: Vec<usize>,
     /// Their rows in the step.
     pub rows: Vec<u32>,
+    /// How many keep their logits.
+    kept: usize,
     /// How many need the vocabulary.
     vocabulary: usize,
+}
+
+fn keeps_logits(want: &Want) -> bool {
+    matches!(want, Want::Sample { .. }) || want.top() > 0
 }
 
 impl Order {
     pub(super) fn new(outputs: &[OutputRow]) -> Self {
         let mut order: Vec<usize> = (0..outputs.len()).collect();
-        order.sort_by_key(|&i| !outputs[i].want.needs_vocabulary());
-        let vocabulary = outputs.iter().filter(|o| o.want.needs_vocabulary()).count();
-        Order { rows: order.iter().map(|&i| outputs[i].row).collect(), outputs: order, vocabulary }
+        order.sort_by_key(|&i| (!keeps_logits(&outputs[i].want), !outputs[i].want.needs_vocabulary()));
+        let count = |f: fn(&Want) -> bool| outputs.iter().filter(|o| f(&o.want)).count();
+        Order {
+            rows: order.iter().map(|&i| outputs[i].row).collect(),
+            outputs: order,
+            kept: count(keeps_logits),
+            vocabulary: count(Want::needs_vocabulary),
+        }
     }
+}
+
+/// Rows of sums that a task holds at a time.
+const ROW_BLOCK: usize = 64;
+/// Rows over the vocabulary at a time where no logits are kept: what their packed inputs take.
+const MOST_ROWS: usize = 1024;
+
+thread_local! {
+    static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 impl CpuExecutor {
     pub(super) fn head(&mut self, step: &Step, order: &Order) -> Result<Vec<Output>> {
         let mut results: Vec<Option<Output>> = vec![None; step.outputs.len()];
         let wants: Vec<&Want> = order.outputs.iter().map(|&i| &step.outputs[i].want).collect();
-        let block = logit_rows(self.spec.vocab_size);
-        for start in (0..order.vocabulary).step_by(block) {
-            let end = order.vocabulary.min(start + block);
-            let outputs = self.vocabulary_block(start, &wants[start..end])?;
-            for (i, output) in (start..end).zip(outputs) {
-                results[order.outputs[i]] = Some(output);
+        let mut put = |first: usize, outputs: Vec<Option<Output>>| {
+            for (i, output) in outputs.into_iter().enumerate() {
+                results[order.outputs[first + i]] = output;
+            }
+        };
+        let kept_rows = logit_rows(self.spec.vocab_size);
+        for (rows, most) in [(0..order.kept, kept_rows), (order.kept..order.vocabulary, MOST_ROWS)] {
+            for start in rows.clone().step_by(most) {
+                let rows = start..rows.end.min(start + most);
+                put(start, self.vocabulary_rows(rows.clone(), &wants[rows], start < order.kept)?);
             }
         }
-        for i in order.vocabulary..wants.len() {
-            results[order.outputs[i]] = Some(self.single_rows(i, wants[i]));
-        }
+        put(order.vocabulary, self.single_rows(order.vocabulary, &wants[order.vocabulary..]));
         Ok(results.into_iter().flatten().collect())
     }
 
-    /// The rows from `start` on, whose logits fit the block.
-    fn vocabulary_block(&mut self, start: usize, wants: &[&Want]) -> Result<Vec<Output>> {
-        let (rows, vocab, d) = (wants.len(), self.spec.vocab_size, self.spec.hidden_size);
-        if self.logits.len() < rows * vocab {
+    /// Rows that need the whole vocabulary; `keep`: whole rows of logits are there at the end of the pass.
+    fn vocabulary_rows(&mut self, rows: Range<usize>, wants: &[&Want], keep: bool) -> Result<Vec<Option<Output>>> {
+        let (vocab, d) = (self.spec.vocab_size, self.spec.hidden_size);
+        let count = rows.len();
+        let kept = if keep { count * vocab } else { 0 };
+        if self.logits.len() < kept {
             self.logits = Vec::new();
-            self.logits = try_vec("logits", 0.0, rows * vocab)?;
+            self.logits = try_vec("logits", 0.0, kept)?;
         }
-        let mut logits = std::mem::take(&mut self.logits);
-        let mut pool = std::mem::replace(&mut self.pool, super::Pool::new(1));
         let chunks = vocab.div_ceil(CHUNK);
-        let stats: Vec<Mutex<Vec<Stats>>> = (0..chunks).map(|_| Mutex::new(Vec::new())).collect();
+        let mut stats: Vec<Stats> = try_vec("statistics", Stats::default(), chunks * count)?;
+        let mut target_logits = vec![f32::NAN; count];
+        let targets: Vec<usize> = wants
+            .iter()
+            .map(|want| if let Want::Logprob { target, .. } = want { *target as usize } else { usize::MAX })
+            .collect();
+        let mut logits = std::mem::take(&mut self.logits);
         {
-            let x = &self.buffers[Buf::Final as usize][start * d..(start + rows) * d];
-            let (isa, shared) = (self.isa, SharedMut::new(&mut logits));
-            let product = Product { x, weight: self.matrix(self.plan.head), bias: None, out: shared };
+            let (isa, pool) = (self.options.isa, self.options.pool.clone());
+            let mut buffer = std::mem::take(&mut self.packed);
+            let weight = self.weight(self.plan.head);
+            let arithmetic = Arithmetic::of(isa, self.options.precision, [weight]);
+            let x = &self.buffers[Buf::Final as usize][rows.start * d..rows.end * d];
+            let packed = buffer.pack(isa, &pool, arithmetic, Source { x, rows: count, k: d, norm: None });
+            let (all_stats, all_logits) = (SharedMut::new(&mut stats), SharedMut::new(&mut logits));
+            let all_targets = SharedMut::new(&mut target_logits);
             pool.run(chunks, &|c| {
                 let cols = c * CHUNK..vocab.min((c + 1) * CHUNK);
-                linear::linear(isa, product, 0..rows, cols.clone());
-                let of_row = |r: usize| {
-                    // SAFETY: this task's own columns, written just above.
-                    log_sum_exp(isa, unsafe { shared.slice(r * vocab + cols.start..r * vocab + cols.end) })
-                };
-                *stats[c].lock().unwrap_or_else(|e| e.into_inner()) = (0..rows).map(of_row).collect();
+                let width = cols.len();
+                SUMS.with_borrow_mut(|sums| {
+                    sums.resize(sums.len().max(ROW_BLOCK * CHUNK), 0.0);
+                    for first in (0..count).step_by(ROW_BLOCK) {
+                        let block = first..count.min(first + ROW_BLOCK);
+                        linear::column_sums(isa, &packed, block.clone(), &weight, cols.clone(), sums);
+                        for (r, sums) in block.zip(sums.chunks_exact(width)) {
+                            // SAFETY (all three): elements that belong to this chunk alone; a target is in one chunk.
+                            unsafe {
+                                all_stats.slice(r * chunks + c..r * chunks + c + 1)[0] = log_sum_exp(isa, sums);
+                                if cols.contains(&targets[r]) {
+                                    all_targets.slice(r..r + 1)[0] = sums[targets[r] - cols.start];
+                                }
+                                if keep {
+                                    all_logits
+                                        .slice(r * vocab + cols.start..r * vocab + cols.end)
+                                        .copy_from_slice(sums);
+                                }
+                            }
+                        }
+                    }
+                });
             });
+            self.packed = buffer;
         }
-        let stats: Vec<Vec<Stats>> =
-            stats.into_iter().map(|m| m.into_inner().unwrap_or_else(|e| e.into_inner())).collect();
         let outputs: Vec<Mutex<Option<Output>>> = wants.iter().map(|_| Mutex::new(None)).collect();
-        let isa = self.isa;
-        pool.run(rows, &|r| {
-            let of_row: Vec<Stats> = stats.iter().map(|chunk| chunk[r]).collect();
-            let output = read_row(isa, &logits[r * vocab..(r + 1) * vocab], &Stats::join(&of_row), wants[r]);
-            *outputs[r].lock().unwrap_or_else(|e| e.into_inner()) = output;
+        let isa = self.options.isa;
+        // A row is a pass over the vocabulary where it samples, and a sum over the chunks otherwise.
+        let cost = if keep { vocab } else { 16 * chunks };
+        self.options.pool.over_rows(count, cost, &|rows| {
+            for r in rows {
+                let chunk_stats = &stats[r * chunks..(r + 1) * chunks];
+                let row = if keep { &logits[r * vocab..(r + 1) * vocab] } else { &[] };
+                let output = read_row(isa, row, target_logits[r], chunk_stats, wants[r]);
+                *outputs[r].lock().unwrap_or_else(|e| e.into_inner()) = output;
+            }
         });
-        self.pool = pool;
         self.logits = logits;
-        Ok(outputs.into_iter().filter_map(|m| m.into_inner().unwrap_or_else(|e| e.into_inner())).collect())
+        Ok(outputs.into_iter().map(|m| m.into_inner().unwrap_or_else(|e| e.into_inner())).collect())
     }
 
-    /// A row that needs a few rows of the head only.
-    fn single_rows(&mut self, i: usize, want: &Want) -> Output {
-        let (d, isa) = (self.spec.hidden_size, self.isa);
-        let x = &self.buffers[Buf::Final as usize][i * d..(i + 1) * d];
-        let head = self.matrix(self.plan.head);
-        let mut logits = Vec::new();
-        match want {
-            Want::Tokens(tokens) => {
-                for &token in tokens.iter() {
-                    let row = MatrixView::new(head.dtype(), head.row(token as usize), 1, d);
-                    let mut logit = [0.0];
-                    linear::linear_alone(isa, x, row, None, &mut logit);
-                    logits.push(logit[0]);
+    /// Rows from `first` on that need a few rows of the head only: single tokens as the whole vocabulary would have
+    /// them, or a score head, in f32.
+    fn single_rows(&mut self, first: usize, wants: &[&Want]) -> Vec<Option<Output>> {
+        let (d, isa) = (self.spec.hidden_size, self.options.isa);
+        let mut buffer = std::mem::take(&mut self.packed);
+        let x = &self.buffers[Buf::Final as usize][first * d..(first + wants.len()) * d];
+        let weight = self.weight(self.plan.head);
+        let arithmetic = match self.spec.head {
+            Head::LanguageModel { .. } => Arithmetic::of(isa, self.options.precision, [weight]),
+            Head::SequenceClassification { .. } => Arithmetic::Fma,
+        };
+        let packed =
+            buffer.pack(isa, &self.options.pool, arithmetic, Source { x, rows: wants.len(), k: d, norm: None });
+        let outputs = wants
+            .iter()
+            .enumerate()
+            .map(|(r, want)| {
+                let mut logits;
+                if let Want::Tokens(tokens) = want {
+                    logits = vec![0.0; tokens.len()];
+                    for (logit, &token) in logits.chunks_exact_mut(1).zip(tokens.iter()) {
+                        let col = token as usize;
+                        linear::column_sums(isa, &packed, r..r + 1, &weight, col..col + 1, logit);
+                    }
+                } else {
+                    logits = vec![0.0; weight.rows()];
+                    linear::column_sums(isa, &packed, r..r + 1, &weight, 0..weight.rows(), &mut logits);
                 }
-            }
-            _ => {
-                logits.resize(head.rows(), 0.0);
-                linear::linear_alone(isa, x, head, None, &mut logits);
-            }
-        }
-        Output::Logits(logits)
+                Some(Output::Logits(logits))
+            })
+            .collect();
+        self.packed = buffer;
+        outputs
     }
 }
 
-/// Reads what a row wants off its logits.
-fn read_row(isa: crate::kernels::Isa, logits: &[f32], stats: &Stats, want: &Want) -> Option<Output> {
-    thread_local! {
-        static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    }
+/// Reads what a row wants off its logits and their statistics.
+fn read_row(isa: Isa, logits: &[f32], target: f32, chunks: &[Stats], want: &Want) -> Option<Output> {
+    let stats = Stats::join(chunks);
     let best = if want.top() > 0 { top_k::top_k(logits, want.top()) } else { Vec::new() };
-    let token_stats = |token: u32| TokenStats {
-        logprob: logits.get(token as usize).map_or(f32::NAN, |l| stats.logprob(*l)),
+    let of = |logit: f32| TokenStats {
+        logprob: stats.logprob(logit),
         entropy: stats.entropy(),
         top: top_logprobs(&best, |logit| stats.logprob(logit)),
     };
     match want {
-        Want::Logprob { target, .. } => Some(Output::Logprob(token_stats(*target))),
+        Want::Logprob { .. } => Some(Output::Logprob(of(target))),
         Want::Sample { request, seen, .. } => {
             let seen = seen.as_deref().unwrap_or_default();
             let drawn = SCRATCH.with_borrow_mut(|z| sample::sample(isa, logits, request, seen, z));
-            Some(Output::Sampled { drawn, stats: token_stats(drawn.token) })
+            // NaN where nothing could be drawn.
+            Some(Output::Sampled { drawn, stats: of(drawn.logit) })
         }
         _ => None,
     }

@@ -1,82 +1,112 @@
 //! The CPU executor: the twins, over weights that stay in the memory map.
 
+mod cores;
 mod head;
 mod pool;
 
-use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
+use cores::Cores;
 pub use pool::Pool;
 
 use super::{Capacity, Executor, Memory, Output, Step};
 use crate::error::{Error, ErrorKind, Result, checked_size, try_vec};
 use crate::kernels::attention::{self, MAX_HEAD_DIM};
 use crate::kernels::kv_write::{self, Cache};
-use crate::kernels::linear::{self, Product};
-use crate::kernels::{Isa, KV_BLOCK, MatrixView, SharedMut, add, embed, gather_rows, rms_norm, rope, silu_mul};
-use crate::model::{Buf, LinearPart, MatrixId, ModelSpec, Op, Plan, Rows, VectorId};
-use crate::weights::{Tensor, Weights};
+use crate::kernels::linear::{
+    self, Arithmetic, Columns, Int8Matrix, Norm, PackBuffer, Part, Precision, Source, Then, Weight,
+};
+use crate::kernels::{Isa, KV_BLOCK, MatrixView, SharedMut, embed, gather_rows, rms_norm, rope};
+use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
+use crate::weights::{Tensor, WeightFormat, Weights};
 
-/// Multiply-adds below which a loop is not worth waking a thread for.
-const SMALL: usize = 100_000;
+/// Cores of this machine that nobody in the process computes on.
+fn cores() -> &'static Cores {
+    static CORES: OnceLock<Cores> = OnceLock::new();
+    CORES.get_or_init(|| Cores::new(std::thread::available_parallelism().map_or(1, usize::from)))
+}
+
+/// How a model is held and computed.
+#[derive(Clone)]
+pub struct CpuOptions {
+    /// The instruction set of the kernels.
+    pub isa: Isa,
+    /// The threads; models of a runtime share them, since it runs one step at a time.
+    pub pool: Arc<Pool>,
+    /// How products are computed.
+    pub precision: Precision,
+    /// Whether product weights are quantised.
+    pub format: WeightFormat,
+    /// Whether the checkpoint's bytes are in a map (and count as such).
+    pub mapped: bool,
+}
 
 /// A model on the CPU.
 pub struct CpuExecutor {
-    isa: Isa,
-    pool: Pool,
+    options: CpuOptions,
     spec: ModelSpec,
-    plan: std::sync::Arc<Plan>,
+    plan: Arc<Plan>,
     matrices: Vec<Tensor>,
+    /// By [`MatrixId`], where the weight is quantised.
+    quantised: Vec<Option<Int8Matrix>>,
     vectors: Vec<Vec<f32>>,
-    mapped: bool,
     /// Keys and values of each layer.
     kv: Vec<(Vec<f32>, Vec<f32>)>,
     buffers: Vec<Vec<f32>>,
+    packed: PackBuffer,
     logits: Vec<f32>,
     capacity: Capacity,
+}
+
+/// A product by its ids: what [`Then`] is with the weights at hand.
+enum Product {
+    Store(Projection),
+    Add(Projection),
+    Gated { gate: Projection, up: Projection },
 }
 
 impl CpuExecutor {
     /// Prepares `plan` for steps of up to `capacity`.
     ///
     /// # Errors
-    /// `Unsupported` for a head size above [`MAX_HEAD_DIM`]; `HostMemory` if the KV cache cannot be had.
+    /// `Unsupported` for a head size above [`MAX_HEAD_DIM`]; `HostMemory` if the KV cache or quantised weights cannot
+    /// be had; `NonFinite` for a weight that cannot be quantised.
     pub fn new(
         spec: ModelSpec,
-        plan: std::sync::Arc<Plan>,
+        plan: Arc<Plan>,
         weights: &Weights,
-        mapped: bool,
         capacity: Capacity,
-        threads: usize,
+        options: CpuOptions,
     ) -> Result<Self> {
         if spec.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
         }
-        let matrices = plan.matrices.iter().map(|m| weights.get(&m.name).cloned()).collect::<Result<_>>()?;
+        let matrices: Vec<Tensor> =
+            plan.matrices.iter().map(|m| weights.get(&m.name).cloned()).collect::<Result<_>>()?;
+        let mut quantised: Vec<Option<Int8Matrix>> = matrices.iter().map(|_| None).collect();
+        if options.format == WeightFormat::Int8 {
+            for id in plan.quantisable(&spec) {
+                let matrix = Int8Matrix::quantise(view(&matrices[id.0]), &options.pool)
+                    .map_err(|e| e.at(format!("tensor {:?}", plan.matrices[id.0].name)))?;
+                quantised[id.0] = Some(matrix);
+            }
+        }
         let vectors = plan.vectors.iter().map(|v| Ok(weights.get(&v.name)?.to_f32())).collect::<Result<_>>()?;
         let per_layer = checked_size("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width()])?;
         let kv = (0..spec.layers).map(|_| Ok((zeroed(per_layer)?, zeroed(per_layer)?))).collect::<Result<_>>()?;
         Ok(CpuExecutor {
-            isa: Isa::detect(),
-            pool: Pool::new(threads),
+            options,
             buffers: vec![Vec::new(); Buf::ALL.len()],
+            packed: PackBuffer::default(),
             logits: Vec::new(),
             spec,
             plan,
             matrices,
+            quantised,
             vectors,
-            mapped,
             kv,
             capacity,
         })
-    }
-
-    fn matrix(&self, id: MatrixId) -> MatrixView<'_> {
-        let tensor = &self.matrices[id.0];
-        MatrixView::new(tensor.dtype(), tensor.bytes(), tensor.shape()[0], tensor.shape()[1])
-    }
-
-    fn vector(&self, id: VectorId) -> &[f32] {
-        &self.vectors[id.0]
     }
 
     /// Makes room for T rows (M for the last two buffers).
@@ -93,37 +123,39 @@ impl CpuExecutor {
 
     fn execute(&mut self, op: &Op, step: &Step, picked: &[u32]) {
         let (t, m) = (step.rows.len(), picked.len());
+        let isa = self.options.isa;
         match op {
             Op::Embed { table, out } => {
-                let mut out = self.take(*out);
-                let (width, table) = (self.spec.hidden_size, self.matrix(*table));
-                embed::embed(step.rows, table, &mut out[..t * width]);
-                self.put(Buf::Hidden, out);
-            }
-            Op::RmsNorm { x, weight, out, rows } => {
-                let rows = if *rows == Rows::All { t } else { m };
                 let mut target = self.take(*out);
-                let (isa, eps, width) = (self.isa, self.spec.rms_norm_eps, x.width(&self.spec));
+                let width = self.spec.hidden_size;
+                let table = view(&self.matrices[table.0]);
                 let shared = SharedMut::new(&mut target);
-                let (pool, x, weight) = (&mut self.pool, &self.buffers[*x as usize], &self.vectors[weight.0]);
-                over_rows(pool, rows, width, &|rows| {
-                    let span = rows.start * width..rows.end * width;
+                self.options.pool.over_rows(t, width, &|rows| {
                     // SAFETY: tasks have disjoint rows.
-                    let out = unsafe { shared.slice(span.clone()) };
-                    rms_norm::rms_norm(isa, &x[span], weight, eps, out);
+                    let out = unsafe { shared.slice(rows.start * width..rows.end * width) };
+                    embed::embed(&step.rows[rows], table, out);
                 });
                 self.put(*out, target);
             }
-            Op::Linear { x, parts } => self.linear(*x, parts, t),
+            Op::Linear { x, norm, parts } => {
+                let products = parts.iter().map(|(p, out)| (Product::Store(*p), *out)).collect();
+                self.products(*x, *norm, products, t);
+            }
+            Op::LinearAdd { x, part, to } => self.products(*x, None, vec![(Product::Add(*part), *to)], t),
+            Op::LinearGated { x, norm, gate, up, out } => {
+                let product = Product::Gated { gate: *gate, up: *up };
+                self.products(*x, Some(*norm), vec![(product, *out)], t);
+            }
             Op::Rope { x, heads } => {
                 let mut target = self.take(*x);
                 let half = self.spec.head_dim / 2;
                 let width = heads * 2 * half;
                 let shared = SharedMut::new(&mut target);
-                over_rows(&mut self.pool, t, width, &|rows| {
+                self.options.pool.over_rows(t, width, &|rows| {
                     let angles = &step.cos_sin[rows.start * 2 * half..rows.end * 2 * half];
                     // SAFETY: tasks have disjoint rows.
-                    rope::rope(angles, half, *heads, unsafe { shared.slice(rows.start * width..rows.end * width) });
+                    let x = unsafe { shared.slice(rows.start * width..rows.end * width) };
+                    rope::rope(isa, angles, half, *heads, x);
                 });
                 self.put(*x, target);
             }
@@ -133,41 +165,31 @@ impl CpuExecutor {
                 let cache = Cache { keys: SharedMut::new(keys), values: SharedMut::new(values), kv_heads, head_dim };
                 let width = kv_heads * head_dim;
                 let (k, v) = (&self.buffers[Buf::K as usize], &self.buffers[Buf::V as usize]);
-                over_rows(&mut self.pool, t, width, &|rows| {
+                // A key is scattered over as many cache lines as it has elements.
+                self.options.pool.over_rows(t, 8 * width, &|rows| {
                     let span = rows.start * width..rows.end * width;
                     // SAFETY: the engine gives every row its own slot; attention runs after this loop.
                     unsafe { kv_write::kv_write(&step.rows[rows], &k[span.clone()], &v[span], cache) };
                 });
             }
             Op::Attention { layer } => self.attention(*layer, step),
-            Op::SiluMul { gate, up } => {
-                let mut target = self.take(*up);
-                let (isa, width) = (self.isa, self.spec.intermediate_size);
-                let shared = SharedMut::new(&mut target);
-                let gate = &self.buffers[*gate as usize];
-                over_rows(&mut self.pool, t, width * 8, &|rows| {
-                    let span = rows.start * width..rows.end * width;
-                    // SAFETY: tasks have disjoint rows.
-                    silu_mul::silu_mul(isa, &gate[span.clone()], unsafe { shared.slice(span) });
-                });
-                self.put(*up, target);
-            }
-            Op::Add { delta, to } => {
-                let mut target = self.take(*to);
-                let width = self.spec.hidden_size;
-                let shared = SharedMut::new(&mut target);
-                let delta = &self.buffers[*delta as usize];
-                over_rows(&mut self.pool, t, width, &|rows| {
-                    let span = rows.start * width..rows.end * width;
-                    // SAFETY: tasks have disjoint rows.
-                    add::add(&delta[span.clone()], unsafe { shared.slice(span) });
-                });
-                self.put(*to, target);
-            }
             Op::GatherRows { x, out } => {
                 let mut target = self.take(*out);
                 let width = x.width(&self.spec);
                 gather_rows::gather_rows(picked, &self.buffers[*x as usize], width, &mut target[..m * width]);
+                self.put(*out, target);
+            }
+            Op::RmsNorm { x, weight, out } => {
+                let mut target = self.take(*out);
+                let (eps, width) = (self.spec.rms_norm_eps, x.width(&self.spec));
+                let shared = SharedMut::new(&mut target);
+                let (x, weight) = (&self.buffers[*x as usize], &self.vectors[weight.0]);
+                self.options.pool.over_rows(m, width, &|rows| {
+                    let span = rows.start * width..rows.end * width;
+                    // SAFETY: tasks have disjoint rows.
+                    let out = unsafe { shared.slice(span.clone()) };
+                    rms_norm::rms_norm(isa, &x[span], weight, eps, out);
+                });
                 self.put(*out, target);
             }
         }
@@ -181,28 +203,29 @@ impl CpuExecutor {
         self.buffers[buf as usize] = buffer;
     }
 
-    /// All parts of an [`Op::Linear`] in one loop, cut into tasks of columns and rows.
-    fn linear(&mut self, x: Buf, parts: &[LinearPart], rows: usize) {
-        let mut outs: Vec<Vec<f32>> = parts.iter().map(|p| self.take(p.out)).collect();
-        let mut pool = std::mem::replace(&mut self.pool, Pool::new(1));
-        {
-            let x = &self.buffers[x as usize][..];
-            let products: Vec<Product> = parts
-                .iter()
-                .zip(&mut outs)
-                .map(|(part, out)| Product {
-                    x,
-                    weight: self.matrix(part.weight),
-                    bias: part.bias.map(|b| self.vector(b)),
-                    out: SharedMut::new(out),
-                })
-                .collect();
-            products_in_tasks(self.isa, &mut pool, &products, rows);
+    /// Products over the same rows: the input is packed once, then one parallel loop computes them all.
+    fn products(&mut self, x: Buf, norm: Option<VectorId>, products: Vec<(Product, Buf)>, rows: usize) {
+        let mut outs: Vec<Vec<f32>> = products.iter().map(|(_, out)| self.take(*out)).collect();
+        let CpuOptions { isa, precision, pool, .. } = &self.options;
+        let k = x.width(&self.spec);
+        let norm = norm.map(|v| Norm { weight: &self.vectors[v.0], eps: self.spec.rms_norm_eps });
+        let held = Held { matrices: &self.matrices, quantised: &self.quantised, vectors: &self.vectors };
+        let parts: Vec<Part> = products
+            .iter()
+            .zip(&mut outs)
+            .map(|((product, _), out)| Part { then: held.then(product), out: SharedMut::new(out) })
+            .collect();
+        let arithmetic = Arithmetic::of(*isa, *precision, parts.iter().flat_map(|p| p.then.weights()));
+        let source = Source { x: &self.buffers[x as usize][..rows * k], rows, k, norm };
+        let packed = self.packed.pack(*isa, pool, arithmetic, source);
+        linear::run(*isa, pool, &packed, &parts);
+        for ((_, buf), out) in products.iter().zip(outs) {
+            self.buffers[*buf as usize] = out;
         }
-        self.pool = pool;
-        for (part, out) in parts.iter().zip(outs) {
-            self.put(part.out, out);
-        }
+    }
+
+    fn weight(&self, id: MatrixId) -> Weight<'_> {
+        Held { matrices: &self.matrices, quantised: &self.quantised, vectors: &self.vectors }.weight(id)
     }
 
     fn attention(&mut self, layer: usize, step: &Step) {
@@ -221,12 +244,45 @@ impl CpuExecutor {
             window: spec.sliding_window,
         };
         let call = attention::Call { inputs, out: SharedMut::new(&mut target) };
-        let (isa, kv_heads) = (self.isa, spec.kv_heads);
+        let (isa, kv_heads) = (self.options.isa, spec.kv_heads);
         let runs = attention::row_runs(step.rows);
-        self.pool.run(runs.len() * kv_heads, &|task| {
+        self.options.pool.run(runs.len() * kv_heads, &|task| {
             attention::attention(isa, call, runs[task / kv_heads].clone(), task % kv_heads);
         });
         self.put(Buf::Attn, target);
+    }
+}
+
+fn view(tensor: &Tensor) -> MatrixView<'_> {
+    MatrixView::new(tensor.dtype(), tensor.bytes(), tensor.shape()[0], tensor.shape()[1])
+}
+
+/// The weights of a model.
+#[derive(Clone, Copy)]
+struct Held<'a> {
+    matrices: &'a [Tensor],
+    quantised: &'a [Option<Int8Matrix>],
+    vectors: &'a [Vec<f32>],
+}
+
+impl<'a> Held<'a> {
+    fn weight(self, id: MatrixId) -> Weight<'a> {
+        match &self.quantised[id.0] {
+            Some(matrix) => Weight::Int8(matrix.view()),
+            None => Weight::Stored(view(&self.matrices[id.0])),
+        }
+    }
+
+    fn columns(self, p: &Projection) -> Columns<'a> {
+        Columns { weight: self.weight(p.weight), bias: p.bias.map(|b| &self.vectors[b.0][..]) }
+    }
+
+    fn then(self, product: &Product) -> Then<'a> {
+        match product {
+            Product::Store(p) => Then::Store(self.columns(p)),
+            Product::Add(p) => Then::Add(self.columns(p)),
+            Product::Gated { gate, up } => Then::Gated { gate: self.columns(gate), up: self.columns(up) },
+        }
     }
 }
 
@@ -240,6 +296,7 @@ impl Executor for CpuExecutor {
             )));
         }
         self.reserve(step.rows.len(), step.outputs.len())?;
+        let _held = cores().take(self.options.pool.threads());
         let order = head::Order::new(step.outputs);
         let plan = self.plan.clone();
         for op in &plan.ops {
@@ -251,9 +308,10 @@ impl Executor for CpuExecutor {
     fn memory(&self) -> Memory {
         let floats = |vecs: &[Vec<f32>]| vecs.iter().map(|v| v.len() as u64 * 4).sum::<u64>();
         let matrices: u64 = self.matrices.iter().map(|m| m.bytes().len() as u64).sum();
-        let (weights, mapped) = if self.mapped { (0, matrices) } else { (matrices, 0) };
+        let quantised: u64 = self.quantised.iter().flatten().map(|m| m.bytes() as u64).sum();
+        let (weights, mapped) = if self.options.mapped { (0, matrices) } else { (matrices, 0) };
         Memory {
-            weights: weights + floats(&self.vectors),
+            weights: weights + quantised + floats(&self.vectors),
             mapped,
             kv_cache: self.kv.iter().map(|(k, v)| (k.len() + v.len()) as u64 * 4).sum(),
             scratch: scratch_bytes(&self.spec, self.capacity.max_rows),
@@ -261,42 +319,12 @@ impl Executor for CpuExecutor {
     }
 }
 
-/// Activations for steps of up to `max_rows` rows, and the bounded block of logits.
+/// Activations for steps of up to `max_rows` rows, packed inputs, and the bounded block of logits.
 pub(crate) fn scratch_bytes(spec: &ModelSpec, max_rows: usize) -> u64 {
     let widths: usize = Buf::ALL.iter().map(|b| b.width(spec)).sum();
+    let widest = Buf::ALL.iter().map(|b| b.width(spec)).max().unwrap_or(0);
     let logits = super::logit_rows(spec.vocab_size) * spec.vocab_size;
-    4 * (widths as u64 * max_rows as u64 + logits as u64)
-}
-
-/// Cuts `rows` rows of `cost` multiply-adds each into tasks.
-fn over_rows(pool: &mut Pool, rows: usize, cost: usize, body: &(dyn Fn(Range<usize>) + Sync)) {
-    let per_task = rows.div_ceil(4 * pool.threads()).max(SMALL.div_ceil(4 * cost.max(1)));
-    pool.run(rows.div_ceil(per_task.max(1)), &|i| body(i * per_task..rows.min((i + 1) * per_task)));
-}
-
-/// Cuts products over the same rows into tasks of some columns and up to 64 rows.
-fn products_in_tasks(isa: Isa, pool: &mut Pool, products: &[Product], rows: usize) {
-    const ROWS: usize = 64;
-    let total: usize = products.iter().map(|p| p.weight.rows()).sum();
-    let k = products.first().map_or(0, |p| p.weight.cols());
-    let row_tasks = rows.div_ceil(ROWS);
-    let wanted = (4 * pool.threads()).div_ceil(row_tasks.max(1));
-    let small = SMALL.div_ceil((k * rows.min(ROWS)).max(1));
-    let cols = total.div_ceil(wanted).max(small).next_multiple_of(24);
-    let mut tasks = Vec::new();
-    for (p, product) in products.iter().enumerate() {
-        let n = product.weight.rows();
-        // Columns outside, rows inside: neighbours in time share a block of weights.
-        for start in (0..n).step_by(cols) {
-            for first in (0..rows).step_by(ROWS) {
-                tasks.push((p, first..rows.min(first + ROWS), start..n.min(start + cols)));
-            }
-        }
-    }
-    pool.run(tasks.len(), &|i| {
-        let (p, rows, cols) = tasks[i].clone();
-        linear::linear(isa, products[p], rows, cols);
-    });
+    4 * ((widths + widest) as u64 * max_rows as u64 + logits as u64)
 }
 
 /// Zeroed memory that the system commits only when it is touched.

@@ -1,17 +1,23 @@
-//! Threads that share one loop at a time, with little to pay at its start and end.
+//! Threads that share one loop at a time, with a microsecond to pay at its start and end.
 //!
 //! A step runs hundreds of short loops, so the workers spin for a moment before they sleep, and the caller never
-//! waits for a worker that has not begun.
+//! waits for a worker that has not begun. A sleeping pool costs nothing.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-/// Spins before a worker sleeps: some 50 µs.
-const SPINS: u32 = 20_000;
+/// How long a worker spins before it sleeps: longer than what a step does between its loops.
+const SPIN: Duration = Duration::from_micros(100);
+/// Spins between two looks at the clock.
+const SPINS: u32 = 64;
+/// Multiply-adds below which a loop is not worth waking a thread for.
+const SMALL: usize = 20_000;
 
 type Task = dyn Fn(usize) + Sync;
 
@@ -22,7 +28,8 @@ struct Shared {
     tasks: AtomicUsize,
     next: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    sleepers: Mutex<usize>,
+    sleepers: AtomicUsize,
+    sleep: Mutex<()>,
     wake: Condvar,
     stop: AtomicBool,
 }
@@ -38,6 +45,8 @@ unsafe impl Send for Shared {}
 /// A pool of `threads − 1` workers; the caller is the last one.
 pub struct Pool {
     shared: Arc<Shared>,
+    /// Loops do not nest and do not overlap.
+    running: Mutex<()>,
     workers: Vec<JoinHandle<()>>,
 }
 
@@ -54,7 +63,8 @@ impl Pool {
             tasks: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
             panic: Mutex::new(None),
-            sleepers: Mutex::new(0),
+            sleepers: AtomicUsize::new(0),
+            sleep: Mutex::new(()),
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
         });
@@ -63,7 +73,7 @@ impl Pool {
             std::thread::Builder::new().name(format!("rewardrt-cpu-{i}")).spawn(move || work(&shared)).ok()
         };
         let workers = (1..threads.max(1)).map_while(spawn).collect();
-        Pool { shared, workers }
+        Pool { shared, running: Mutex::new(()), workers }
     }
 
     /// Threads that take part in a loop.
@@ -72,39 +82,51 @@ impl Pool {
     }
 
     /// Calls `task(0)`, …, `task(tasks − 1)`, each once, in any order and on any thread, and returns when all are
-    /// done. A panic in a task is raised again here. Takes `&mut` because loops do not nest.
-    pub fn run(&mut self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    /// done. A panic in a task is raised again here. A task must not call `run` of the same pool.
+    pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         if tasks <= 1 || self.workers.is_empty() {
             (0..tasks).for_each(task);
             return;
         }
+        let running = lock(&self.running);
         let shared = &*self.shared;
         // SAFETY: the lifetime is erased for the duration of this call; no worker is inside after it.
         let erased = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync + '_), &'static Task>(task) };
-        // SAFETY: no worker is inside: the last loop was closed and drained.
+        // SAFETY: no worker is inside: the last loop was closed and drained, and `running` is held.
         unsafe { *shared.task.get() = Some(erased) };
         shared.tasks.store(tasks, Ordering::Relaxed);
         shared.next.store(0, Ordering::Relaxed);
         let number = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1) & 0xffff_ffff;
         shared.state.store(number << 32 | OPEN, Ordering::SeqCst);
-        if *lock(&shared.sleepers) > 0 {
+        // A worker counts itself as a sleeper before it looks at the state for the last time.
+        if shared.sleepers.load(Ordering::SeqCst) > 0 {
+            let _sleep = lock(&shared.sleep);
             shared.wake.notify_all();
         }
         take_tasks(shared, erased);
         // Close, then wait for those inside.
-        let mut spins = 0u32;
         shared.state.fetch_and(!OPEN, Ordering::SeqCst);
+        let mut spins = 0u32;
         while shared.state.load(Ordering::Acquire) & INSIDE != 0 {
             spins += 1;
-            if spins > SPINS {
+            if spins.is_multiple_of(1024) {
+                // Nobody to spin for if a worker was descheduled inside.
                 std::thread::yield_now();
             } else {
                 std::hint::spin_loop();
             }
         }
-        if let Some(panic) = lock(&shared.panic).take() {
+        let panic = lock(&shared.panic).take();
+        drop(running);
+        if let Some(panic) = panic {
             resume_unwind(panic);
         }
+    }
+
+    /// Calls `body` with ranges that cover `0..rows`; a row costs about `cost` multiply-adds.
+    pub(crate) fn over_rows(&self, rows: usize, cost: usize, body: &(dyn Fn(Range<usize>) + Sync)) {
+        let per_task = rows.div_ceil(4 * self.threads()).max(SMALL.div_ceil(cost.max(1))).max(1);
+        self.run(rows.div_ceil(per_task), &|i| body(i * per_task..rows.min((i + 1) * per_task)));
     }
 }
 
@@ -152,14 +174,17 @@ fn wait_for_loop(shared: &Shared, last: u64) -> Option<u64> {
         let state = shared.state.load(Ordering::SeqCst);
         (state & OPEN != 0 && state >> 32 != last).then_some(state)
     };
-    for _ in 0..SPINS {
-        if let Some(state) = ready() {
-            return Some(state);
+    let begin = Instant::now();
+    while begin.elapsed() < SPIN {
+        for _ in 0..SPINS {
+            if let Some(state) = ready() {
+                return Some(state);
+            }
+            std::hint::spin_loop();
         }
-        std::hint::spin_loop();
     }
-    let mut sleepers = lock(&shared.sleepers);
-    *sleepers += 1;
+    let mut sleep = lock(&shared.sleep);
+    shared.sleepers.fetch_add(1, Ordering::SeqCst);
     let found = loop {
         if shared.stop.load(Ordering::SeqCst) {
             break None;
@@ -167,9 +192,9 @@ fn wait_for_loop(shared: &Shared, last: u64) -> Option<u64> {
         if let Some(state) = ready() {
             break Some(state);
         }
-        sleepers = shared.wake.wait(sleepers).unwrap_or_else(PoisonError::into_inner);
+        sleep = shared.wake.wait(sleep).unwrap_or_else(PoisonError::into_inner);
     };
-    *sleepers -= 1;
+    shared.sleepers.fetch_sub(1, Ordering::SeqCst);
     found
 }
 
@@ -177,7 +202,7 @@ impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         {
-            let _sleepers = lock(&self.shared.sleepers);
+            let _sleep = lock(&self.shared.sleep);
             self.shared.wake.notify_all();
         }
         for worker in self.workers.drain(..) {
@@ -193,7 +218,7 @@ mod tests {
 
     #[test]
     fn every_task_runs_once() {
-        let mut pool = Pool::new(3);
+        let pool = Pool::new(3);
         for tasks in [0, 1, 2, 7, 1000] {
             let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
             for _ in 0..50 {
@@ -207,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
-        let mut pool = Pool::new(2);
+        let pool = Pool::new(2);
         let run = catch_unwind(AssertUnwindSafe(|| pool.run(100, &|i| assert!(i != 57, "task 57"))));
         assert!(run.is_err());
         let done = AtomicUsize::new(0);

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use bytemuck::bytes_of;
 
 use super::device::Gpu;
-use super::pipelines::Pipelines;
+use super::pipelines::{Flags, Pipelines};
 use super::upload::Matrix;
-use crate::backend::cpu::scratch_bytes;
+use crate::backend::cpu::{Pool, scratch_bytes};
 use crate::backend::{Capacity, Executor, Memory, Output, Step, logit_rows};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
+use crate::kernels::linear::Int8Matrix;
 use crate::kernels::{
-    KV_BLOCK, Kernel, MatrixView, RowMeta, add, attention, embed, gather_rows, kv_write, linear, rms_norm, rope,
-    silu_mul,
+    KV_BLOCK, Kernel, MatrixView, RowMeta, attention, embed, gather_rows, kv_write, linear, rms_norm, rope, silu_mul,
 };
-use crate::model::{Buf, ModelSpec, Op, Plan, Rows};
-use crate::weights::Weights;
+use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
+use crate::weights::{WeightFormat, Weights};
 
 /// Multiply-adds in a submission at most: seconds on a software adapter, milliseconds on a GPU.
 const SUBMISSION_COST: u64 = 4_000_000_000;
@@ -53,7 +53,11 @@ pub(super) struct Buffers {
     cos_sin: wgpu::Buffer,
     picked: wgpu::Buffer,
     activations: Vec<wgpu::Buffer>,
-    /// Bound where a product has no bias.
+    /// A norm's output [T, D], between the two dispatches of an op that begins with one.
+    normed: wgpu::Buffer,
+    /// The gate's product [T, F], on its way into silu.
+    gate: wgpu::Buffer,
+    /// Bound where a product has no bias or no scales.
     pub nothing: wgpu::Buffer,
 }
 
@@ -86,11 +90,11 @@ impl Builder<'_> {
     pub(super) fn bind(
         &mut self,
         kernel: &Kernel,
-        variant: (Option<crate::weights::Dtype>, bool),
+        variant: Flags,
         storage: &[&wgpu::Buffer],
         slot: usize,
     ) -> Result<(wgpu::ComputePipeline, wgpu::BindGroup)> {
-        let built = self.pipelines.get(self.gpu, kernel, variant.0, variant.1)?;
+        let built = self.pipelines.get(self.gpu, kernel, variant)?;
         let params = wgpu::BindingResource::Buffer(wgpu::BufferBinding {
             buffer: &self.buffers.params,
             offset: slot as u64 * SLOT,
@@ -118,7 +122,14 @@ impl GpuExecutor {
     /// # Errors
     /// `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
     /// [`MAX_HEAD_DIM`], `Gpu` if a shader does not build.
-    pub fn new(gpu: Arc<Gpu>, spec: ModelSpec, plan: Arc<Plan>, weights: &Weights, capacity: Capacity) -> Result<Self> {
+    pub fn new(
+        gpu: Arc<Gpu>,
+        spec: ModelSpec,
+        plan: Arc<Plan>,
+        weights: &Weights,
+        format: WeightFormat,
+        capacity: Capacity,
+    ) -> Result<Self> {
         if spec.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
         }
@@ -129,11 +140,30 @@ impl GpuExecutor {
             )));
         }
         let storage = wgpu::BufferUsages::STORAGE;
+        let quantised = if format == WeightFormat::Int8 { plan.quantisable(&spec) } else { Vec::new() };
+        let pool = Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
         let mut matrices = Vec::new();
-        for m in &plan.matrices {
+        for (i, m) in plan.matrices.iter().enumerate() {
             let tensor = weights.get(&m.name)?;
             let view = MatrixView::new(tensor.dtype(), tensor.bytes(), m.shape[0], m.shape[1]);
-            matrices.push(Matrix::upload(&gpu, &m.name, view)?);
+            matrices.push(if quantised.contains(&MatrixId(i)) {
+                let int8 = Int8Matrix::quantise(view, &pool).map_err(|e| e.at(format!("tensor {:?}", m.name)))?;
+                Matrix::upload_int8(&gpu, &m.name, int8.view())?
+            } else {
+                Matrix::upload(&gpu, &m.name, view)?
+            });
+        }
+        // A tied table is needed as stored where it embeds.
+        let mut tables = Vec::new();
+        for op in &plan.ops {
+            if let Op::Embed { table, .. } = op
+                && quantised.contains(table)
+            {
+                let tensor = weights.get(&plan.matrices[table.0].name)?;
+                let shape = tensor.shape();
+                let view = MatrixView::new(tensor.dtype(), tensor.bytes(), shape[0], shape[1]);
+                tables.push((*table, Matrix::upload(&gpu, "embedding table", view)?));
+            }
         }
         let mut vectors = Vec::new();
         for v in &plan.vectors {
@@ -143,8 +173,7 @@ impl GpuExecutor {
             vectors.push(buffer);
         }
         let bytes = |what: &str, factors: &[usize]| checked_size(what, factors).map(|n| n as u64);
-        let mut activations = Vec::new();
-        for buf in Buf::ALL {
+        let activation = |buf: Buf| {
             let size = bytes("activations", &[capacity.max_rows, buf.width(&spec), 4])?;
             if size > gpu.max_binding() {
                 return Err(Error::limit(format!(
@@ -152,14 +181,17 @@ impl GpuExecutor {
                     capacity.max_rows
                 )));
             }
-            activations.push(gpu.buffer("activations", size, storage)?);
-        }
+            gpu.buffer("activations", size, storage)
+        };
+        let activations = Buf::ALL.into_iter().map(activation).collect::<Result<_>>()?;
         let per_layer = bytes("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width(), 4])?;
         let mut kv = Vec::new();
         for _ in 0..spec.layers {
             kv.push((gpu.buffer("keys", per_layer, storage)?, gpu.buffer("values", per_layer, storage)?));
         }
-        let slots = plan.ops.len() + matrices.iter().map(|m| m.slices.len()).sum::<usize>() * 2 + super::head::SLOTS;
+        // An op is at most a norm, its products, and one more dispatch.
+        let slices = matrices.iter().chain(tables.iter().map(|(_, t)| t)).map(|m| m.slices.len()).sum::<usize>();
+        let slots = 3 * plan.ops.len() + 2 * slices + super::head::SLOTS;
         let rows = capacity.max_rows as u64;
         let buffers = Buffers {
             params: gpu.buffer("params", slots as u64 * SLOT, wgpu::BufferUsages::UNIFORM)?,
@@ -168,18 +200,22 @@ impl GpuExecutor {
             cos_sin: gpu.buffer("cos_sin", rows * spec.head_dim as u64 * 4, storage)?,
             picked: gpu.buffer("picked", rows * 4, storage)?,
             activations,
+            normed: activation(Buf::Hidden)?,
+            gate: activation(Buf::Gated)?,
             nothing: gpu.buffer("nothing", 64, storage)?,
         };
         let mut builder = Builder { gpu: &gpu, pipelines: Pipelines::default(), buffers: &buffers };
         let mut calls = Vec::new();
+        let model = Model { spec: &spec, matrices: &matrices, tables: &tables, vectors: &vectors, kv: &kv };
         for op in &plan.ops {
-            build_calls(&mut builder, &spec, &matrices, &vectors, &kv, op, &mut calls)?;
+            build_calls(&mut builder, &model, op, &mut calls)?;
         }
         let head_matrix =
             matrices.get(plan.head.0).ok_or_else(|| Error::internal("the plan's head is not a matrix"))?;
         let head = super::head::Head::new(&mut builder, &spec, head_matrix, capacity.max_rows, calls.len())?;
         let memory = Memory {
-            weights: matrices.iter().map(Matrix::bytes).sum::<u64>() + vectors.iter().map(|v| v.size()).sum::<u64>(),
+            weights: matrices.iter().chain(tables.iter().map(|(_, t)| t)).map(Matrix::bytes).sum::<u64>()
+                + vectors.iter().map(|v| v.size()).sum::<u64>(),
             mapped: 0,
             kv_cache: 2 * per_layer * spec.layers as u64,
             scratch: scratch_bytes(&spec, capacity.max_rows),
@@ -260,77 +296,117 @@ impl Executor for GpuExecutor {
     }
 }
 
-fn build_calls(
-    builder: &mut Builder,
-    spec: &ModelSpec,
-    matrices: &[Matrix],
-    vectors: &[wgpu::Buffer],
-    kv: &[(wgpu::Buffer, wgpu::Buffer)],
-    op: &Op,
-    calls: &mut Vec<Call>,
-) -> Result<()> {
-    let b = builder.buffers;
+/// What the calls are built from.
+struct Model<'a> {
+    spec: &'a ModelSpec,
+    matrices: &'a [Matrix],
+    /// Embedding tables whose product form is quantised.
+    tables: &'a [(MatrixId, Matrix)],
+    vectors: &'a [wgpu::Buffer],
+    kv: &'a [(wgpu::Buffer, wgpu::Buffer)],
+}
+
+/// Appends calls to the list, each in its slot.
+struct Calls<'a, 'b> {
+    builder: &'a mut Builder<'b>,
+    model: &'a Model<'a>,
+    list: &'a mut Vec<Call>,
+}
+
+impl Calls<'_, '_> {
+    fn push(
+        &mut self,
+        kernel: &Kernel,
+        variant: Flags,
+        storage: &[&wgpu::Buffer],
+        cost: Cost,
+        shape: Shape,
+    ) -> Result<()> {
+        let (pipeline, bind_group) = self.builder.bind(kernel, variant, storage, self.list.len())?;
+        self.list.push(Call { pipeline, bind_group, shape, cost });
+        Ok(())
+    }
+
+    fn norm(&mut self, [x, out]: [&wgpu::Buffer; 2], weight: VectorId, over_all: bool) -> Result<()> {
+        let (width, eps) = (self.model.spec.hidden_size as u32, self.model.spec.rms_norm_eps);
+        let shape: Shape = Box::new(move |t, m| {
+            let rows = if over_all { t } else { m };
+            (bytes_of(&rms_norm::Params { rows, width, eps }).to_vec(), fold(rows))
+        });
+        self.push(&rms_norm::KERNEL, Flags::default(), &[x, &self.model.vectors[weight.0], out], CHEAP, shape)
+    }
+
+    fn product(&mut self, p: &Projection, [x, out]: [&wgpu::Buffer; 2], accumulate: bool) -> Result<()> {
+        let matrix = &self.model.matrices[p.weight.0];
+        let nothing = &self.builder.buffers.nothing;
+        let bias = p.bias.map_or(nothing, |v| &self.model.vectors[v.0]);
+        for slice in &matrix.slices {
+            let storage = [x, &slice.buffer, slice.scales.as_ref().unwrap_or(nothing), bias, out];
+            let base =
+                linear::Params { accumulate: u32::from(accumulate), ..slice_params(matrix, slice, p.bias.is_some()) };
+            let shape: Shape = Box::new(move |t, _| linear_shape(linear::Params { rows: t, ..base }));
+            let cost = Cost::PerRow(u64::from(matrix.cols) * u64::from(slice.count));
+            self.push(&linear::KERNEL, matrix.variant(), &storage, cost, shape)?;
+        }
+        Ok(())
+    }
+}
+
+fn build_calls(builder: &mut Builder, model: &Model, op: &Op, list: &mut Vec<Call>) -> Result<()> {
+    let (spec, b) = (model.spec, builder.buffers);
     let (half, head_dim) = (spec.head_dim as u32 / 2, spec.head_dim as u32);
     let (heads, kv_heads) = (spec.heads as u32, spec.kv_heads as u32);
-    let width = |buf: Buf| buf.width(spec) as u32;
-    let mut add_call = |builder: &mut Builder, kernel, variant, storage: &[&wgpu::Buffer], cost, shape: Shape| {
-        let (pipeline, bind_group) = builder.bind(kernel, variant, storage, calls.len())?;
-        calls.push(Call { pipeline, bind_group, shape, cost });
-        Ok::<(), Error>(())
-    };
-    let plain = (None, false);
+    let mut calls = Calls { builder, model, list };
+    let plain = Flags::default();
     match op {
         Op::Embed { table, out } => {
-            let table = &matrices[table.0];
+            let stored = model.tables.iter().find(|(id, _)| id == table);
+            let table = stored.map_or(&model.matrices[table.0], |(_, matrix)| matrix);
             for slice in &table.slices {
                 let (width, stride, first, count) = (table.cols, table.stride, slice.first, slice.count);
                 let storage = [&b.rows, &slice.buffer, b.activation(*out)];
                 let shape: Shape = Box::new(move |t, _| {
                     (bytes_of(&embed::Params { rows: t, width, stride, first, count }).to_vec(), fold(t))
                 });
-                add_call(builder, &embed::KERNEL, (Some(table.dtype), false), &storage, CHEAP, shape)?;
+                calls.push(&embed::KERNEL, Flags { dtype: table.dtype, ..plain }, &storage, CHEAP, shape)?;
             }
             Ok(())
         }
-        Op::RmsNorm { x, weight, out, rows } => {
-            let (width, eps, all) = (width(*x), spec.rms_norm_eps, *rows == Rows::All);
-            let storage = [b.activation(*x), &vectors[weight.0], b.activation(*out)];
-            let shape: Shape = Box::new(move |t, m| {
-                let rows = if all { t } else { m };
-                (bytes_of(&rms_norm::Params { rows, width, eps }).to_vec(), fold(rows))
+        Op::Linear { x, norm, parts } => {
+            let mut x = b.activation(*x);
+            if let Some(weight) = norm {
+                calls.norm([x, &b.normed], *weight, true)?;
+                x = &b.normed;
+            }
+            parts.iter().try_for_each(|(p, out)| calls.product(p, [x, b.activation(*out)], false))
+        }
+        Op::LinearAdd { x, part, to } => calls.product(part, [b.activation(*x), b.activation(*to)], true),
+        Op::LinearGated { x, norm, gate, up, out } => {
+            calls.norm([b.activation(*x), &b.normed], *norm, true)?;
+            calls.product(gate, [&b.normed, &b.gate], false)?;
+            calls.product(up, [&b.normed, b.activation(*out)], false)?;
+            let width = out.width(spec) as u32;
+            let shape: Shape = Box::new(move |t, _| {
+                let len = t * width;
+                (bytes_of(&silu_mul::Params { len }).to_vec(), fold(len.div_ceil(silu_mul::ELEMENTS_PER_WORKGROUP)))
             });
-            add_call(builder, &rms_norm::KERNEL, plain, &storage, CHEAP, shape)
-        }
-        Op::Linear { x, parts } => {
-            for part in parts {
-                let matrix = &matrices[part.weight.0];
-                let bias = part.bias.map_or(&b.nothing, |v| &vectors[v.0]);
-                for slice in &matrix.slices {
-                    let storage = [b.activation(*x), &slice.buffer, bias, b.activation(part.out)];
-                    let base = slice_params(matrix, slice, part.bias.is_some());
-                    let shape: Shape = Box::new(move |t, _| linear_shape(linear::Params { rows: t, ..base }));
-                    let cost = Cost::PerRow(u64::from(matrix.cols) * u64::from(slice.count));
-                    let variant = (Some(matrix.dtype), matrix.cols.is_multiple_of(4));
-                    add_call(builder, &linear::KERNEL, variant, &storage, cost, shape)?;
-                }
-            }
-            Ok(())
+            calls.push(&silu_mul::KERNEL, plain, &[&b.gate, b.activation(*out)], CHEAP, shape)
         }
         Op::Rope { x, heads } => {
             let heads = *heads as u32;
             let shape: Shape =
                 Box::new(move |t, _| (bytes_of(&rope::Params { rows: t, heads, half }).to_vec(), fold(t)));
-            add_call(builder, &rope::KERNEL, plain, &[&b.cos_sin, b.activation(*x)], CHEAP, shape)
+            calls.push(&rope::KERNEL, plain, &[&b.cos_sin, b.activation(*x)], CHEAP, shape)
         }
         Op::KvWrite { layer } => {
-            let (keys, values) = &kv[*layer];
+            let (keys, values) = &model.kv[*layer];
             let storage = [&b.rows, b.activation(Buf::K), b.activation(Buf::V), keys, values];
             let shape: Shape =
                 Box::new(move |t, _| (bytes_of(&kv_write::Params { rows: t, kv_heads, head_dim }).to_vec(), fold(t)));
-            add_call(builder, &kv_write::KERNEL, plain, &storage, CHEAP, shape)
+            calls.push(&kv_write::KERNEL, plain, &storage, CHEAP, shape)
         }
         Op::Attention { layer } => {
-            let (keys, values) = &kv[*layer];
+            let (keys, values) = &model.kv[*layer];
             let storage = [&b.rows, &b.tables, b.activation(Buf::Q), keys, values, b.activation(Buf::Attn)];
             let scale = 1.0 / (spec.head_dim as f32).sqrt();
             let window = spec.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
@@ -338,31 +414,16 @@ fn build_calls(
                 let params = attention::Params { rows: t, heads, kv_heads, head_dim, scale, window };
                 (bytes_of(&params).to_vec(), [heads, t, 1])
             });
-            add_call(builder, &attention::KERNEL, plain, &storage, Cost::PerKey(2 * spec.q_width() as u64), shape)
-        }
-        Op::SiluMul { gate, up } => {
-            let width = width(*gate);
-            let shape: Shape = Box::new(move |t, _| {
-                let len = t * width;
-                (bytes_of(&silu_mul::Params { len }).to_vec(), fold(len.div_ceil(silu_mul::ELEMENTS_PER_WORKGROUP)))
-            });
-            add_call(builder, &silu_mul::KERNEL, plain, &[b.activation(*gate), b.activation(*up)], CHEAP, shape)
-        }
-        Op::Add { delta, to } => {
-            let width = width(*to);
-            let shape: Shape = Box::new(move |t, _| {
-                let len = t * width;
-                (bytes_of(&add::Params { len }).to_vec(), fold(len.div_ceil(add::ELEMENTS_PER_WORKGROUP)))
-            });
-            add_call(builder, &add::KERNEL, plain, &[b.activation(*delta), b.activation(*to)], CHEAP, shape)
+            calls.push(&attention::KERNEL, plain, &storage, Cost::PerKey(2 * spec.q_width() as u64), shape)
         }
         Op::GatherRows { x, out } => {
-            let width = width(*x);
+            let width = x.width(spec) as u32;
             let storage = [&b.picked, b.activation(*x), b.activation(*out)];
             let shape: Shape =
                 Box::new(move |_, m| (bytes_of(&gather_rows::Params { rows: m, width }).to_vec(), fold(m)));
-            add_call(builder, &gather_rows::KERNEL, plain, &storage, CHEAP, shape)
+            calls.push(&gather_rows::KERNEL, plain, &storage, CHEAP, shape)
         }
+        Op::RmsNorm { x, weight, out } => calls.norm([b.activation(*x), b.activation(*out)], *weight, false),
     }
 }
 
@@ -378,6 +439,7 @@ pub(super) fn slice_params(matrix: &Matrix, slice: &super::upload::Slice, has_bi
         has_bias: u32::from(has_bias),
         slice_row: 0,
         x_first: 0,
+        accumulate: 0,
     }
 }
 

@@ -3,6 +3,7 @@
 use bytemuck::{bytes_of, pod_collect_to_vec};
 
 use super::executor::{Builder, GpuExecutor, SLOT, block_rows, fold, linear_shape, slice_params};
+use super::pipelines::Flags;
 use super::upload::Matrix;
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, top_logprobs};
 use crate::error::{Error, Result};
@@ -24,6 +25,7 @@ type Dispatch<B> = (B, Vec<u8>, [u32; 3]);
 struct HeadSlice {
     bound: Bound,
     weight: wgpu::Buffer,
+    scales: wgpu::Buffer,
     params: linear::Params,
 }
 
@@ -83,15 +85,16 @@ impl Head {
         let mut slices = Vec::new();
         for slice in &matrix.slices {
             let x = builder.buffers.activation(Buf::Final);
-            let bound = [x, &slice.buffer, &builder.buffers.nothing, &logits];
-            let variant = (Some(matrix.dtype), matrix.cols.is_multiple_of(4));
+            let nothing = &builder.buffers.nothing;
+            let scales = slice.scales.clone().unwrap_or_else(|| nothing.clone());
+            let bound = [x, &slice.buffer, &scales, nothing, &logits];
             let slot = first_slot + slices.len();
-            let bound = builder.bind(&linear::KERNEL, variant, &bound, slot)?;
+            let bound = builder.bind(&linear::KERNEL, matrix.variant(), &bound, slot)?;
             let params = slice_params(matrix, slice, false);
-            slices.push(HeadSlice { bound, weight: slice.buffer.clone(), params });
+            slices.push(HeadSlice { bound, weight: slice.buffer.clone(), scales, params });
         }
         let slot = first_slot + slices.len();
-        let plain = (None, false);
+        let plain = Flags::default();
         let log_sum_exp = builder.bind(&log_sum_exp::KERNEL, plain, &[&logits, &targets, &stats], slot)?;
         let top_k = builder.bind(&top_k::KERNEL, plain, &[&logits, &best], slot + 1)?;
         let sample = builder.bind(&sample::KERNEL, plain, &[&logits, &requests, &seen, &drawn], slot + 2)?;
@@ -244,8 +247,13 @@ impl GpuExecutor {
                 offset: slot as u64 * SLOT,
                 size: std::num::NonZeroU64::new(SLOT),
             });
-            let storage =
-                [self.buffers.activation(Buf::Final), &slice.weight, &self.buffers.nothing, &self.head.logits];
+            let storage = [
+                self.buffers.activation(Buf::Final),
+                &slice.weight,
+                &slice.scales,
+                &self.buffers.nothing,
+                &self.head.logits,
+            ];
             let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: params }];
             for (i, buffer) in storage.into_iter().enumerate() {
                 entries.push(wgpu::BindGroupEntry { binding: i as u32 + 1, resource: buffer.as_entire_binding() });

@@ -19,6 +19,8 @@ pub struct Flags {
     pub vec4: bool,
     /// How weights are stored; `None` for kernels without weights.
     pub dtype: Option<Dtype>,
+    /// Weights are 8-bit integers with scales, whatever they were stored as.
+    pub int8: bool,
 }
 
 impl Flags {
@@ -27,6 +29,7 @@ impl Flags {
             "SUBGROUP" => self.subgroup,
             "NATIVE_F16" => self.f16 && self.dtype == Some(Dtype::F16),
             "VEC4" => self.vec4,
+            "INT8" => self.int8,
             "BF16" => self.dtype == Some(Dtype::BF16),
             "F16_WEIGHTS" => self.dtype == Some(Dtype::F16),
             _ => false,
@@ -69,8 +72,9 @@ pub(super) struct Pipelines {
 }
 
 impl Pipelines {
-    pub(super) fn get(&mut self, gpu: &Gpu, kernel: &Kernel, dtype: Option<Dtype>, vec4: bool) -> Result<&Pipeline> {
-        let flags = Flags { subgroup: gpu.subgroups, f16: gpu.f16, vec4, dtype };
+    /// The pipeline for what `variant` says of weights and rows, with the device's own features.
+    pub(super) fn get(&mut self, gpu: &Gpu, kernel: &Kernel, variant: Flags) -> Result<&Pipeline> {
+        let flags = Flags { subgroup: gpu.subgroups, f16: gpu.f16, ..variant };
         let key = (kernel.name, flags);
         match self.built.entry(key) {
             Entry::Occupied(built) => Ok(built.into_mut()),

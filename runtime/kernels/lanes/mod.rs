@@ -1,8 +1,7 @@
 //! Vectors of f32 for the CPU twins: one body, written against [`Lanes`], compiled once per instruction set.
 //!
-//! [`Isa::detect`] chooses at run time; `REWARDRT_ISA=portable|avx2|avx512|neon` overrides it for tests. Each
-//! instruction set has its own order of additions (its lane count); within one, an element's order depends on the
-//! shape of its weight alone.
+//! [`Isa::detect`] chooses at run time; `REWARDRT_ISA` overrides it for tests. Each instruction set has its own order
+//! of additions (its lane count); within one, an element's order depends on the shape of its weight alone.
 
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -16,6 +15,10 @@ pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
+use std::sync::OnceLock;
+
+use crate::error::{Error, Result};
+
 /// An instruction set that the CPU twins are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
@@ -25,40 +28,75 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F/BW/VL, 16 lanes.
     Avx512,
+    /// AVX-512 with BF16 and VNNI: products of bf16 and of 8-bit weights at twice the speed.
+    Avx512Bf16,
+    /// The same with AMX tiles for bf16 products.
+    Amx,
     /// Advanced SIMD, 4 lanes.
     Neon,
 }
 
+static FORCED: OnceLock<Isa> = OnceLock::new();
+
 impl Isa {
-    /// Every instruction set that this machine has, slowest first.
+    const ALL: [Isa; 6] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx, Isa::Neon];
+
+    /// Every instruction set that this machine has (and that the system lets this process use), slowest first.
     pub fn available() -> Vec<Isa> {
-        #[allow(unused_mut)]
-        let mut list = vec![Isa::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 =
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            if avx2 {
-                list.push(Isa::Avx2);
-                let avx512 = is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl");
-                if avx512 {
-                    list.push(Isa::Avx512);
-                }
-            }
+        Self::ALL.into_iter().filter(|isa| isa.is_available() || FORCED.get() == Some(isa)).collect()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn is_available(self) -> bool {
+        let avx2 =
+            || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let avx512 = || {
+            avx2()
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+        };
+        let bf16 = || avx512() && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+        match self {
+            Isa::Portable => true,
+            Isa::Avx2 => avx2(),
+            Isa::Avx512 => avx512(),
+            Isa::Avx512Bf16 => bf16(),
+            Isa::Amx => bf16() && super::linear::amx_permitted(),
+            Isa::Neon => false,
         }
-        #[cfg(target_arch = "aarch64")]
-        list.push(Isa::Neon);
-        list
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn is_available(self) -> bool {
+        self == Isa::Portable || (cfg!(target_arch = "aarch64") && self == Isa::Neon)
     }
 
     /// The fastest available one, unless `REWARDRT_ISA` names another available one.
-    pub fn detect() -> Isa {
+    ///
+    /// # Errors
+    /// `Argument` if `REWARDRT_ISA` names none that this machine has.
+    pub fn detect() -> Result<Isa> {
+        if let Some(forced) = FORCED.get() {
+            return Ok(*forced);
+        }
         let available = Self::available();
-        let wanted = std::env::var("REWARDRT_ISA").ok();
-        let chosen = wanted.and_then(|name| available.iter().copied().find(|isa| isa.name() == name));
-        chosen.or(available.last().copied()).unwrap_or(Isa::Portable)
+        let Some(wanted) = std::env::var_os("REWARDRT_ISA").filter(|name| !name.is_empty()) else {
+            return Ok(available.last().copied().unwrap_or(Isa::Portable));
+        };
+        available.iter().copied().find(|isa| wanted == isa.name()).ok_or_else(|| {
+            let names: Vec<&str> = available.iter().map(|isa| isa.name()).collect();
+            Error::argument(format!("REWARDRT_ISA is {wanted:?}; this machine has {}", names.join(", ")))
+        })
+    }
+
+    /// Makes every later [`Isa::detect`] answer `isa`, whatever the processor says; the first call counts.
+    ///
+    /// # Safety
+    /// The instructions must work in this process: a test that emulates them may say so.
+    #[doc(hidden)]
+    pub unsafe fn force(isa: Isa) {
+        let _ = FORCED.set(isa);
     }
 
     /// Its name in `REWARDRT_ISA` and in `rewardrt devices`.
@@ -67,6 +105,8 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512bf16",
+            Isa::Amx => "amx",
             Isa::Neon => "neon",
         }
     }
@@ -79,6 +119,8 @@ impl Isa {
 pub(crate) trait Lanes: Copy {
     /// Lanes.
     const N: usize;
+    /// Vector registers: how large a tile of sums may be.
+    const REGISTERS: usize;
     fn splat(v: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn load_part(p: *const f32, n: usize) -> Self;
@@ -104,8 +146,28 @@ pub(crate) trait Lanes: Copy {
     fn exp2_whole(self) -> Self;
     /// `self` where `x >= bound`, otherwise 0; NaN in `x` keeps `self`.
     fn zero_below(self, x: Self, bound: f32) -> Self;
-    /// The sum over the lanes, by halves.
+    /// The sum over the lanes, in an order that is the instruction set's own.
     fn sum(self) -> f32;
+    /// The sums of sixteen vectors: each equals [`Lanes::sum`] to the bit.
+    #[inline(always)]
+    fn sums(v: [Self; 16]) -> [f32; 16] {
+        v.map(Self::sum)
+    }
+    /// 2 · `N` 16-bit integers.
+    type Pairs: Copy;
+    /// `N` 32-bit integers.
+    type Ints: Copy;
+    fn zero_ints() -> Self::Ints;
+    /// 2 · `N` elements, widened.
+    unsafe fn load_i8(p: *const i8) -> Self::Pairs;
+    /// 2 · `N` elements.
+    unsafe fn load_i16(p: *const i16) -> Self::Pairs;
+    /// Lane j takes a[2j] · b[2j] + a[2j + 1] · b[2j + 1].
+    fn add_pairs(sum: Self::Ints, a: Self::Pairs, b: Self::Pairs) -> Self::Ints;
+    fn from_ints(v: Self::Ints) -> Self;
+    /// Asks for the cache line at `p` ahead of time; any address will do.
+    #[inline(always)]
+    fn prefetch(_p: *const u8) {}
     /// The largest lane; not for NaN.
     fn largest(self) -> f32;
 
@@ -166,7 +228,9 @@ macro_rules! for_each_isa {
                     // SAFETY: an Isa other than Portable comes from `Isa::available`, which asked the processor.
                     $crate::kernels::Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     // SAFETY: as above.
-                    $crate::kernels::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::kernels::Isa::Avx512 | $crate::kernels::Isa::Avx512Bf16 | $crate::kernels::Isa::Amx => {
+                        return unsafe { avx512($($arg),*) };
+                    }
                     _ => {}
                 }
             }

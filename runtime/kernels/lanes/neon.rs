@@ -12,6 +12,7 @@ pub(crate) struct Neon(float32x4_t);
 
 impl Lanes for Neon {
     const N: usize = 4;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     fn splat(v: f32) -> Self {
@@ -106,6 +107,31 @@ impl Lanes for Neon {
             let pair = vadd_f32(vget_low_f32(self.0), vget_high_f32(self.0));
             vget_lane_f32::<0>(vpadd_f32(pair, pair))
         }
+    }
+    type Pairs = int16x8_t;
+    type Ints = int32x4_t;
+    #[inline(always)]
+    fn zero_ints() -> int32x4_t {
+        unsafe { vdupq_n_s32(0) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> int16x8_t {
+        unsafe { vmovl_s8(vld1_s8(p)) }
+    }
+    #[inline(always)]
+    unsafe fn load_i16(p: *const i16) -> int16x8_t {
+        unsafe { vld1q_s16(p) }
+    }
+    #[inline(always)]
+    fn add_pairs(sum: int32x4_t, a: int16x8_t, b: int16x8_t) -> int32x4_t {
+        unsafe {
+            let low = vmull_s16(vget_low_s16(a), vget_low_s16(b));
+            vaddq_s32(sum, vpaddq_s32(low, vmull_high_s16(a, b)))
+        }
+    }
+    #[inline(always)]
+    fn from_ints(v: int32x4_t) -> Self {
+        Neon(unsafe { vcvtq_f32_s32(v) })
     }
     #[inline(always)]
     fn largest(self) -> f32 {

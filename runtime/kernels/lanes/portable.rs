@@ -22,6 +22,7 @@ impl Portable {
 // SAFETY of the unsafe methods: the trait's conditions on pointers.
 impl Lanes for Portable {
     const N: usize = 8;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     fn splat(v: f32) -> Self {
@@ -108,6 +109,31 @@ impl Lanes for Portable {
     fn sum(self) -> f32 {
         let [a, b, c, d, e, f, g, h] = self.0;
         ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+    type Pairs = [i16; 16];
+    type Ints = [i32; 8];
+    #[inline(always)]
+    fn zero_ints() -> [i32; 8] {
+        [0; 8]
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> [i16; 16] {
+        // SAFETY: sixteen readable elements, the caller's promise.
+        std::array::from_fn(|i| i16::from(unsafe { *p.add(i) }))
+    }
+    #[inline(always)]
+    unsafe fn load_i16(p: *const i16) -> [i16; 16] {
+        // SAFETY: as above.
+        std::array::from_fn(|i| unsafe { p.add(i).read_unaligned() })
+    }
+    #[inline(always)]
+    fn add_pairs(sum: [i32; 8], a: [i16; 16], b: [i16; 16]) -> [i32; 8] {
+        let product = |i: usize| i32::from(a[i]) * i32::from(b[i]);
+        std::array::from_fn(|j| sum[j] + product(2 * j) + product(2 * j + 1))
+    }
+    #[inline(always)]
+    fn from_ints(v: [i32; 8]) -> Self {
+        Portable(v.map(|v| v as f32))
     }
     #[inline(always)]
     fn largest(self) -> f32 {

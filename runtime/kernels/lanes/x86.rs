@@ -22,6 +22,7 @@ unsafe fn mask(n: usize) -> __m256i {
 
 impl Lanes for Avx2 {
     const N: usize = 8;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     fn splat(v: f32) -> Self {
@@ -97,13 +98,49 @@ impl Lanes for Avx2 {
             Avx2(_mm256_andnot_ps(below, self.0))
         }
     }
+    /// ((0 + 2) + (1 + 3)) + ((4 + 6) + (5 + 7)).
     #[inline(always)]
     fn sum(self) -> f32 {
         unsafe {
-            let q = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
-            let d = _mm_add_ps(q, _mm_movehl_ps(q, q));
-            _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)))
+            let halves = _mm256_add_ps(self.0, _mm256_permute_ps::<0b01_00_11_10>(self.0));
+            let quads = _mm256_add_ps(halves, _mm256_movehdup_ps(halves));
+            _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(quads), _mm256_extractf128_ps::<1>(quads)))
         }
+    }
+    #[inline(always)]
+    fn sums(v: [Self; 16]) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), sums_of_eight(std::array::from_fn(|i| v[i].0)));
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), sums_of_eight(std::array::from_fn(|i| v[8 + i].0)));
+        }
+        out
+    }
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    type Pairs = __m256i;
+    type Ints = __m256i;
+    #[inline(always)]
+    fn zero_ints() -> __m256i {
+        unsafe { _mm256_setzero_si256() }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> __m256i {
+        unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_i16(p: *const i16) -> __m256i {
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    fn add_pairs(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)) }
+    }
+    #[inline(always)]
+    fn from_ints(v: __m256i) -> Self {
+        Avx2(unsafe { _mm256_cvtepi32_ps(v) })
     }
     #[inline(always)]
     fn largest(self) -> f32 {
@@ -115,11 +152,41 @@ impl Lanes for Avx2 {
     }
 }
 
+/// Lane i is the sum of v[i]: a transpose whose every stage is an addition, in the order of [`Avx2::sum`].
+#[inline(always)]
+unsafe fn sums_of_eight(v: [__m256; 8]) -> __m256 {
+    unsafe {
+        let pair = |a, b| _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let four = |a, b| {
+            let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
+            _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)))
+        };
+        let low = four(pair(v[0], v[1]), pair(v[2], v[3]));
+        let high = four(pair(v[4], v[5]), pair(v[6], v[7]));
+        _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high))
+    }
+}
+
+/// Lane i is the sum of v[i], in the order of [`Avx512::sum`].
+#[inline(always)]
+unsafe fn sums_of_sixteen(v: [__m512; 16]) -> __m512 {
+    unsafe {
+        let pair = |i: usize| _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 1]), _mm512_unpackhi_ps(v[i], v[i + 1]));
+        let four = |i: usize| {
+            let (a, b) = (_mm512_castps_pd(pair(i)), _mm512_castps_pd(pair(i + 2)));
+            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)))
+        };
+        let join = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+        join(join(four(0), four(4)), join(four(8), four(12)))
+    }
+}
+
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512(pub(crate) __m512);
 
 impl Lanes for Avx512 {
     const N: usize = 16;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     fn splat(v: f32) -> Self {
@@ -198,12 +265,48 @@ impl Lanes for Avx512 {
             Avx512(_mm512_mask_mov_ps(self.0, below, _mm512_setzero_ps()))
         }
     }
+    /// Of each quarter (0 + 2) + (1 + 3), then the quarters (0 + 1) + (2 + 3).
     #[inline(always)]
     fn sum(self) -> f32 {
         unsafe {
-            let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0)));
-            Avx2(_mm256_add_ps(_mm512_castps512_ps256(self.0), upper)).sum()
+            let halves = _mm512_add_ps(self.0, _mm512_permute_ps::<0b01_00_11_10>(self.0));
+            let quarters = _mm512_add_ps(halves, _mm512_movehdup_ps(halves));
+            let pairs = _mm512_add_ps(quarters, _mm512_shuffle_f32x4::<0b10_11_00_01>(quarters, quarters));
+            let upper = _mm512_extractf32x4_ps::<2>(pairs);
+            _mm_cvtss_f32(_mm_add_ss(_mm512_castps512_ps128(pairs), upper))
         }
+    }
+    #[inline(always)]
+    fn sums(v: [Self; 16]) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums_of_sixteen(v.map(|v| v.0))) };
+        out
+    }
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    type Pairs = __m512i;
+    type Ints = __m512i;
+    #[inline(always)]
+    fn zero_ints() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> __m512i {
+        unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_i16(p: *const i16) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    fn add_pairs(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)) }
+    }
+    #[inline(always)]
+    fn from_ints(v: __m512i) -> Self {
+        Avx512(unsafe { _mm512_cvtepi32_ps(v) })
     }
     #[inline(always)]
     fn largest(self) -> f32 {

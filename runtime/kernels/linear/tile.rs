@@ -1,0 +1,205 @@
+//! The register tile that [`super::fma`] and [`super::bf16`] share: some weight rows times some rows of x, all sums in
+//! registers, both read along K as they lie in memory.
+
+use crate::kernels::lanes::Lanes;
+
+/// Bytes of weights that a block of columns may take: they stay in the second-level cache while the rows of x pass.
+pub(super) const WEIGHT_BLOCK_BYTES: usize = 192 << 10;
+
+/// A product of vectors along K.
+pub(super) trait Multiply {
+    /// The sums.
+    type Sum: Lanes;
+    type W: Copy;
+    type X: Copy;
+    /// Elements of K a step.
+    const STEP: usize;
+    /// Bytes of a weight.
+    const W_SIZE: usize;
+    /// Bytes of an input.
+    const X_SIZE: usize;
+    /// # Safety
+    /// `STEP` readable weights.
+    unsafe fn load_w(p: *const u8) -> Self::W;
+    /// The first `n < STEP` weights, then zeros.
+    ///
+    /// # Safety
+    /// `n` readable weights.
+    unsafe fn load_w_part(p: *const u8, n: usize) -> Self::W;
+    /// # Safety
+    /// `STEP` readable inputs.
+    unsafe fn load_x(p: *const u8) -> Self::X;
+    /// The first `n < STEP` inputs, then zeros.
+    ///
+    /// # Safety
+    /// `n` readable inputs.
+    unsafe fn load_x_part(p: *const u8, n: usize) -> Self::X;
+    fn mul_add(sum: Self::Sum, w: Self::W, x: Self::X) -> Self::Sum;
+}
+
+/// A block of a product: where its operands and its sums lie.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    /// [cols, K].
+    pub w: *const u8,
+    /// Bytes from one weight row to the next.
+    pub w_stride: usize,
+    /// [rows, K].
+    pub x: *const u8,
+    /// Bytes from one row of x to the next.
+    pub x_stride: usize,
+    pub k: usize,
+    pub rows: usize,
+    pub cols: usize,
+    /// [rows, cols].
+    pub out: *mut f32,
+    /// Elements from one row of `out` to the next.
+    pub out_stride: usize,
+}
+
+impl Block {
+    /// The part from column `n` on, `cols` wide.
+    #[inline(always)]
+    pub(super) fn columns(self, n: usize, cols: usize) -> Self {
+        Block { w: self.w.wrapping_add(n * self.w_stride), out: self.out.wrapping_add(n), cols, ..self }
+    }
+
+    #[inline(always)]
+    fn from_row(self, t: usize, rows: usize) -> Self {
+        let (x, out) = (self.x.wrapping_add(t * self.x_stride), self.out.wrapping_add(t * self.out_stride));
+        Block { x, out, rows, ..self }
+    }
+}
+
+/// All sums of the block.
+///
+/// # Safety
+/// The pointers of the block must be good for its sizes.
+#[inline(always)]
+pub(super) unsafe fn sums<M: Multiply>(block: Block) {
+    let most_rows = if M::Sum::REGISTERS >= 32 { 6 } else { 4 };
+    let passes = block.rows.div_ceil(most_rows);
+    let step = if passes == 1 { block.cols } else { (WEIGHT_BLOCK_BYTES / block.w_stride.max(1) / 12).max(1) * 12 };
+    let mut n = 0;
+    while n < block.cols {
+        let columns = block.columns(n, step.min(block.cols - n));
+        // Rows in tiles of nearly equal height: no lonely row at the end that would read all weights for itself.
+        let mut t = 0;
+        for pass in 0..passes {
+            let height = (block.rows - t).div_ceil(passes - pass);
+            let tile = columns.from_row(t, height);
+            // SAFETY: a part of the block.
+            unsafe { rows_tile::<M>(tile) };
+            t += height;
+        }
+        n += step;
+    }
+}
+
+#[inline(always)]
+unsafe fn rows_tile<M: Multiply>(block: Block) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if M::Sum::REGISTERS >= 32 {
+            match block.rows {
+                1 => columns::<M, 8, 1>(block),
+                2 => columns::<M, 8, 2>(block),
+                3 => columns::<M, 6, 3>(block),
+                4 => columns::<M, 4, 4>(block),
+                5 => columns::<M, 4, 5>(block),
+                _ => columns::<M, 4, 6>(block),
+            }
+        } else {
+            match block.rows {
+                1 => columns::<M, 8, 1>(block),
+                2 => columns::<M, 4, 2>(block),
+                3 => columns::<M, 3, 3>(block),
+                _ => columns::<M, 3, 4>(block),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn columns<M: Multiply, const NR: usize, const TR: usize>(block: Block) {
+    let mut n = 0;
+    while n < block.cols {
+        // SAFETY: parts of the block, by the caller's promise.
+        unsafe {
+            if n + NR <= block.cols {
+                tile::<M, NR, TR>(block.columns(n, NR));
+                n += NR;
+            } else {
+                tile::<M, 1, TR>(block.columns(n, 1));
+                n += 1;
+            }
+        }
+    }
+}
+
+/// NR weight rows times TR rows of x.
+#[inline(always)]
+unsafe fn tile<M: Multiply, const NR: usize, const TR: usize>(block: Block) {
+    let Block { w, w_stride, x, x_stride, k, .. } = block;
+    let mut sums = [[M::Sum::zero(); NR]; TR];
+    let whole = k - k % M::STEP;
+    let mut i = 0;
+    while i < whole {
+        // SAFETY: i + STEP ≤ k, the length of every row.
+        unsafe {
+            let ws: [M::W; NR] = std::array::from_fn(|r| M::load_w(w.add(r * w_stride + i * M::W_SIZE)));
+            if TR <= 4 {
+                // Few rows: the weights come from memory. Ask for the next tile's.
+                for r in 0..NR {
+                    M::Sum::prefetch(w.wrapping_add((r + NR) * w_stride + i * M::W_SIZE));
+                }
+            }
+            for (t, sums) in sums.iter_mut().enumerate() {
+                let x = M::load_x(x.add(t * x_stride + i * M::X_SIZE));
+                for (sum, w) in sums.iter_mut().zip(ws) {
+                    *sum = M::mul_add(*sum, w, x);
+                }
+            }
+        }
+        i += M::STEP;
+    }
+    let rest = k - whole;
+    if rest > 0 {
+        // SAFETY: `rest` elements are left in every row.
+        unsafe {
+            let ws: [M::W; NR] = std::array::from_fn(|r| M::load_w_part(w.add(r * w_stride + whole * M::W_SIZE), rest));
+            for (t, sums) in sums.iter_mut().enumerate() {
+                let x = M::load_x_part(x.add(t * x_stride + whole * M::X_SIZE), rest);
+                for (sum, w) in sums.iter_mut().zip(ws) {
+                    *sum = M::mul_add(*sum, w, x);
+                }
+            }
+        }
+    }
+    // SAFETY: out is [rows, cols] with room for the tile.
+    unsafe { write_sums(&sums, block.out, block.out_stride) };
+}
+
+/// Adds the lanes of each sum and writes them, sixteen sums at a time.
+///
+/// # Safety
+/// `out` has room for TR rows of NR elements.
+#[inline(always)]
+pub(super) unsafe fn write_sums<L: Lanes, const NR: usize, const TR: usize>(
+    sums: &[[L; NR]; TR],
+    out: *mut f32,
+    stride: usize,
+) {
+    let count = NR * TR;
+    let mut first = 0;
+    while first < count {
+        let at = |i: usize| if first + i < count { sums[(first + i) / NR][(first + i) % NR] } else { L::zero() };
+        let values = L::sums(std::array::from_fn(at));
+        for (i, value) in values.into_iter().enumerate().take(count - first) {
+            let (t, n) = ((first + i) / NR, (first + i) % NR);
+            // SAFETY: t < TR, n < NR.
+            unsafe { *out.add(t * stride + n) = value };
+        }
+        first += 16;
+    }
+}
