@@ -1,9 +1,11 @@
 //! Each CPU twin on one thread at the shapes of SmolLM2-135M (D 576, F 1536, H 9, G 3, E 64, V 49152).
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::expect_used)]
 
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rewardrt::backend::cpu::Pool;
+use rewardrt::kernels::linear::{Precision, Weight};
 use rewardrt::kernels::*;
 use rewardrt::weights::Dtype;
 
@@ -11,35 +13,46 @@ fn floats(n: usize) -> Vec<f32> {
     (0..n).map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0).collect()
 }
 
+fn isa() -> Isa {
+    Isa::detect().expect("REWARDRT_ISA")
+}
+
 fn linear(c: &mut Criterion) {
-    let isa = Isa::detect();
     let mut group = c.benchmark_group("linear");
     for (n, k) in [(1536, 576), (576, 1536)] {
         let weights = floats(n * k);
         for dtype in Dtype::ALL {
             let stored = dtype.from_f32(&weights);
             let view = MatrixView::new(dtype, &stored, n, k);
-            for rows in [1, 8, 64, 256] {
-                let (x, mut out) = (floats(rows * k), vec![0.0; rows * n]);
-                group.throughput(Throughput::Elements((2 * rows * n * k) as u64));
-                let id = BenchmarkId::new(format!("{}x{n}x{k}", dtype.name()), rows);
-                group.bench_function(id, |b| b.iter(|| linear::linear_alone(isa, &x, view, None, black_box(&mut out))));
+            let int8 = linear::Int8Matrix::quantise(view, &Pool::new(1)).expect("finite weights");
+            let mut cases = vec![("auto", Precision::Auto, Weight::Stored(view))];
+            if dtype == Dtype::BF16 {
+                cases.push(("f32", Precision::F32, Weight::Stored(view)));
+                cases.push(("int8", Precision::Auto, Weight::Int8(int8.view())));
+            }
+            for (what, precision, weight) in cases {
+                for rows in [1, 8, 64, 256] {
+                    let (x, mut out) = (floats(rows * k), vec![0.0; rows * n]);
+                    group.throughput(Throughput::Elements((2 * rows * n * k) as u64));
+                    let id = BenchmarkId::new(format!("{} {what} {n}x{k}", dtype.name()), rows);
+                    group.bench_function(id, |b| {
+                        b.iter(|| linear::linear_alone(isa(), precision, &x, weight, None, black_box(&mut out)));
+                    });
+                }
             }
         }
     }
 }
 
 fn row_wise(c: &mut Criterion) {
-    let isa = Isa::detect();
+    let isa = isa();
     let (x, weight) = (floats(64 * 576), floats(576));
     let mut out = vec![0.0; x.len()];
     c.bench_function("rms_norm/64x576", |b| b.iter(|| rms_norm::rms_norm(isa, &x, &weight, 1e-5, black_box(&mut out))));
     let (gate, mut up) = (floats(64 * 1536), floats(64 * 1536));
     c.bench_function("silu_mul/64x1536", |b| b.iter(|| silu_mul::silu_mul(isa, &gate, black_box(&mut up))));
-    let mut y = floats(64 * 576);
-    c.bench_function("add/64x576", |b| b.iter(|| add::add(&x, black_box(&mut y))));
     let (cos_sin, mut q) = (floats(64 * 64), floats(64 * 576));
-    c.bench_function("rope/64x9x64", |b| b.iter(|| rope::rope(&cos_sin, 32, 9, black_box(&mut q))));
+    c.bench_function("rope/64x9x64", |b| b.iter(|| rope::rope(isa, &cos_sin, 32, 9, black_box(&mut q))));
     let index: Vec<u32> = (0..64).rev().collect();
     c.bench_function("gather_rows/64x576", |b| {
         b.iter(|| gather_rows::gather_rows(&index, &x, 576, black_box(&mut out)));
@@ -51,7 +64,7 @@ fn row_wise(c: &mut Criterion) {
 }
 
 fn attention(c: &mut Criterion) {
-    let isa = Isa::detect();
+    let isa = isa();
     let mut group = c.benchmark_group("attention");
     for len in [128usize, 1024] {
         let blocks = len / KV_BLOCK;
@@ -85,7 +98,7 @@ fn attention(c: &mut Criterion) {
 }
 
 fn vocabulary(c: &mut Criterion) {
-    let isa = Isa::detect();
+    let isa = isa();
     let logits: Vec<f32> = floats(49152).iter().map(|l| l * 8.0).collect();
     c.bench_function("log_sum_exp/49152", |b| {
         b.iter(|| logits.chunks(log_sum_exp::CHUNK).map(|c| log_sum_exp::log_sum_exp(isa, c).sum).sum::<f32>());

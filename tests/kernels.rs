@@ -7,7 +7,7 @@
 mod common;
 
 use bytemuck::{bytes_of, cast_slice, pod_collect_to_vec};
-use common::devices;
+use common::{devices, isas};
 use rewardrt::backend::cpu::Pool;
 use rewardrt::backend::gpu::{Flags, Gpu, Selection, dispatch_once};
 use rewardrt::kernels::linear::{Arithmetic, Precision, Weight};
@@ -169,7 +169,7 @@ fn linear_twins_on_the_cpu() {
                 int8.view().read_f32(row, out);
             }
             for (weight, w) in [(Weight::Stored(view), &exact), (Weight::Int8(int8.view()), &dequantised)] {
-                for isa in Isa::available() {
+                for isa in isas() {
                     for precision in [Precision::Auto, Precision::F32] {
                         let arithmetic = Arithmetic::of(isa, precision, [weight]);
                         seen.insert(format!("{} {arithmetic:?}", isa.name()));
@@ -186,7 +186,7 @@ fn linear_twins_on_the_cpu() {
         }
     }
     println!("{seen:?}");
-    assert!(Isa::available().iter().all(|isa| seen.iter().any(|s| s.starts_with(isa.name()))));
+    assert!(isas().iter().all(|isa| seen.iter().any(|s| s.starts_with(isa.name()))));
 }
 
 #[test]
@@ -256,7 +256,7 @@ fn linear_is_batch_invariant() {
             let stored = dtype.from_f32(&weights);
             let all_rows = MatrixView::new(dtype, &stored, n, k);
             let int8 = linear::Int8Matrix::quantise(all_rows, &Pool::new(1)).unwrap();
-            for isa in Isa::available() {
+            for isa in isas() {
                 for precision in [Precision::Auto, Precision::F32] {
                     for weight in [Weight::Stored(all_rows), Weight::Int8(int8.view())] {
                         let mut all = vec![0.0; t * n];
@@ -295,7 +295,7 @@ fn linear_keeps_nan_and_infinity() {
     for dtype in Dtype::ALL {
         let weights = dtype.from_f32(&[1.0, 2.0, 3.0]);
         let view = MatrixView::new(dtype, &weights, 1, 3);
-        for isa in Isa::available() {
+        for isa in isas() {
             for precision in [Precision::Auto, Precision::F32] {
                 let mut out = [0.0; 4];
                 let inf = f32::INFINITY;
@@ -359,7 +359,7 @@ fn rms_norm_twins() {
             let scale = 1.0 / (mean + f64::from(eps)).sqrt();
             want.extend(row.iter().zip(&weight).map(|(v, w)| f64::from(*v) * scale * f64::from(*w)));
         }
-        for isa in Isa::available() {
+        for isa in isas() {
             let mut out = vec![0.0; x.len()];
             rms_norm::rms_norm(isa, &x, &weight, eps, &mut out);
             compare(&format!("rms_norm {} {width}", isa.name()), &out, &want, &magnitudes(&want), Dtype::F32);
@@ -382,7 +382,7 @@ fn silu_mul_twins() {
     let up = numbers.floats(1031);
     let silu: Vec<f64> =
         gate.iter().zip(&up).map(|(g, u)| f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u)).collect();
-    for isa in Isa::available() {
+    for isa in isas() {
         let mut out = up.clone();
         silu_mul::silu_mul(isa, &gate, &mut out);
         compare(&format!("silu_mul {}", isa.name()), &out, &silu, &magnitudes(&silu), Dtype::F32);
@@ -425,7 +425,7 @@ fn rope_and_gather_twins() {
         }
     }
     let ones = vec![1.0; x.len()];
-    for isa in Isa::available() {
+    for isa in isas() {
         let mut out = x.clone();
         rope::rope(isa, &cos_sin, half, heads, &mut out);
         compare(&format!("rope {}", isa.name()), &out, &want, &ones, Dtype::F32);
@@ -505,7 +505,7 @@ fn attention_and_kv_write_twins() {
         let empty = vec![f32::NAN; blocks * KV_BLOCK * width];
         let (mut keys, mut values) = (empty.clone(), empty.clone());
         kv_write::kv_write_alone(&rows, &k, &v, kv_heads, &mut keys, &mut values);
-        for isa in Isa::available() {
+        for isa in isas() {
             let mut out = vec![0.0; q.len()];
             let inputs = attention::Inputs {
                 rows: &rows,
@@ -574,7 +574,7 @@ fn log_sum_exp_twins() {
             want.push([f64::from(max), sum, weighted]);
         }
         let scale = |w: &[f64; 3]| [w[0].abs().max(1.0), w[1], w[1] * 20.0];
-        for isa in Isa::available() {
+        for isa in isas() {
             for (row, want) in rows.iter().zip(&want) {
                 let chunks: Vec<_> = row.chunks(log_sum_exp::CHUNK).map(|c| log_sum_exp::log_sum_exp(isa, c)).collect();
                 let s = log_sum_exp::Stats::join(&chunks);
@@ -761,7 +761,7 @@ fn sample_twins() {
                     assert_eq!(drawn.logit, logits[drawn.token as usize], "{what}");
                 };
                 let mut z = Vec::new();
-                for isa in Isa::available() {
+                for isa in isas() {
                     for r in &all {
                         check(isa.name(), &sample::sample(isa, &logits, r, &seen, &mut z), r.uniform);
                     }
@@ -801,7 +801,7 @@ fn sample_refuses_broken_rows() {
     let nothing = vec![f32::NEG_INFINITY; 3];
     let request = requests()[0];
     for logits in [nan, infinite, nothing] {
-        for isa in Isa::available() {
+        for isa in isas() {
             let drawn = sample::sample(isa, &logits, &request, &[0], &mut Vec::new());
             assert_eq!(drawn.token, top_k::NO_TOKEN, "{} {logits:?}", isa.name());
         }

@@ -1,7 +1,7 @@
 """Runs rewardrt, transformers and llama.cpp on the same work, in turns, and prints one Markdown table.
 
-    python benches/peers/compare.py MODEL WORK_BINARY [--rounds N] [--only SUBSTRING] [--gguf FOLDER] [--threads N] [--no-f32]
-    python benches/peers/compare.py MODEL WORK_BINARY --scaling
+    python benches/peers/compare.py MODEL WORK_BINARY [--scaling] [--no-f32] [--rounds N] [--only SUBSTRING]
+                                    [--gguf FOLDER] [--threads N]
 
 A round runs each of them once, one after the other; the first round warms up (and loads), the table has the median of
 the rest, in tokens a second. A ratio is rewardrt's speed over the other's, above 1 where rewardrt is faster. All use the
@@ -13,14 +13,15 @@ Start to first token: a fresh process, from its start to its exit; it loads the 
 
 rewardrt      examples/work.rs, one long-lived process a configuration. Samples at temperature 1 and returns log-probs.
               Hidden states are those of a reward model's forward: two labels' logits at the last position come on top.
-transformers  In this process; sdpa attention, dynamic cache, its defaults. Decode is generate() at temperature 1. Given
-              texts are taken 4 at a time (all 16 would take 3 GB of logits), in one forward without a cache; for log-probs
-              the head and a float log_softmax follow, for at most 512 positions of each text at a time (one text of 4,096
-              has 805 MB of logits). The first token is a fresh Python that imports torch and transformers, loads bf16 and
-              is given ids; rewardrt loads the tokenizer too.
-llama.cpp     In this process, through llama-cpp-python's low-level calls: prefill of all prompts in one llama_decode, then
-              batches of one token a sequence; a KV stream a sequence (kv_unified = false). Tokens are numpy's argmax of
-              the logits, less work than the others' sampling. bf16 GGUF of the same weights; q8_0 in the int8 rows.
+transformers  In this process; sdpa attention, dynamic cache, its defaults. Decode is generate() at temperature 1.
+              Given texts are taken 4 at a time (all 16 would take 3 GB of logits), in one forward without a cache;
+              for log-probs the head and a float log_softmax follow, for at most 512 positions of each text at a time
+              (one text of 4,096 has 805 MB of logits). The first token is a fresh Python that imports torch and
+              transformers, loads bf16 and is given ids; rewardrt loads the tokenizer too.
+llama.cpp     In this process, through llama-cpp-python's low-level calls: prefill of all prompts in one llama_decode,
+              then batches of one token a sequence; a KV stream a sequence (kv_unified = false). Tokens are numpy's
+              argmax of the logits, less work than the others' sampling. bf16 GGUF of the same weights; q8_0 in the
+              int8 rows.
 
 --no-f32 leaves transformers f32 out. --scaling times rewardrt alone, decoding 1 to 256 sequences, with the weights as
 stored and as int8.
@@ -53,10 +54,11 @@ PROMPT, NEW = 43, 48
 DTYPES = {"transformers bf16": torch.bfloat16, "transformers f32": torch.float32}
 FIRST_TOKEN = """
 import sys, torch, transformers
+transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(int(sys.argv[2]))
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
-model.generate(torch.tensor([[504, 3575, 282, 4649, 314]]), attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=1,
-               do_sample=True, top_k=0, pad_token_id=0)
+ids = torch.tensor([[504, 3575, 282, 4649, 314]])
+model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=True, top_k=0, pad_token_id=0)
 """
 
 

@@ -1,13 +1,15 @@
 //! Causal attention of each row over its own sequence in the paged cache, with a sliding window where there is one.
 //!
-//! out[t, h] = Σ_j softmax_j(q[t, h] · key[j] · scale) · value[j] over the keys j of kv head h·G/H. Keys are taken a
-//! block of P at a time, from the first that the window admits, with a running maximum: the order is a function of
-//! the position alone.
+//! out[t, h] = Σ_j softmax_j(q[t, h] · key[j] · scale) · value[j] over the keys j of kv head h·G/H.
+//!
+//! The CPU twin takes keys in chunks of [`CHUNK`] at fixed positions, with a running maximum: the order is a function of
+//! the position alone. Within a chunk, tiles of several queries (the heads that share a kv head, and neighbouring rows)
+//! share each load of keys and values; a query's sums do not depend on who shares its tile.
 
+use std::cell::Cell;
 use std::ops::Range;
 
-use super::lanes::{Lanes, for_each_isa};
-use super::rms_norm::{for_lanes, load, store};
+use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
 use super::{KV_BLOCK, RowMeta, SharedMut};
 
 /// Parameters of the shader.
@@ -52,8 +54,12 @@ for_each_isa! {
     pub(crate) fn attention(call: Call, rows: Range<usize>, kv_head: usize) = body
 }
 
-/// Rows of a sequence that one task takes: a block of keys is read once for all of them.
-pub(crate) const ROWS_PER_TASK: usize = 8;
+/// Keys that a query takes at a time; chunks begin at multiples of it.
+const CHUNK: usize = 4 * KV_BLOCK;
+const BLOCKS: usize = CHUNK / KV_BLOCK;
+
+/// Rows of a sequence that one task takes: a chunk of keys is read once for all of them.
+pub(crate) const ROWS_PER_TASK: usize = 16;
 
 /// Cuts the rows of a step into runs of one sequence, at most [`ROWS_PER_TASK`] long.
 pub(crate) fn row_runs(rows: &[RowMeta]) -> Vec<Range<usize>> {
@@ -110,151 +116,272 @@ pub fn first_key(position: usize, window: Option<usize>) -> usize {
 }
 
 /// A query on its way through the keys.
-struct Query<'a> {
-    q: &'a [f32],
-    out: &'a mut [f32],
+#[derive(Clone, Copy)]
+struct Query {
     /// First and last key it sees.
     first: usize,
     last: usize,
     max: f32,
     total: f32,
+    /// What its sums so far are multiplied by in this chunk.
+    shrink: f32,
+}
+
+/// What the queries of a task keep, beside their sums in `out`.
+#[derive(Default)]
+struct Scratch {
+    queries: Vec<Query>,
+    /// [queries, CHUNK]: scores, then weights.
+    weights: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
+
+/// A chunk of keys and values: where its blocks lie. A block that nobody sees is represented by one that is there, and
+/// what comes of it is masked.
+struct Chunk<'a> {
+    /// Position of its first key.
+    start: usize,
+    /// Each [E, P].
+    keys: [&'a [f32]; BLOCKS],
+    /// Each [P, E].
+    values: [&'a [f32]; BLOCKS],
 }
 
 #[inline(always)]
 fn body<L: Lanes>(call: Call, rows: Range<usize>, kv_head: usize) {
     let Call { inputs, out } = call;
     let (e, group) = (inputs.head_dim, inputs.heads / inputs.kv_heads);
-    let mut queries = Vec::with_capacity(rows.len() * group);
-    for row in rows.clone() {
-        let last = inputs.rows[row].position as usize;
-        for head in kv_head * group..(kv_head + 1) * group {
-            let start = (row * inputs.heads + head) * e;
-            // SAFETY: these rows' heads belong to this task, by the condition of `attention`.
-            let out = unsafe { out.slice(start..start + e) };
-            out.fill(0.0);
-            let first = first_key(last, inputs.window);
-            let q = &inputs.q[start..start + e];
-            queries.push(Query { q, out, first, last, max: f32::NEG_INFINITY, total: 0.0 });
-        }
+    // The queries of a task: rows outside, heads inside.
+    let place = |i: usize| ((rows.start + i / group) * inputs.heads + kv_head * group + i % group) * e;
+    let count = rows.len() * group;
+    let mut scratch = SCRATCH.take();
+    scratch.queries.clear();
+    for i in 0..count {
+        let last = inputs.rows[rows.start + i / group].position as usize;
+        let first = first_key(last, inputs.window);
+        scratch.queries.push(Query { first, last, max: f32::NEG_INFINITY, total: 0.0, shrink: 0.0 });
+        // SAFETY: these rows' heads belong to this task, by the condition of `attention`.
+        unsafe { out.slice(place(i)..place(i) + e) }.fill(0.0);
     }
-    let first = queries.iter().map(|q| q.first).min().unwrap_or(0);
-    let last = queries.iter().map(|q| q.last).max().unwrap_or(0);
-    let table = inputs.rows[rows.start].table as usize;
-    // Which queries share the loop changes nothing for any of them: each takes its own blocks, in order.
-    for block in first / KV_BLOCK..=last / KV_BLOCK {
-        let at = (inputs.tables[table + block] as usize * inputs.kv_heads + kv_head) * e * KV_BLOCK;
-        let (keys, values) = (&inputs.keys[at..at + e * KV_BLOCK], &inputs.values[at..at + e * KV_BLOCK]);
-        for query in &mut queries {
-            if (query.first / KV_BLOCK..=query.last / KV_BLOCK).contains(&block) {
-                query.take_block::<L>(block, keys, values);
-            }
-        }
-    }
-    for query in queries {
-        let inverse = 1.0 / query.total;
-        query.out.iter_mut().for_each(|v| *v *= inverse);
-    }
-}
-
-impl Query<'_> {
-    #[inline(always)]
-    fn take_block<L: Lanes>(&mut self, block: usize, keys: &[f32], values: &[f32]) {
-        let scale = 1.0 / (self.q.len() as f32).sqrt();
-        let mut scores = [0.0f32; KV_BLOCK];
-        block_scores::<L>(self.q, keys, scale, &mut scores);
-        let start = block * KV_BLOCK;
-        let seen = self.first.saturating_sub(start)..(self.last - start + 1).min(KV_BLOCK);
-        let mut max = self.max;
-        for (j, score) in scores.iter_mut().enumerate() {
-            if !seen.contains(&j) {
-                *score = f32::NEG_INFINITY;
-            } else if *score > max || score.is_nan() {
-                max = *score;
-            }
-        }
-        let shrink = if self.max == f32::NEG_INFINITY { 0.0 } else { exp_one::<L>(self.max - max) };
-        let mut weights = [0.0f32; KV_BLOCK];
-        for_lanes::<L>(KV_BLOCK, |i, n| {
-            // SAFETY: i + n ≤ KV_BLOCK.
-            unsafe { store(load::<L>(&scores, i, n).sub(L::splat(max)).exp(), &mut weights, i, n) };
-        });
-        self.total = self.total * shrink + weights.iter().sum::<f32>();
-        self.max = max;
-        add_values::<L>(self.out, values, &weights, seen, shrink);
-    }
-}
-
-#[inline(always)]
-fn exp_one<L: Lanes>(x: f32) -> f32 {
-    L::splat(x).exp().first()
-}
-
-/// scores[j] = scale · Σ_e q[e] · keys[e, j]: four running sums over e ≡ 0, 1, 2, 3 (mod 4), so that one product need
-/// not wait for the last one, then (0 + 1) + (2 + 3).
-#[inline(always)]
-fn block_scores<L: Lanes>(q: &[f32], keys: &[f32], scale: f32, scores: &mut [f32; KV_BLOCK]) {
-    const { assert!(KV_BLOCK.is_multiple_of(16)) };
-    assert!(keys.len() >= q.len() * KV_BLOCK);
-    let whole = q.len() - q.len() % 4;
-    let mut j = 0;
-    while j < KV_BLOCK {
-        let mut sums = [L::zero(); 4];
-        let mut e = 0;
-        while e < whole {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: keys is [E, P] and j + lanes ≤ P, since every lane count divides P.
-                let key = unsafe { load::<L>(keys, (e + i) * KV_BLOCK + j, L::N) };
-                *sum = sum.mul_add(L::splat(q[e + i]), key);
-            }
-            e += 4;
-        }
-        for (i, sum) in sums.iter_mut().enumerate().take(q.len() - whole) {
-            // SAFETY: as above.
-            let key = unsafe { load::<L>(keys, (e + i) * KV_BLOCK + j, L::N) };
-            *sum = sum.mul_add(L::splat(q[e + i]), key);
-        }
-        let [a, b, c, d] = sums;
-        let sum = a.add(b).add(c.add(d));
-        // SAFETY: j + lanes ≤ P.
-        unsafe { store(sum.mul(L::splat(scale)), scores, j, L::N) };
-        j += L::N;
-    }
-}
-
-/// out ← out · shrink + Σ_j weights[j] · values[j] over the keys that are seen, in rising j.
-#[inline(always)]
-fn add_values<L: Lanes>(out: &mut [f32], values: &[f32], weights: &[f32; KV_BLOCK], seen: Range<usize>, shrink: f32) {
-    /// Sums side by side: enough to hide the latency of an addition.
-    const WIDE: usize = 8;
-    let e = out.len();
-    assert!(values.len() >= e * KV_BLOCK && seen.end <= KV_BLOCK);
-    let mut i = 0;
-    while i + WIDE * L::N <= e {
-        // SAFETY: i + WIDE · lanes ≤ e, the length of `out` and of every value row.
-        unsafe {
-            let mut sums: [L; WIDE] = std::array::from_fn(|k| load::<L>(out, i + k * L::N, L::N).mul(L::splat(shrink)));
-            for j in seen.clone() {
-                let weight = L::splat(weights[j]);
-                for (k, sum) in sums.iter_mut().enumerate() {
-                    *sum = sum.mul_add(weight, load::<L>(values, j * e + i + k * L::N, L::N));
+    scratch.weights.resize(count * CHUNK, 0.0);
+    let first = scratch.queries.iter().map(|q| q.first).min().unwrap_or(0);
+    let last = scratch.queries.iter().map(|q| q.last).max().unwrap_or(0);
+    let table = &inputs.tables[inputs.rows[rows.start].table as usize..];
+    for chunk in first / CHUNK..=last / CHUNK {
+        let chunk = chunk_at(&inputs, table, kv_head, chunk, first / KV_BLOCK..last / KV_BLOCK + 1);
+        let mut i = 0;
+        while i < count {
+            let seen = seen_of(&scratch.queries[i], &chunk);
+            // Queries that see the same keys of the chunk may share a tile.
+            let most = if L::REGISTERS >= 32 { 6 } else { 3 };
+            let alike = |j: &usize| seen_of(&scratch.queries[*j], &chunk) == seen;
+            let height = 1 + (i + 1..count.min(i + most)).take_while(alike).count();
+            if !seen.is_empty() {
+                let places: [usize; 6] = std::array::from_fn(|j| place(i + j.min(height - 1)));
+                let tile = Tile { chunk: &chunk, seen, places, inputs: &inputs, out };
+                let queries = &mut scratch.queries[i..i + height];
+                let weights = &mut scratch.weights[i * CHUNK..(i + height) * CHUNK];
+                match height {
+                    1 => tile.take::<L, 1>(queries, weights),
+                    2 => tile.take::<L, 2>(queries, weights),
+                    3 => tile.take::<L, 3>(queries, weights),
+                    4 => tile.take::<L, 4>(queries, weights),
+                    5 => tile.take::<L, 5>(queries, weights),
+                    _ => tile.take::<L, 6>(queries, weights),
                 }
             }
-            for (k, sum) in sums.into_iter().enumerate() {
-                store(sum, out, i + k * L::N, L::N);
+            i += height;
+        }
+    }
+    for (i, query) in scratch.queries.iter().enumerate() {
+        let inverse = 1.0 / query.total;
+        // SAFETY: as above.
+        unsafe { out.slice(place(i)..place(i) + e) }.iter_mut().for_each(|v| *v *= inverse);
+    }
+    SCRATCH.set(scratch);
+}
+
+/// The keys of a chunk that a query sees, relative to the chunk.
+#[inline(always)]
+fn seen_of(query: &Query, chunk: &Chunk) -> Range<usize> {
+    let clamp = |key: usize| key.saturating_sub(chunk.start).min(CHUNK);
+    clamp(query.first)..clamp(query.last + 1)
+}
+
+/// `present`: the blocks that some query of the task sees.
+#[inline(always)]
+fn chunk_at<'a>(
+    inputs: &Inputs<'a>,
+    table: &[u32],
+    kv_head: usize,
+    chunk: usize,
+    present: Range<usize>,
+) -> Chunk<'a> {
+    let size = inputs.head_dim * KV_BLOCK;
+    let at: [usize; BLOCKS] = std::array::from_fn(|b| {
+        let block = (chunk * BLOCKS + b).clamp(present.start, present.end - 1);
+        (table[block] as usize * inputs.kv_heads + kv_head) * size
+    });
+    Chunk {
+        start: chunk * CHUNK,
+        keys: at.map(|at| &inputs.keys[at..at + size]),
+        values: at.map(|at| &inputs.values[at..at + size]),
+    }
+}
+
+/// Some queries that see the same keys of a chunk.
+struct Tile<'a, 'b> {
+    chunk: &'b Chunk<'a>,
+    seen: Range<usize>,
+    /// Where each query begins in q and in out.
+    places: [usize; 6],
+    inputs: &'b Inputs<'a>,
+    out: SharedMut<'a>,
+}
+
+impl Tile<'_, '_> {
+    /// One chunk further for NQ queries.
+    #[inline(always)]
+    fn take<L: Lanes, const NQ: usize>(&self, queries: &mut [Query], weights: &mut [f32]) {
+        self.scores::<L, NQ>(weights);
+        for (query, weights) in queries.iter_mut().zip(weights.chunks_exact_mut(CHUNK)) {
+            if self.seen != (0..CHUNK) {
+                weights[..self.seen.start].fill(f32::NEG_INFINITY);
+                weights[self.seen.end..].fill(f32::NEG_INFINITY);
+            }
+            softmax_step::<L>(query, weights);
+        }
+        self.values::<L, NQ>(queries, weights);
+    }
+
+    /// scores[i, j] = scale · Σ_e q_i[e] · key_j[e], in rising e.
+    #[inline(always)]
+    fn scores<L: Lanes, const NQ: usize>(&self, scores: &mut [f32]) {
+        /// Vectors of keys side by side.
+        const WIDE: usize = 4;
+        let e = self.inputs.head_dim;
+        let scale = L::splat(1.0 / (e as f32).sqrt());
+        let q: [&[f32]; NQ] = std::array::from_fn(|i| &self.inputs.q[self.places[i]..self.places[i] + e]);
+        assert!(scores.len() >= NQ * CHUNK);
+        let mut j = 0;
+        while j < CHUNK {
+            // Vector v holds the keys j + v · lanes …, which lie within one block.
+            let keys: [*const f32; WIDE] = std::array::from_fn(|v| {
+                let key = j + v * L::N;
+                self.chunk.keys[key / KV_BLOCK].as_ptr().wrapping_add(key % KV_BLOCK)
+            });
+            let mut sums = [[L::zero(); WIDE]; NQ];
+            for e in 0..e {
+                // SAFETY: a block of keys is [E, P], e < E, and every lane count divides P; q_i has E elements.
+                unsafe {
+                    let keys: [L; WIDE] = std::array::from_fn(|v| L::load(keys[v].add(e * KV_BLOCK)));
+                    for (sums, q) in sums.iter_mut().zip(q) {
+                        let q = L::splat(*q.get_unchecked(e));
+                        for (sum, key) in sums.iter_mut().zip(keys) {
+                            *sum = sum.mul_add(q, key);
+                        }
+                    }
+                }
+            }
+            for (i, sums) in sums.into_iter().enumerate() {
+                for (v, sum) in sums.into_iter().enumerate() {
+                    // SAFETY: i < NQ, j + (v + 1) · lanes ≤ CHUNK.
+                    unsafe { sum.mul(scale).store(scores.as_mut_ptr().add(i * CHUNK + j + v * L::N)) };
+                }
+            }
+            j += WIDE * L::N;
+        }
+    }
+
+    /// out_i ← out_i · shrink_i + Σ_j weights[i, j] · value_j over the keys that are seen, in rising j.
+    #[inline(always)]
+    fn values<L: Lanes, const NQ: usize>(&self, queries: &[Query], weights: &[f32]) {
+        let e = self.inputs.head_dim;
+        let mut at = 0;
+        while at < e {
+            if at + 4 * L::N <= e {
+                self.values_at::<L, NQ, 4>(queries, weights, at, L::N);
+                at += 4 * L::N;
+            } else {
+                self.values_at::<L, NQ, 1>(queries, weights, at, L::N.min(e - at));
+                at += L::N;
             }
         }
-        i += WIDE * L::N;
     }
-    while i < e {
-        let n = (e - i).min(L::N);
-        // SAFETY: i + n ≤ e.
+
+    /// The elements from `at` on: WIDE vectors of `n` elements.
+    #[inline(always)]
+    fn values_at<L: Lanes, const NQ: usize, const WIDE: usize>(
+        &self,
+        queries: &[Query],
+        weights: &[f32],
+        at: usize,
+        n: usize,
+    ) {
+        let e = self.inputs.head_dim;
+        assert!(queries.len() >= NQ && weights.len() >= NQ * CHUNK && at + (WIDE - 1) * L::N + n <= e);
+        let mut sums = [[L::zero(); WIDE]; NQ];
+        for (i, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: this task's own elements; at + … + n ≤ E.
+            unsafe {
+                let out = self.out.slice(self.places[i]..self.places[i] + e);
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = load::<L>(out, at + v * L::N, n).mul(L::splat(queries[i].shrink));
+                }
+            }
+        }
+        for (b, values) in self.chunk.values.iter().enumerate() {
+            let from = self.seen.start.max(b * KV_BLOCK);
+            let to = self.seen.end.min((b + 1) * KV_BLOCK);
+            for j in from..to {
+                let row = j % KV_BLOCK * e + at;
+                // SAFETY: a block of values is [P, E]; weights is [NQ, CHUNK] at least and j < CHUNK.
+                unsafe {
+                    let values: [L; WIDE] = std::array::from_fn(|v| load::<L>(values, row + v * L::N, n));
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        let weight = L::splat(*weights.get_unchecked(i * CHUNK + j));
+                        for (sum, value) in sums.iter_mut().zip(values) {
+                            *sum = sum.mul_add(weight, value);
+                        }
+                    }
+                }
+            }
+        }
+        for (i, sums) in sums.into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe {
+                let out = self.out.slice(self.places[i]..self.places[i] + e);
+                for (v, sum) in sums.into_iter().enumerate() {
+                    store(sum, out, at + v * L::N, n);
+                }
+            }
+        }
+    }
+}
+
+/// Scores become weights e^(score − max), with max the largest so far; the query's total follows.
+#[inline(always)]
+fn softmax_step<L: Lanes>(query: &mut Query, scores: &mut [f32]) {
+    assert!(scores.len() == CHUNK);
+    let mut max = L::splat(query.max);
+    for_lanes!(L, CHUNK, |i, n| {
+        // SAFETY: i + n ≤ CHUNK. A NaN is passed over here and comes out of e^(NaN − max) below.
+        max = unsafe { load::<L>(scores, i, n) }.max(max);
+    });
+    let max = max.largest();
+    query.shrink = if query.max == f32::NEG_INFINITY { 0.0 } else { L::splat(query.max - max).exp().first() };
+    query.max = max;
+    let mut total = L::zero();
+    for_lanes!(L, CHUNK, |i, n| {
+        // SAFETY: i + n ≤ CHUNK.
         unsafe {
-            let mut sum = load::<L>(out, i, n).mul(L::splat(shrink));
-            for j in seen.clone() {
-                sum = sum.mul_add(L::splat(weights[j]), load::<L>(values, j * e + i, n));
-            }
-            store(sum, out, i, n);
+            let weight = load::<L>(scores, i, n).sub(L::splat(max)).exp();
+            total = total.add(weight);
+            store(weight, scores, i, n);
         }
-        i += n;
-    }
+    });
+    query.total = query.total * query.shrink + total.sum();
 }

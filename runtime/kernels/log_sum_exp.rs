@@ -4,8 +4,7 @@
 //! vocabulary. The CPU works in chunks of [`CHUNK`] logits, right after the head has made them, and joins the chunks
 //! in order.
 
-use super::lanes::{Lanes, for_each_isa};
-use super::rms_norm::{for_lanes, load};
+use super::lanes::{Lanes, for_each_isa, for_lanes, load};
 
 /// Parameters of the shader.
 #[repr(C)]
@@ -80,7 +79,7 @@ fn body<L: Lanes>(logits: &[f32]) -> Stats {
     let rest = &logits[whole..];
     // `trap` becomes NaN if a logit is NaN (or infinite, which the scan below tells apart).
     let (mut max, mut trap) = (L::splat(f32::NEG_INFINITY), L::zero());
-    for_lanes::<L>(whole, |i, n| {
+    for_lanes!(L, whole, |i, n| {
         // SAFETY: i + n ≤ whole.
         let l = unsafe { load::<L>(logits, i, n) };
         trap = trap.mul_add(l, L::zero());
@@ -94,7 +93,7 @@ fn body<L: Lanes>(logits: &[f32]) -> Stats {
         return Stats { max, sum: 0.0, weighted: 0.0 };
     }
     let (mut sum, mut weighted) = (L::zero(), L::zero());
-    for_lanes::<L>(whole, |i, n| {
+    for_lanes!(L, whole, |i, n| {
         // SAFETY: i + n ≤ whole.
         let d = unsafe { load::<L>(logits, i, n) }.sub(L::splat(max));
         let p = d.exp();

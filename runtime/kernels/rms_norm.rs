@@ -1,6 +1,6 @@
 //! out = x / sqrt(mean(x²) + eps) · weight, row by row.
 
-use super::lanes::{Lanes, for_each_isa};
+use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
 
 /// Parameters of the shader.
 #[repr(C)]
@@ -26,49 +26,15 @@ fn body<L: Lanes>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let width = weight.len();
     for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
         let mut squares = L::zero();
-        for_lanes::<L>(width, |i, n| {
+        for_lanes!(L, width, |i, n| {
             // SAFETY: i + n ≤ width.
             let v = unsafe { load::<L>(x, i, n) };
             squares = squares.mul_add(v, v);
         });
         let scale = L::splat(1.0 / (squares.sum() / width as f32 + eps).sqrt());
-        for_lanes::<L>(width, |i, n| {
+        for_lanes!(L, width, |i, n| {
             // SAFETY: i + n ≤ width, the length of all three.
             unsafe { store(load::<L>(x, i, n).mul(scale).mul(load::<L>(weight, i, n)), out, i, n) };
         });
-    }
-}
-
-/// Calls `f(start, count)` for every group of lanes in 0..len.
-#[inline(always)]
-pub(super) fn for_lanes<L: Lanes>(len: usize, mut f: impl FnMut(usize, usize)) {
-    let mut i = 0;
-    while i < len {
-        f(i, (len - i).min(L::N));
-        i += L::N;
-    }
-}
-
-/// # Safety
-/// i + n must be at most the length, n at most the lanes.
-#[inline(always)]
-pub(super) unsafe fn load<L: Lanes>(x: &[f32], i: usize, n: usize) -> L {
-    debug_assert!(i + n <= x.len());
-    // SAFETY: in bounds by the caller's promise.
-    unsafe {
-        let p = x.as_ptr().add(i);
-        if n == L::N { L::load(p) } else { L::load_part(p, n) }
-    }
-}
-
-/// # Safety
-/// i + n must be at most the length, n at most the lanes.
-#[inline(always)]
-pub(super) unsafe fn store<L: Lanes>(v: L, out: &mut [f32], i: usize, n: usize) {
-    debug_assert!(i + n <= out.len());
-    // SAFETY: in bounds by the caller's promise.
-    unsafe {
-        let p = out.as_mut_ptr().add(i);
-        if n == L::N { v.store(p) } else { v.store_part(p, n) }
     }
 }

@@ -2,8 +2,7 @@
 //!
 //! cos and sin come as a table [T, E/2], computed once a step on the host: both backends rotate by the same angles.
 
-use super::lanes::{Lanes, for_each_isa};
-use super::rms_norm::{for_lanes, load, store};
+use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
 
 /// Parameters of the shader.
 #[repr(C)]
@@ -30,7 +29,7 @@ fn body<L: Lanes>(cos_sin: &[f32], half: usize, heads: usize, x: &mut [f32]) {
         let (cos, sin) = angles.split_at(half);
         for head in row.chunks_exact_mut(2 * half) {
             let (low, high) = head.split_at_mut(half);
-            for_lanes::<L>(half, |i, n| {
+            for_lanes!(L, half, |i, n| {
                 // SAFETY: i + n ≤ half, the length of all four.
                 unsafe {
                     let (a, b) = (load::<L>(low, i, n), load::<L>(high, i, n));

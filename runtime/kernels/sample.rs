@@ -10,8 +10,7 @@
 //! distribution over the kept tokens in the order of their ids. At temperature 0 the largest z wins, of equals the
 //! smallest id.
 
-use super::lanes::{Lanes, for_each_isa};
-use super::rms_norm::{for_lanes, load, store};
+use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
 
 /// Parameters of the shader.
 #[repr(C)]
@@ -113,7 +112,7 @@ fn body<L: Lanes>(logits: &[f32], request: &Request, seen: &[u32], z: &mut Vec<f
     let kept = z.iter().map(|z| u32::from(*z >= threshold)).sum();
     // z becomes the weights of the kept tokens; zero elsewhere.
     let len = z.len();
-    for_lanes::<L>(len, |i, n| {
+    for_lanes!(L, len, |i, n| {
         // SAFETY: i + n ≤ len.
         unsafe {
             let v = load::<L>(z, i, n);

@@ -1,7 +1,6 @@
 //! up ← silu(gate) · up with silu(x) = x / (1 + e^(−x)).
 
-use super::lanes::{Lanes, for_each_isa};
-use super::rms_norm::{for_lanes, load, store};
+use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
 
 /// Parameters of the shader.
 #[repr(C)]
@@ -24,7 +23,7 @@ for_each_isa! {
 #[inline(always)]
 fn body<L: Lanes>(gate: &[f32], up: &mut [f32]) {
     let len = gate.len().min(up.len());
-    for_lanes::<L>(len, |i, n| {
+    for_lanes!(L, len, |i, n| {
         // SAFETY: i + n ≤ len, at most the length of both.
         unsafe {
             store(gated_lanes(load::<L>(gate, i, n), load::<L>(up, i, n)), up, i, n);

@@ -1,8 +1,13 @@
 //! What the whole-library tests share.
 #![allow(dead_code)] // Each test binary uses its part.
 
-use std::path::{Path, PathBuf};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub mod amx_emulator;
 
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+
+use rewardrt::kernels::Isa;
 use rewardrt::{Model, ModelOptions, Runtime, RuntimeOptions};
 
 /// The devices to test on: `REWARDRT_TEST_DEVICES`, or the CPU and llvmpipe. A device that is not there fails the
@@ -20,7 +25,34 @@ pub fn devices() -> Vec<String> {
     vec!["cpu".into()]
 }
 
+/// With `REWARDRT_TEST_AMX=emulate` every test of this process takes the AMX path, its instructions emulated one by one
+/// where the processor has none. They need AVX-512 with BF16 beside them.
+pub fn prepare() {
+    static PREPARED: Once = Once::new();
+    PREPARED.call_once(|| {
+        if std::env::var_os("REWARDRT_TEST_AMX").is_none_or(|how| how != "emulate") {
+            return;
+        }
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        {
+            assert!(Isa::available().contains(&Isa::Avx512Bf16), "emulating AMX needs AVX-512 with BF16");
+            if !Isa::available().contains(&Isa::Amx) {
+                amx_emulator::install();
+            }
+            // SAFETY: the processor has the instructions, or the handler just installed does them.
+            unsafe { Isa::force(Isa::Amx) };
+        }
+    });
+}
+
+/// The instruction sets to test.
+pub fn isas() -> Vec<Isa> {
+    prepare();
+    Isa::available()
+}
+
 pub fn open(device: &str, threads: usize) -> Runtime {
+    prepare();
     Runtime::open(&RuntimeOptions { device: device.into(), threads: Some(threads) }).unwrap()
 }
 

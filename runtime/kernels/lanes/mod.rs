@@ -244,3 +244,48 @@ macro_rules! for_each_isa {
     };
 }
 pub(crate) use for_each_isa;
+
+/// Runs a block for every group of lanes in 0..len, with its start and its count: whole groups, then what is left.
+///
+/// A macro, since a closure would be compiled without the instruction set and might stay a call.
+macro_rules! for_lanes {
+    ($lanes:ty, $len:expr, |$i:ident, $n:ident| $body:block) => {{
+        let len: usize = $len;
+        let whole = len - len % <$lanes>::N;
+        let mut at = 0;
+        while at < whole {
+            let ($i, $n) = (at, <$lanes>::N);
+            $body
+            at += <$lanes>::N;
+        }
+        if at < len {
+            let ($i, $n) = (at, len - at);
+            $body
+        }
+    }};
+}
+pub(crate) use for_lanes;
+
+/// # Safety
+/// i + n must be at most the length, n at most the lanes.
+#[inline(always)]
+pub(crate) unsafe fn load<L: Lanes>(x: &[f32], i: usize, n: usize) -> L {
+    debug_assert!(i + n <= x.len());
+    // SAFETY: in bounds by the caller's promise.
+    unsafe {
+        let p = x.as_ptr().add(i);
+        if n == L::N { L::load(p) } else { L::load_part(p, n) }
+    }
+}
+
+/// # Safety
+/// i + n must be at most the length, n at most the lanes.
+#[inline(always)]
+pub(crate) unsafe fn store<L: Lanes>(v: L, out: &mut [f32], i: usize, n: usize) {
+    debug_assert!(i + n <= out.len());
+    // SAFETY: in bounds by the caller's promise.
+    unsafe {
+        let p = out.as_mut_ptr().add(i);
+        if n == L::N { v.store(p) } else { v.store_part(p, n) }
+    }
+}

@@ -9,6 +9,7 @@ use std::arch::x86_64::*;
 use super::Lanes;
 
 #[derive(Clone, Copy)]
+#[repr(transparent)]
 pub(crate) struct Avx2(__m256);
 
 /// Ones for lanes below n: read eight elements from index 8 − n.
@@ -111,8 +112,10 @@ impl Lanes for Avx2 {
     fn sums(v: [Self; 16]) -> [f32; 16] {
         let mut out = [0.0; 16];
         unsafe {
-            _mm256_storeu_ps(out.as_mut_ptr(), sums_of_eight(std::array::from_fn(|i| v[i].0)));
-            _mm256_storeu_ps(out.as_mut_ptr().add(8), sums_of_eight(std::array::from_fn(|i| v[8 + i].0)));
+            // The vectors are transparent around their registers.
+            let [low, high] = std::mem::transmute::<[Self; 16], [[__m256; 8]; 2]>(v);
+            _mm256_storeu_ps(out.as_mut_ptr(), sums_of_eight(low));
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), sums_of_eight(high));
         }
         out
     }
@@ -156,14 +159,19 @@ impl Lanes for Avx2 {
 #[inline(always)]
 unsafe fn sums_of_eight(v: [__m256; 8]) -> __m256 {
     unsafe {
-        let pair = |a, b| _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-        let four = |a, b| {
-            let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
-            _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)))
-        };
-        let low = four(pair(v[0], v[1]), pair(v[2], v[3]));
-        let high = four(pair(v[4], v[5]), pair(v[6], v[7]));
+        let low = sums_of_four(v[0], v[1], v[2], v[3]);
+        let high = sums_of_four(v[4], v[5], v[6], v[7]);
         _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high))
+    }
+}
+
+/// In each half: the sums of the halves of four vectors.
+#[inline(always)]
+unsafe fn sums_of_four(a: __m256, b: __m256, c: __m256, d: __m256) -> __m256 {
+    unsafe {
+        let ab = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+        let cd = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+        _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)))
     }
 }
 
@@ -171,17 +179,30 @@ unsafe fn sums_of_eight(v: [__m256; 8]) -> __m256 {
 #[inline(always)]
 unsafe fn sums_of_sixteen(v: [__m512; 16]) -> __m512 {
     unsafe {
-        let pair = |i: usize| _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 1]), _mm512_unpackhi_ps(v[i], v[i + 1]));
-        let four = |i: usize| {
-            let (a, b) = (_mm512_castps_pd(pair(i)), _mm512_castps_pd(pair(i + 2)));
-            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)))
-        };
-        let join = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
-        join(join(four(0), four(4)), join(four(8), four(12)))
+        let low = joined(quarter_sums(v[0], v[1], v[2], v[3]), quarter_sums(v[4], v[5], v[6], v[7]));
+        let high = joined(quarter_sums(v[8], v[9], v[10], v[11]), quarter_sums(v[12], v[13], v[14], v[15]));
+        joined(low, high)
     }
 }
 
+/// In each quarter: the sums of the quarters of four vectors.
+#[inline(always)]
+unsafe fn quarter_sums(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+    unsafe {
+        let ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        let cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))
+    }
+}
+
+/// Neighbouring quarters added: a's two sums, then b's.
+#[inline(always)]
+unsafe fn joined(a: __m512, b: __m512) -> __m512 {
+    unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)) }
+}
+
 #[derive(Clone, Copy)]
+#[repr(transparent)]
 pub(crate) struct Avx512(pub(crate) __m512);
 
 impl Lanes for Avx512 {
@@ -279,7 +300,8 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn sums(v: [Self; 16]) -> [f32; 16] {
         let mut out = [0.0; 16];
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums_of_sixteen(v.map(|v| v.0))) };
+        // The vectors are transparent around their registers.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums_of_sixteen(std::mem::transmute::<[Self; 16], [__m512; 16]>(v))) };
         out
     }
     #[inline(always)]

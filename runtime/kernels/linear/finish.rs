@@ -3,8 +3,7 @@
 use std::ops::Range;
 
 use crate::kernels::SharedMut;
-use crate::kernels::lanes::{Lanes, for_each_isa};
-use crate::kernels::rms_norm::{for_lanes, load, store as store_lanes};
+use crate::kernels::lanes::{Lanes, for_each_isa, for_lanes, load, store as store_lanes};
 use crate::kernels::silu_mul::gated_lanes;
 
 /// The elements of `out` that a block of sums is for.
@@ -53,7 +52,7 @@ fn store_body<L: Lanes>(block: &Block, sums: &[f32], bias: Option<&[f32]>) {
     let bias = bias.map(|b| &b[block.cols.clone()]);
     for (i, sums) in sums.chunks_exact(block.cols.len()).take(block.rows.len()).enumerate() {
         let out = block.out_row(i);
-        for_lanes::<L>(sums.len(), |i, n| {
+        for_lanes!(L, sums.len(), |i, n| {
             // SAFETY: i + n ≤ the columns of the block, the length of all.
             unsafe { store_lanes(biased::<L>(sums, bias, i, n), out, i, n) };
         });
@@ -65,7 +64,7 @@ fn add_body<L: Lanes>(block: &Block, sums: &[f32], bias: Option<&[f32]>) {
     let bias = bias.map(|b| &b[block.cols.clone()]);
     for (i, sums) in sums.chunks_exact(block.cols.len()).take(block.rows.len()).enumerate() {
         let out = block.out_row(i);
-        for_lanes::<L>(sums.len(), |i, n| {
+        for_lanes!(L, sums.len(), |i, n| {
             // SAFETY: as above.
             unsafe { store_lanes(load::<L>(out, i, n).add(biased::<L>(sums, bias, i, n)), out, i, n) };
         });
@@ -79,7 +78,7 @@ fn gated_body<L: Lanes>(block: &Block, sums: [&mut Vec<f32>; 2], bias: [Option<&
     let cols = block.cols.len();
     for (i, (gate, up)) in gate.chunks_exact(cols).zip(up.chunks_exact(cols)).take(block.rows.len()).enumerate() {
         let out = block.out_row(i);
-        for_lanes::<L>(cols, |i, n| {
+        for_lanes!(L, cols, |i, n| {
             // SAFETY: as above.
             unsafe {
                 let (gate, up) = (biased::<L>(gate, gate_bias, i, n), biased::<L>(up, up_bias, i, n));

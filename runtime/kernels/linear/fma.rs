@@ -102,19 +102,19 @@ thread_local! {
 #[inline(always)]
 fn widened<L: Lanes>(block: Block, weight: &Weight, cols: Range<usize>) {
     let k = weight.cols();
-    WIDE.with_borrow_mut(|wide| {
-        let step = (tile::WEIGHT_BLOCK_BYTES / (4 * k).max(1) / 12).max(1) * 12;
-        for n in (0..cols.len()).step_by(step) {
-            let count = step.min(cols.len() - n);
-            wide.resize(wide.len().max(count * k), 0.0);
-            for (i, wide) in wide.chunks_exact_mut(k.max(1)).take(count).enumerate() {
-                widen_row::<L>(weight, cols.start + n + i, wide);
-            }
-            let part = Block { w: wide.as_ptr().cast(), ..block };
-            // SAFETY: `count` widened rows; the rest as above.
-            unsafe { tile::sums::<F32<L>>(Block { w: part.w, ..block.columns(n, count) }) };
+    // Taken out, not borrowed: a closure would not be compiled for the instruction set.
+    let mut wide = WIDE.take();
+    let step = (tile::WEIGHT_BLOCK_BYTES / (4 * k).max(1) / 12).max(1) * 12;
+    for n in (0..cols.len()).step_by(step) {
+        let count = step.min(cols.len() - n);
+        wide.resize(wide.len().max(count * k), 0.0);
+        for (i, wide) in wide.chunks_exact_mut(k.max(1)).take(count).enumerate() {
+            widen_row::<L>(weight, cols.start + n + i, wide);
         }
-    });
+        // SAFETY: `count` widened rows; the rest as above.
+        unsafe { tile::sums::<F32<L>>(Block { w: wide.as_ptr().cast(), ..block.columns(n, count) }) };
+    }
+    WIDE.set(wide);
 }
 
 #[inline(always)]

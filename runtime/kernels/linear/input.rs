@@ -5,9 +5,11 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::Arithmetic;
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use crate::backend::cpu::Pool;
-use crate::kernels::lanes::{Lanes, for_each_isa};
-use crate::kernels::rms_norm::{for_lanes, load, rms_norm};
+use crate::kernels::lanes::{Lanes, for_each_isa, for_lanes, load};
+use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::{Isa, SharedMut};
 
 /// The norm that x goes through first.
@@ -85,6 +87,13 @@ impl<'a> Packed<'a> {
         (&all[rows.start * self.stride..rows.end * self.stride], self.stride)
     }
 
+    /// The tiles, the terms, and the bytes of a group of sixteen rows.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn amx_tiles(&self) -> (&'a [u8], usize, usize) {
+        let Arithmetic::Amx { terms } = self.arithmetic else { panic!("packed for {:?}", self.arithmetic) };
+        (self.data, terms, 2 * self.stride)
+    }
+
     /// [rows, stride], the stride (K rounded up, with zeros), and the scale of each row.
     pub(super) fn i16_rows(&self, rows: Range<usize>) -> (&'a [i16], usize, &'a [f32]) {
         assert_eq!(self.arithmetic, Arithmetic::Int8);
@@ -146,7 +155,26 @@ impl PackBuffer {
                 });
                 Packed { stride, data: bytes(&self.lines, rows * stride * 2), scales: &self.scales[..rows], ..packed }
             }
-            Arithmetic::Amx { .. } => packed,
+            #[cfg(not(target_arch = "x86_64"))]
+            Arithmetic::Amx { .. } => unreachable!("tiles off x86_64"),
+            #[cfg(target_arch = "x86_64")]
+            Arithmetic::Amx { terms } => {
+                let stride = amx::group_len(k, terms);
+                let groups = rows.div_ceil(16);
+                let out = SharedMut::new(self.room::<u16>(groups * stride));
+                pool.over_rows(groups, 16 * k, &|groups| {
+                    let mut split = vec![0; terms * amx::term_len(k)];
+                    for group in groups {
+                        split.fill(0);
+                        for t in group * 16..rows.min(group * 16 + 16) {
+                            normed(isa, &source, t, |row| amx::split_row(row, t % 16, &mut split));
+                        }
+                        // SAFETY: tasks have disjoint groups.
+                        amx::pack_group(&split, k, unsafe { out.slice(group * stride..(group + 1) * stride) });
+                    }
+                });
+                Packed { stride, data: self.bytes(groups * stride * 2), ..packed }
+            }
         }
     }
 
@@ -188,7 +216,7 @@ fn normed(isa: Isa, source: &Source, t: usize, f: impl FnOnce(&[f32])) {
 
 /// Nearest, ties to even; subnormals become zero, as the multiplying instruction would read them. The rest of `out` is
 /// zero.
-fn round_to_bf16(row: &[f32], out: &mut [u16]) {
+pub(super) fn round_to_bf16(row: &[f32], out: &mut [u16]) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::*;
@@ -227,7 +255,7 @@ fn round_to_i16_body<L: Lanes>(row: &[f32], out: &mut [i16]) -> f32 {
     const LARGEST: f32 = 32767.0;
     // `trap` becomes NaN if an input is not finite.
     let (mut most, mut trap) = (L::zero(), L::zero());
-    for_lanes::<L>(row.len(), |i, n| {
+    for_lanes!(L, row.len(), |i, n| {
         // SAFETY: i + n ≤ the row's length.
         let v = unsafe { load::<L>(row, i, n) };
         trap = trap.mul_add(v, L::zero());
@@ -243,7 +271,7 @@ fn round_to_i16_body<L: Lanes>(row: &[f32], out: &mut [i16]) -> f32 {
         // All zero, or so small that its products are zero beside anything else.
         return 0.0;
     }
-    for_lanes::<L>(row.len(), |i, n| {
+    for_lanes!(L, row.len(), |i, n| {
         let mut rounded = [0.0f32; 16];
         // SAFETY: i + n ≤ the row's length; lanes ≤ 16.
         unsafe { load::<L>(row, i, n).mul(L::splat(inverse)).round().store(rounded.as_mut_ptr()) };

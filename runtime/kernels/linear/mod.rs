@@ -6,6 +6,8 @@
 //! How an element is added up is its [`Arithmetic`], a function of the instruction set, the precision and the weight's
 //! dtype; within one the order of additions depends on K alone. How many rows or columns share a tile changes nothing.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod arithmetic;
 mod bf16;
 mod finish;
@@ -17,9 +19,8 @@ mod tile;
 use std::cell::RefCell;
 use std::ops::Range;
 
-pub(crate) fn amx_permitted() -> bool {
-    false
-}
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amx::permitted as amx_permitted;
 pub use arithmetic::{Arithmetic, Precision};
 pub(crate) use input::{Norm, PackBuffer, Packed, Source};
 pub use int8::{BLOCK as INT8_BLOCK, Int8Matrix, Int8View};
@@ -242,6 +243,8 @@ pub(crate) fn column_sums(
         (Arithmetic::Int8, Weight::Int8(view)) => int8::sums(isa, x, rows, *view, cols, sums),
         #[cfg(target_arch = "x86_64")]
         (Arithmetic::Bf16, Weight::Stored(view)) => bf16::sums(x, rows, *view, cols, sums),
+        #[cfg(target_arch = "x86_64")]
+        (Arithmetic::Amx { .. }, Weight::Stored(view)) => amx::sums(x, rows, *view, cols, sums),
         _ => fma::sums(isa, x, rows, weight, cols, sums),
     }
 }

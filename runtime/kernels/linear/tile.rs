@@ -190,16 +190,35 @@ pub(super) unsafe fn write_sums<L: Lanes, const NR: usize, const TR: usize>(
     out: *mut f32,
     stride: usize,
 ) {
-    let count = NR * TR;
-    let mut first = 0;
-    while first < count {
-        let at = |i: usize| if first + i < count { sums[(first + i) / NR][(first + i) % NR] } else { L::zero() };
-        let values = L::sums(std::array::from_fn(at));
-        for (i, value) in values.into_iter().enumerate().take(count - first) {
-            let (t, n) = ((first + i) / NR, (first + i) % NR);
+    const { assert!(NR * TR <= 32) };
+    // Written out: an index that is not known when compiling would keep the sums in memory all along.
+    // SAFETY: the caller's promise.
+    unsafe {
+        write_sixteen::<L, NR, TR, 0>(sums, out, stride);
+        if NR * TR > 16 {
+            write_sixteen::<L, NR, TR, 16>(sums, out, stride);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn write_sixteen<L: Lanes, const NR: usize, const TR: usize, const FIRST: usize>(
+    sums: &[[L; NR]; TR],
+    out: *mut f32,
+    stride: usize,
+) {
+    let mut group = [L::zero(); 16];
+    for (i, sum) in group.iter_mut().enumerate() {
+        if FIRST + i < NR * TR {
+            *sum = sums[(FIRST + i) / NR][(FIRST + i) % NR];
+        }
+    }
+    let values = L::sums(group);
+    for (i, value) in values.into_iter().enumerate() {
+        if FIRST + i < NR * TR {
+            let (t, n) = ((FIRST + i) / NR, (FIRST + i) % NR);
             // SAFETY: t < TR, n < NR.
             unsafe { *out.add(t * stride + n) = value };
         }
-        first += 16;
     }
 }
