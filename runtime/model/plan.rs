@@ -162,6 +162,17 @@ impl Plan {
         self.matrices.iter().chain(&self.vectors)
     }
 
+    /// The first weight of the first product at or after the call `i`; the head's after the last one.
+    pub fn first_weight(&self, i: usize) -> MatrixId {
+        let of = |op: &Op| match op {
+            Op::Linear { parts, .. } => parts.first().map(|(p, _)| p.weight),
+            Op::LinearAdd { part, .. } => Some(part.weight),
+            Op::LinearGated { gate, .. } => Some(gate.weight),
+            _ => None,
+        };
+        self.ops.iter().skip(i).find_map(of).unwrap_or(self.head)
+    }
+
     /// The weights of products, which may be quantised: all but the embedding table as such and a score head.
     pub fn quantisable(&self, spec: &ModelSpec) -> Vec<MatrixId> {
         let mut list = Vec::new();

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use super::CpuExecutor;
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, logit_rows, top_logprobs};
 use crate::error::{Result, try_vec};
-use crate::kernels::linear::{self, Arithmetic, Source};
+use crate::kernels::linear::{self, Arithmetic, Hint, Source};
 use crate::kernels::log_sum_exp::{CHUNK, Stats, log_sum_exp};
 use crate::kernels::{Isa, SharedMut, sample, top_k};
 use crate::model::{Buf, Head};
@@ -104,11 +104,12 @@ impl CpuExecutor {
             pool.run(chunks, &|c| {
                 let cols = c * CHUNK..vocab.min((c + 1) * CHUNK);
                 let width = cols.len();
+                let next = Hint::at(&weight, vocab.min((c + pool.threads()) * CHUNK));
                 SUMS.with_borrow_mut(|sums| {
                     sums.resize(sums.len().max(ROW_BLOCK * CHUNK), 0.0);
                     for first in (0..count).step_by(ROW_BLOCK) {
                         let block = first..count.min(first + ROW_BLOCK);
-                        linear::column_sums(isa, &packed, block.clone(), &weight, cols.clone(), sums);
+                        linear::column_sums(isa, &packed, block.clone(), &weight, cols.clone(), sums, next);
                         for (r, sums) in block.zip(sums.chunks_exact(width)) {
                             // SAFETY (all three): elements that belong to this chunk alone; a target is in one chunk.
                             unsafe {
@@ -166,11 +167,11 @@ impl CpuExecutor {
                     logits = vec![0.0; tokens.len()];
                     for (logit, &token) in logits.chunks_exact_mut(1).zip(tokens.iter()) {
                         let col = token as usize;
-                        linear::column_sums(isa, &packed, r..r + 1, &weight, col..col + 1, logit);
+                        linear::column_sums(isa, &packed, r..r + 1, &weight, col..col + 1, logit, Hint::NONE);
                     }
                 } else {
                     logits = vec![0.0; weight.rows()];
-                    linear::column_sums(isa, &packed, r..r + 1, &weight, 0..weight.rows(), &mut logits);
+                    linear::column_sums(isa, &packed, r..r + 1, &weight, 0..weight.rows(), &mut logits, Hint::NONE);
                 }
                 Some(Output::Logits(logits))
             })

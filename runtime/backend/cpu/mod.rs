@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result, checked_size, try_vec};
 use crate::kernels::attention::{self, MAX_HEAD_DIM};
 use crate::kernels::kv_write::{self, Cache};
 use crate::kernels::linear::{
-    self, Arithmetic, Columns, Int8Matrix, Norm, PackBuffer, Part, Precision, Source, Then, Weight,
+    self, Arithmetic, Columns, Hint, Int8Matrix, Norm, PackBuffer, Part, Precision, Source, Then, Weight,
 };
 use crate::kernels::{Isa, KV_BLOCK, MatrixView, SharedMut, embed, gather_rows, rms_norm, rope};
 use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
@@ -121,7 +121,8 @@ impl CpuExecutor {
         Ok(())
     }
 
-    fn execute(&mut self, op: &Op, step: &Step, picked: &[u32]) {
+    /// `after`: the weight that the next product begins with.
+    fn execute(&mut self, op: &Op, after: MatrixId, step: &Step, picked: &[u32]) {
         let (t, m) = (step.rows.len(), picked.len());
         let isa = self.options.isa;
         match op {
@@ -139,12 +140,12 @@ impl CpuExecutor {
             }
             Op::Linear { x, norm, parts } => {
                 let products = parts.iter().map(|(p, out)| (Product::Store(*p), *out)).collect();
-                self.products(*x, *norm, products, t);
+                self.products(*x, *norm, products, t, after);
             }
-            Op::LinearAdd { x, part, to } => self.products(*x, None, vec![(Product::Add(*part), *to)], t),
+            Op::LinearAdd { x, part, to } => self.products(*x, None, vec![(Product::Add(*part), *to)], t, after),
             Op::LinearGated { x, norm, gate, up, out } => {
                 let product = Product::Gated { gate: *gate, up: *up };
-                self.products(*x, Some(*norm), vec![(product, *out)], t);
+                self.products(*x, Some(*norm), vec![(product, *out)], t, after);
             }
             Op::Rope { x, heads } => {
                 let mut target = self.take(*x);
@@ -204,7 +205,14 @@ impl CpuExecutor {
     }
 
     /// Products over the same rows: the input is packed once, then one parallel loop computes them all.
-    fn products(&mut self, x: Buf, norm: Option<VectorId>, products: Vec<(Product, Buf)>, rows: usize) {
+    fn products(
+        &mut self,
+        x: Buf,
+        norm: Option<VectorId>,
+        products: Vec<(Product, Buf)>,
+        rows: usize,
+        after: MatrixId,
+    ) {
         let mut outs: Vec<Vec<f32>> = products.iter().map(|(_, out)| self.take(*out)).collect();
         let CpuOptions { isa, precision, pool, .. } = &self.options;
         let k = x.width(&self.spec);
@@ -218,7 +226,7 @@ impl CpuExecutor {
         let arithmetic = Arithmetic::of(*isa, *precision, parts.iter().flat_map(|p| p.then.weights()));
         let source = Source { x: &self.buffers[x as usize][..rows * k], rows, k, norm };
         let packed = self.packed.pack(*isa, pool, arithmetic, source);
-        linear::run(*isa, pool, &packed, &parts);
+        linear::run(*isa, pool, &packed, &parts, Hint::at(&held.weight(after), 0));
         for ((_, buf), out) in products.iter().zip(outs) {
             self.buffers[*buf as usize] = out;
         }
@@ -299,8 +307,8 @@ impl Executor for CpuExecutor {
         let _held = cores().take(self.options.pool.threads());
         let order = head::Order::new(step.outputs);
         let plan = self.plan.clone();
-        for op in &plan.ops {
-            self.execute(op, step, &order.rows);
+        for (i, op) in plan.ops.iter().enumerate() {
+            self.execute(op, plan.first_weight(i + 1), step, &order.rows);
         }
         self.head(step, &order)
     }

@@ -168,6 +168,9 @@ pub(crate) trait Lanes: Copy {
     /// Asks for the cache line at `p` ahead of time; any address will do.
     #[inline(always)]
     fn prefetch(_p: *const u8) {}
+    /// The same, into the second-level cache.
+    #[inline(always)]
+    fn prefetch_far(_p: *const u8) {}
     /// The largest lane; not for NaN.
     fn largest(self) -> f32;
 

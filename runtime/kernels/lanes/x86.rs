@@ -123,6 +123,10 @@ impl Lanes for Avx2 {
     fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
+    #[inline(always)]
+    fn prefetch_far(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
     type Pairs = __m256i;
     type Ints = __m256i;
     #[inline(always)]
@@ -307,6 +311,10 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_far(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     type Pairs = __m512i;
     type Ints = __m512i;

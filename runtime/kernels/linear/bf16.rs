@@ -56,7 +56,7 @@ unsafe fn sums_on(block: Block) {
 }
 
 /// See [`super::column_sums`], which checks the lengths.
-pub(super) fn sums(x: &Packed, rows: Range<usize>, view: MatrixView, cols: Range<usize>, out: &mut [f32]) {
+pub(super) fn sums(x: &Packed, rows: Range<usize>, view: MatrixView, cols: Range<usize>, out: &mut [f32], next: *const u8) {
     let k = view.cols();
     let (packed, stride) = x.bf16_rows(rows.clone());
     let block = Block {
@@ -69,6 +69,7 @@ pub(super) fn sums(x: &Packed, rows: Range<usize>, view: MatrixView, cols: Range
         cols: cols.len(),
         out: out.as_mut_ptr(),
         out_stride: cols.len(),
+        next,
     };
     // SAFETY: this arithmetic is chosen only where the instruction set is; x has `rows` padded rows, the view `cols`
     // rows of K, out is [rows, cols].

@@ -62,11 +62,11 @@ multiply!(Bf16, 2, L::load_bf16);
 
 for_each_isa! {
     /// See [`super::column_sums`], which checks the lengths.
-    pub(super) fn sums(x: &Packed, rows: Range<usize>, weight: &Weight, cols: Range<usize>, out: &mut [f32]) = body
+    pub(super) fn sums(x: &Packed, rows: Range<usize>, weight: &Weight, cols: Range<usize>, out: &mut [f32], next: *const u8) = body
 }
 
 #[inline(always)]
-fn body<L: Lanes>(x: &Packed, rows: Range<usize>, weight: &Weight, cols: Range<usize>, out: &mut [f32]) {
+fn body<L: Lanes>(x: &Packed, rows: Range<usize>, weight: &Weight, cols: Range<usize>, out: &mut [f32], next: *const u8) {
     let k = weight.cols();
     let x = x.f32_rows(rows.clone());
     let block = Block {
@@ -79,6 +79,7 @@ fn body<L: Lanes>(x: &Packed, rows: Range<usize>, weight: &Weight, cols: Range<u
         cols: cols.len(),
         out: out.as_mut_ptr(),
         out_stride: cols.len(),
+        next,
     };
     match weight {
         // SAFETY (all): x has `rows` rows of K, the view `cols` rows of K, out is [rows, cols] (`column_sums`).

@@ -144,7 +144,7 @@ impl<'a> Int8View<'a> {
 
 for_each_isa! {
     /// See [`super::column_sums`], which checks the lengths.
-    pub(super) fn sums(x: &Packed, rows: Range<usize>, view: Int8View, cols: Range<usize>, out: &mut [f32]) = body
+    pub(super) fn sums(x: &Packed, rows: Range<usize>, view: Int8View, cols: Range<usize>, out: &mut [f32], next: *const u8) = body
 }
 
 /// A block of a product.
@@ -155,12 +155,15 @@ struct Job<'a> {
     view: Int8View<'a>,
     x_scales: &'a [f32],
     out_stride: usize,
+    /// The first weight column past the block, and what is wanted after it.
+    end: usize,
+    next: *const u8,
 }
 
 #[inline(always)]
-fn body<L: Lanes>(x: &Packed, rows: Range<usize>, view: Int8View, cols: Range<usize>, out: &mut [f32]) {
+fn body<L: Lanes>(x: &Packed, rows: Range<usize>, view: Int8View, cols: Range<usize>, out: &mut [f32], next: *const u8) {
     let (x, stride, x_scales) = x.i16_rows(rows.clone());
-    let job = Job { x, stride, view, x_scales, out_stride: cols.len() };
+    let job = Job { x, stride, view, x_scales, out_stride: cols.len(), end: cols.end, next };
     let (most_rows, step) = if L::REGISTERS >= 32 { (4, 4) } else { (2, 2) };
     let mut t = 0;
     while t < rows.len() {
@@ -195,6 +198,7 @@ fn tile<L: Lanes, const NR: usize, const TR: usize>(job: &Job, (t, n): (usize, u
     let q: [&[i8]; NR] = std::array::from_fn(|r| &job.view.quants[(n + r) * job.stride..(n + r + 1) * job.stride]);
     let s: [&[f32]; NR] = std::array::from_fn(|r| &job.view.scales[(n + r) * blocks..(n + r + 1) * blocks]);
     let x: [&[i16]; TR] = std::array::from_fn(|r| &job.x[(t + r) * job.stride..(t + r + 1) * job.stride]);
+    let ahead = if n + NR < job.end { q[0].as_ptr().wrapping_add(NR * job.stride).cast() } else { job.next };
     let mut sums = [[L::zero(); NR]; TR];
     for block in 0..blocks {
         let mut exact = [[L::zero_ints(); NR]; TR];
@@ -213,9 +217,9 @@ fn tile<L: Lanes, const NR: usize, const TR: usize>(job: &Job, (t, n): (usize, u
             i += 2 * L::N;
         }
         if TR == 1 {
-            for q in q {
+            for r in 0..NR {
                 // The weights come from memory: ask for those of the next tile.
-                L::prefetch(q.as_ptr().wrapping_add(NR * job.stride + block * BLOCK).cast());
+                L::prefetch(ahead.wrapping_add(r * job.stride + block * BLOCK));
             }
         }
         for (sums, exact) in sums.iter_mut().zip(exact) {

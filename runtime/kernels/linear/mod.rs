@@ -134,6 +134,13 @@ impl<'a> Then<'a> {
         std::iter::once(first).chain(second)
     }
 
+    /// The first weights of the column `n`.
+    fn hint(&self, n: usize) -> Hint {
+        match self {
+            Then::Store(c) | Then::Add(c) | Then::Gated { gate: c, .. } => Hint::at(&c.weight, n),
+        }
+    }
+
     fn width(&self) -> usize {
         match self {
             Then::Store(c) | Then::Add(c) | Then::Gated { gate: c, .. } => c.weight.rows(),
@@ -154,13 +161,36 @@ const ROW_BLOCK: usize = 64;
 /// Multiply-adds below which a task is not worth another thread.
 const SMALL: usize = 60_000;
 
-/// Runs all `parts` over the rows of `x` in one parallel loop.
-pub(crate) fn run(isa: Isa, pool: &Pool, x: &Packed, parts: &[Part]) {
+/// Weights that are likely wanted after those at hand: asked for ahead of time, never read.
+#[derive(Clone, Copy)]
+pub(crate) struct Hint(*const u8);
+
+// SAFETY: an address that is only ever given to prefetch instructions.
+unsafe impl Send for Hint {}
+// SAFETY: as above.
+unsafe impl Sync for Hint {}
+
+impl Hint {
+    pub(crate) const NONE: Hint = Hint(std::ptr::null());
+
+    /// The rows of `weight` from `row` on.
+    pub(crate) fn at(weight: &Weight, row: usize) -> Hint {
+        Hint(match weight {
+            Weight::Stored(view) => view.rows_bytes(row..row).as_ptr(),
+            Weight::Int8(view) => view.quants()[row * view.blocks() * INT8_BLOCK..].as_ptr().cast(),
+        })
+    }
+}
+
+/// Runs all `parts` over the rows of `x` in one parallel loop; `after` is what the next product begins with.
+pub(crate) fn run(isa: Isa, pool: &Pool, x: &Packed, parts: &[Part], after: Hint) {
     let (rows, k) = (x.rows(), x.k());
     let tasks = tasks(rows, k, pool.threads(), parts);
     pool.run(tasks.len(), &|i| {
         let (part, rows, cols) = &tasks[i];
-        compute(isa, x, &parts[*part], rows.clone(), cols.clone());
+        // Threads take tasks in turns, as long as they take equally long.
+        let next = tasks.get(i + pool.threads()).map_or(after, |(part, _, cols)| parts[*part].then.hint(cols.start));
+        compute(isa, x, &parts[*part], rows.clone(), cols.clone(), next);
     });
 }
 
@@ -196,28 +226,28 @@ thread_local! {
 /// The elements `rows` × `cols` of a part.
 ///
 /// They must be this task's own (the condition of [`SharedMut::slice`]).
-fn compute(isa: Isa, x: &Packed, part: &Part, rows: Range<usize>, cols: Range<usize>) {
+fn compute(isa: Isa, x: &Packed, part: &Part, rows: Range<usize>, cols: Range<usize>, next: Hint) {
     SUMS.with_borrow_mut(|[first, second]| {
         for start in rows.clone().step_by(ROW_BLOCK) {
             let rows = start..rows.end.min(start + ROW_BLOCK);
-            let sums_of = |columns: &Columns, sums: &mut Vec<f32>| {
+            let sums_of = |columns: &Columns, sums: &mut Vec<f32>, next: Hint| {
                 sums.resize(sums.len().max(rows.len() * cols.len()), 0.0);
-                column_sums(isa, x, rows.clone(), &columns.weight, cols.clone(), sums);
+                column_sums(isa, x, rows.clone(), &columns.weight, cols.clone(), sums, next);
             };
             let block =
                 finish::Block { rows: rows.clone(), cols: cols.clone(), width: part.then.width(), out: part.out };
             match &part.then {
                 Then::Store(columns) => {
-                    sums_of(columns, first);
+                    sums_of(columns, first, next);
                     finish::store(isa, &block, first, columns.bias);
                 }
                 Then::Add(columns) => {
-                    sums_of(columns, first);
+                    sums_of(columns, first, next);
                     finish::add(isa, &block, first, columns.bias);
                 }
                 Then::Gated { gate, up } => {
-                    sums_of(gate, first);
-                    sums_of(up, second);
+                    sums_of(gate, first, Hint::at(&up.weight, cols.start));
+                    sums_of(up, second, next);
                     finish::gated(isa, &block, [first, second], [gate.bias, up.bias]);
                 }
             }
@@ -225,7 +255,7 @@ fn compute(isa: Isa, x: &Packed, part: &Part, rows: Range<usize>, cols: Range<us
     });
 }
 
-/// sums[t, n] = Σ_k x[rows.start + t, k] · w[cols.start + n, k]; `sums` is [rows, cols].
+/// sums[t, n] = Σ_k x[rows.start + t, k] · w[cols.start + n, k]; `sums` is [rows, cols]. `next`: what is wanted after.
 pub(crate) fn column_sums(
     isa: Isa,
     x: &Packed,
@@ -233,6 +263,7 @@ pub(crate) fn column_sums(
     weight: &Weight,
     cols: Range<usize>,
     sums: &mut [f32],
+    next: Hint,
 ) {
     assert!(rows.end <= x.rows() && cols.end <= weight.rows() && weight.cols() == x.k());
     assert!(sums.len() >= rows.len() * cols.len());
@@ -240,12 +271,12 @@ pub(crate) fn column_sums(
         return;
     }
     match (x.arithmetic(), weight) {
-        (Arithmetic::Int8, Weight::Int8(view)) => int8::sums(isa, x, rows, *view, cols, sums),
+        (Arithmetic::Int8, Weight::Int8(view)) => int8::sums(isa, x, rows, *view, cols, sums, next.0),
         #[cfg(target_arch = "x86_64")]
-        (Arithmetic::Bf16, Weight::Stored(view)) => bf16::sums(x, rows, *view, cols, sums),
+        (Arithmetic::Bf16, Weight::Stored(view)) => bf16::sums(x, rows, *view, cols, sums, next.0),
         #[cfg(target_arch = "x86_64")]
         (Arithmetic::Amx { .. }, Weight::Stored(view)) => amx::sums(x, rows, *view, cols, sums),
-        _ => fma::sums(isa, x, rows, weight, cols, sums),
+        _ => fma::sums(isa, x, rows, weight, cols, sums, next.0),
     }
 }
 
@@ -262,5 +293,5 @@ pub fn linear_alone(isa: Isa, precision: Precision, x: &[f32], weight: Weight, b
     let pool = Pool::new(1);
     let packed = buffer.pack(isa, &pool, arithmetic, Source { x, rows, k, norm: None });
     let part = Part { then: Then::Store(Columns { weight, bias }), out: SharedMut::new(out) };
-    run(isa, &pool, &packed, &[part]);
+    run(isa, &pool, &packed, &[part], Hint::NONE);
 }

@@ -55,6 +55,14 @@ pub(super) struct Block {
     pub out: *mut f32,
     /// Elements from one row of `out` to the next.
     pub out_stride: usize,
+    /// The weights that will be wanted after this block: asked for ahead of time, never read here.
+    pub next: *const u8,
+}
+
+/// Weights to ask for, some lines a tile, while a block that is in the cache already is computed.
+struct Ahead {
+    line: *const u8,
+    lines_a_tile: usize,
 }
 
 impl Block {
@@ -82,14 +90,21 @@ pub(super) unsafe fn sums<M: Multiply>(block: Block) {
     let step = if passes == 1 { block.cols } else { (WEIGHT_BLOCK_BYTES / block.w_stride.max(1) / 12).max(1) * 12 };
     let mut n = 0;
     while n < block.cols {
-        let columns = block.columns(n, step.min(block.cols - n));
+        let mut columns = block.columns(n, step.min(block.cols - n));
+        if n + step < block.cols {
+            columns.next = block.columns(n + step, 0).w;
+        }
+        let lines = columns.cols * block.w_stride / 64;
         // Rows in tiles of nearly equal height: no lonely row at the end that would read all weights for itself.
         let mut t = 0;
+        let mut ahead = Ahead { line: columns.next, lines_a_tile: 0 };
         for pass in 0..passes {
             let height = (block.rows - t).div_ceil(passes - pass);
             let tile = columns.from_row(t, height);
             // SAFETY: a part of the block.
-            unsafe { rows_tile::<M>(tile) };
+            unsafe { rows_tile::<M>(tile, &mut ahead) };
+            // The first pass has read this block; the others have time to fetch the next one.
+            ahead.lines_a_tile = lines.div_ceil((passes - 1).max(1) * columns.cols.div_ceil(4).max(1));
             t += height;
         }
         n += step;
@@ -97,40 +112,48 @@ pub(super) unsafe fn sums<M: Multiply>(block: Block) {
 }
 
 #[inline(always)]
-unsafe fn rows_tile<M: Multiply>(block: Block) {
+unsafe fn rows_tile<M: Multiply>(block: Block, ahead: &mut Ahead) {
     // SAFETY: the caller's promise.
     unsafe {
         if M::Sum::REGISTERS >= 32 {
             match block.rows {
-                1 => columns::<M, 8, 1>(block),
-                2 => columns::<M, 8, 2>(block),
-                3 => columns::<M, 6, 3>(block),
-                4 => columns::<M, 4, 4>(block),
-                5 => columns::<M, 4, 5>(block),
-                _ => columns::<M, 4, 6>(block),
+                1 => columns::<M, 8, 1>(block, ahead),
+                2 => columns::<M, 8, 2>(block, ahead),
+                3 => columns::<M, 6, 3>(block, ahead),
+                4 => columns::<M, 4, 4>(block, ahead),
+                5 => columns::<M, 4, 5>(block, ahead),
+                _ => columns::<M, 4, 6>(block, ahead),
             }
         } else {
             match block.rows {
-                1 => columns::<M, 8, 1>(block),
-                2 => columns::<M, 4, 2>(block),
-                3 => columns::<M, 3, 3>(block),
-                _ => columns::<M, 3, 4>(block),
+                1 => columns::<M, 8, 1>(block, ahead),
+                2 => columns::<M, 4, 2>(block, ahead),
+                3 => columns::<M, 3, 3>(block, ahead),
+                _ => columns::<M, 3, 4>(block, ahead),
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn columns<M: Multiply, const NR: usize, const TR: usize>(block: Block) {
+unsafe fn columns<M: Multiply, const NR: usize, const TR: usize>(block: Block, ahead: &mut Ahead) {
     let mut n = 0;
     while n < block.cols {
+        for _ in 0..ahead.lines_a_tile {
+            M::Sum::prefetch_far(ahead.line);
+            ahead.line = ahead.line.wrapping_add(64);
+        }
         // SAFETY: parts of the block, by the caller's promise.
         unsafe {
             if n + NR <= block.cols {
-                tile::<M, NR, TR>(block.columns(n, NR));
+                let mut tile = block.columns(n, NR);
+                if n + NR < block.cols {
+                    tile.next = block.columns(n + NR, 0).w;
+                }
+                self::tile::<M, NR, TR>(tile);
                 n += NR;
             } else {
-                tile::<M, 1, TR>(block.columns(n, 1));
+                self::tile::<M, 1, TR>(block.columns(n, 1));
                 n += 1;
             }
         }
@@ -148,10 +171,10 @@ unsafe fn tile<M: Multiply, const NR: usize, const TR: usize>(block: Block) {
         // SAFETY: i + STEP ≤ k, the length of every row.
         unsafe {
             let ws: [M::W; NR] = std::array::from_fn(|r| M::load_w(w.add(r * w_stride + i * M::W_SIZE)));
-            if TR <= 4 {
+            if TR <= 4 && NR > 1 {
                 // Few rows: the weights come from memory. Ask for the next tile's.
                 for r in 0..NR {
-                    M::Sum::prefetch(w.wrapping_add((r + NR) * w_stride + i * M::W_SIZE));
+                    M::Sum::prefetch(block.next.wrapping_add(r * w_stride + i * M::W_SIZE));
                 }
             }
             for (t, sums) in sums.iter_mut().enumerate() {
