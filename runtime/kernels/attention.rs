@@ -213,13 +213,7 @@ fn seen_of(query: &Query, chunk: &Chunk) -> Range<usize> {
 
 /// `present`: the blocks that some query of the task sees.
 #[inline(always)]
-fn chunk_at<'a>(
-    inputs: &Inputs<'a>,
-    table: &[u32],
-    kv_head: usize,
-    chunk: usize,
-    present: Range<usize>,
-) -> Chunk<'a> {
+fn chunk_at<'a>(inputs: &Inputs<'a>, table: &[u32], kv_head: usize, chunk: usize, present: Range<usize>) -> Chunk<'a> {
     let size = inputs.head_dim * KV_BLOCK;
     let at: [usize; BLOCKS] = std::array::from_fn(|b| {
         let block = (chunk * BLOCKS + b).clamp(present.start, present.end - 1);

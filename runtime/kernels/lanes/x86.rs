@@ -305,7 +305,9 @@ impl Lanes for Avx512 {
     fn sums(v: [Self; 16]) -> [f32; 16] {
         let mut out = [0.0; 16];
         // The vectors are transparent around their registers.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sums_of_sixteen(std::mem::transmute::<[Self; 16], [__m512; 16]>(v))) };
+        unsafe {
+            _mm512_storeu_ps(out.as_mut_ptr(), sums_of_sixteen(std::mem::transmute::<[Self; 16], [__m512; 16]>(v)))
+        };
         out
     }
     #[inline(always)]

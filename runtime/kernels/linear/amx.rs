@@ -320,14 +320,7 @@ fn block(x: &Packed, rows: Range<usize>, weights: &Weights, out: &mut [f32], wid
 
 /// # Safety
 /// Tiles must be configured, and every group inside the weights and the packed rows.
-unsafe fn multiply(
-    x: &Packed,
-    weights: &Weights,
-    a: [usize; 4],
-    b: [usize; 2],
-    is_tall: bool,
-    out: &mut [Sums; 4],
-) {
+unsafe fn multiply(x: &Packed, weights: &Weights, a: [usize; 4], b: [usize; 2], is_tall: bool, out: &mut [Sums; 4]) {
     #[repr(C, align(64))]
     struct Rest([[u8; 64]; 4 * ROWS]);
     let (packed, terms, group_bytes) = x.amx_tiles();
@@ -419,11 +412,7 @@ fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
         } else {
             (_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c, d))
         };
-        if quarter & 2 == 0 {
-            _mm512_shuffle_i32x4::<0x88>(low, high)
-        } else {
-            _mm512_shuffle_i32x4::<0xdd>(low, high)
-        }
+        if quarter & 2 == 0 { _mm512_shuffle_i32x4::<0x88>(low, high) } else { _mm512_shuffle_i32x4::<0xdd>(low, high) }
     })
 }
 

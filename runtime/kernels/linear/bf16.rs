@@ -56,7 +56,14 @@ unsafe fn sums_on(block: Block) {
 }
 
 /// See [`super::column_sums`], which checks the lengths.
-pub(super) fn sums(x: &Packed, rows: Range<usize>, view: MatrixView, cols: Range<usize>, out: &mut [f32], next: *const u8) {
+pub(super) fn sums(
+    x: &Packed,
+    rows: Range<usize>,
+    view: MatrixView,
+    cols: Range<usize>,
+    out: &mut [f32],
+    next: *const u8,
+) {
     let k = view.cols();
     let (packed, stride) = x.bf16_rows(rows.clone());
     let block = Block {

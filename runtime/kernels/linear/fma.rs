@@ -66,7 +66,14 @@ for_each_isa! {
 }
 
 #[inline(always)]
-fn body<L: Lanes>(x: &Packed, rows: Range<usize>, weight: &Weight, cols: Range<usize>, out: &mut [f32], next: *const u8) {
+fn body<L: Lanes>(
+    x: &Packed,
+    rows: Range<usize>,
+    weight: &Weight,
+    cols: Range<usize>,
+    out: &mut [f32],
+    next: *const u8,
+) {
     let k = weight.cols();
     let x = x.f32_rows(rows.clone());
     let block = Block {

@@ -150,55 +150,109 @@ for_each_isa! {
 /// A block of a product.
 struct Job<'a> {
     x: &'a [i16],
+    x_scales: &'a [f32],
     /// Elements a row of x and of q.
     stride: usize,
-    view: Int8View<'a>,
-    x_scales: &'a [f32],
-    out_stride: usize,
-    /// The first weight column past the block, and what is wanted after it.
-    end: usize,
+    /// [columns of the block, stride], and [columns of the block, blocks].
+    quants: &'a [i8],
+    scales: &'a [f32],
+    /// Blocks of a row.
+    blocks: usize,
+    cols: usize,
+    /// What is wanted after this block.
     next: *const u8,
 }
 
 #[inline(always)]
-fn body<L: Lanes>(x: &Packed, rows: Range<usize>, view: Int8View, cols: Range<usize>, out: &mut [f32], next: *const u8) {
+fn body<L: Lanes>(
+    x: &Packed,
+    rows: Range<usize>,
+    view: Int8View,
+    cols: Range<usize>,
+    out: &mut [f32],
+    next: *const u8,
+) {
     let (x, stride, x_scales) = x.i16_rows(rows.clone());
-    let job = Job { x, stride, view, x_scales, out_stride: cols.len(), end: cols.end, next };
-    let (most_rows, step) = if L::REGISTERS >= 32 { (4, 4) } else { (2, 2) };
+    let blocks = view.blocks();
+    let quants = &view.quants[cols.start * stride..cols.end * stride];
+    let scales = &view.scales[cols.start * blocks..cols.end * blocks];
+    let job = Job { x, x_scales, stride, quants, scales, blocks, cols: cols.len(), next };
+    let most_rows = if L::REGISTERS >= 32 { 4 } else { 2 };
     let mut t = 0;
     while t < rows.len() {
         let height = (rows.len() - t).min(most_rows);
-        let mut n = 0;
-        while n < cols.len() {
-            let width = if n + step <= cols.len() { step } else { 1 };
-            let out = &mut out[t * job.out_stride + n..];
-            let at = (t, cols.start + n);
-            match (width, height) {
-                (4, 4) => tile::<L, 4, 4>(&job, at, out),
-                (4, 3) => tile::<L, 4, 3>(&job, at, out),
-                (4, 2) => tile::<L, 4, 2>(&job, at, out),
-                (4, _) => tile::<L, 4, 1>(&job, at, out),
-                (2, 2) => tile::<L, 2, 2>(&job, at, out),
-                (2, _) => tile::<L, 2, 1>(&job, at, out),
-                (_, 4) => tile::<L, 1, 4>(&job, at, out),
-                (_, 3) => tile::<L, 1, 3>(&job, at, out),
-                (_, 2) => tile::<L, 1, 2>(&job, at, out),
-                _ => tile::<L, 1, 1>(&job, at, out),
-            }
-            n += width;
+        let out = &mut out[t * job.cols..];
+        match height {
+            1 => columns::<L, 8, 1>(&job, t, out),
+            2 => columns::<L, 2, 2>(&job, t, out),
+            3 => columns::<L, 4, 3>(&job, t, out),
+            _ => columns::<L, 4, 4>(&job, t, out),
         }
         t += height;
     }
 }
 
+#[inline(always)]
+fn columns<L: Lanes, const NR: usize, const TR: usize>(job: &Job, t: usize, out: &mut [f32]) {
+    let mut n = 0;
+    while n < job.cols {
+        let out = &mut out[n..];
+        if n + NR <= job.cols {
+            if TR == 1 {
+                stream::<L, NR, TR>(job, t, n, out)
+            } else {
+                tile::<L, NR, TR>(job, t, n, out)
+            }
+            n += NR;
+        } else {
+            tile::<L, 1, TR>(job, t, n, out);
+            n += 1;
+        }
+    }
+}
+
+/// One after the other, NR weight rows from `n` on times TR rows of x from `t` on: weights in the order in which memory
+/// has them. The sums are those of [`tile`] to the bit.
+#[inline(always)]
+fn stream<L: Lanes, const NR: usize, const TR: usize>(job: &Job, t: usize, n: usize, out: &mut [f32]) {
+    /// Bytes ahead: what arrives while the memory answers.
+    const AHEAD: usize = 8192;
+    let mut sums = [[L::zero(); NR]; TR];
+    for r in 0..NR {
+        let at = (n + r) * job.stride + AHEAD;
+        let ahead = if at < job.quants.len() {
+            job.quants.as_ptr().wrapping_add(at).cast()
+        } else {
+            job.next.wrapping_add(at - job.quants.len())
+        };
+        let row = tile_sums::<L, 1, TR>(job, t, n + r, ahead);
+        for (sums, [sum]) in sums.iter_mut().zip(row) {
+            sums[r] = sum;
+        }
+    }
+    finish(job, t, &mut sums, out);
+}
+
 /// NR weight rows from `n` on times TR rows of x from `t` on.
 #[inline(always)]
-fn tile<L: Lanes, const NR: usize, const TR: usize>(job: &Job, (t, n): (usize, usize), out: &mut [f32]) {
-    let blocks = job.view.blocks();
-    let q: [&[i8]; NR] = std::array::from_fn(|r| &job.view.quants[(n + r) * job.stride..(n + r + 1) * job.stride]);
-    let s: [&[f32]; NR] = std::array::from_fn(|r| &job.view.scales[(n + r) * blocks..(n + r + 1) * blocks]);
-    let x: [&[i16]; TR] = std::array::from_fn(|r| &job.x[(t + r) * job.stride..(t + r + 1) * job.stride]);
-    let ahead = if n + NR < job.end { q[0].as_ptr().wrapping_add(NR * job.stride).cast() } else { job.next };
+fn tile<L: Lanes, const NR: usize, const TR: usize>(job: &Job, t: usize, n: usize, out: &mut [f32]) {
+    let mut sums = tile_sums::<L, NR, TR>(job, t, n, std::ptr::null());
+    finish(job, t, &mut sums, out);
+}
+
+/// The sums but for the scales of x. Of one row of x, each block asks for its place in the weights `ahead`.
+#[inline(always)]
+fn tile_sums<L: Lanes, const NR: usize, const TR: usize>(
+    job: &Job,
+    t: usize,
+    n: usize,
+    ahead: *const u8,
+) -> [[L; NR]; TR] {
+    let (stride, blocks) = (job.stride, job.blocks);
+    let q = &job.quants[n * stride..(n + NR) * stride];
+    let s = &job.scales[n * blocks..(n + NR) * blocks];
+    let x = &job.x[t * stride..(t + TR) * stride];
+    assert!(stride == blocks * BLOCK);
     let mut sums = [[L::zero(); NR]; TR];
     for block in 0..blocks {
         let mut exact = [[L::zero_ints(); NR]; TR];
@@ -206,10 +260,13 @@ fn tile<L: Lanes, const NR: usize, const TR: usize>(job: &Job, (t, n): (usize, u
         while i < (block + 1) * BLOCK {
             // SAFETY: every row is whole blocks long, and 2 · lanes divides a block.
             unsafe {
-                let q: [L::Pairs; NR] = std::array::from_fn(|r| L::load_i8(q[r].as_ptr().add(i)));
-                for (exact, x) in exact.iter_mut().zip(x) {
-                    let x = L::load_i16(x.as_ptr().add(i));
-                    for (exact, q) in exact.iter_mut().zip(q) {
+                let mut qs = [L::load_i8(q.as_ptr().add(i)); NR];
+                for (r, q_r) in qs.iter_mut().enumerate().skip(1) {
+                    *q_r = L::load_i8(q.as_ptr().add(r * stride + i));
+                }
+                for (r, exact) in exact.iter_mut().enumerate() {
+                    let x = L::load_i16(x.as_ptr().add(r * stride + i));
+                    for (exact, q) in exact.iter_mut().zip(qs) {
                         *exact = L::add_pairs(*exact, q, x);
                     }
                 }
@@ -217,24 +274,28 @@ fn tile<L: Lanes, const NR: usize, const TR: usize>(job: &Job, (t, n): (usize, u
             i += 2 * L::N;
         }
         if TR == 1 {
-            for r in 0..NR {
-                // The weights come from memory: ask for those of the next tile.
-                L::prefetch(ahead.wrapping_add(r * job.stride + block * BLOCK));
-            }
+            L::prefetch(ahead.wrapping_add(block * BLOCK));
         }
         for (sums, exact) in sums.iter_mut().zip(exact) {
-            for ((sum, exact), s) in sums.iter_mut().zip(exact).zip(s) {
-                *sum = sum.mul_add(L::from_ints(exact), L::splat(s[block]));
+            for (r, (sum, exact)) in sums.iter_mut().zip(exact).enumerate() {
+                *sum = sum.mul_add(L::from_ints(exact), L::splat(s[r * blocks + block]));
             }
         }
     }
+    sums
+}
+
+#[inline(always)]
+fn finish<L: Lanes, const NR: usize, const TR: usize>(job: &Job, t: usize, sums: &mut [[L; NR]; TR], out: &mut [f32]) {
     for (r, sums) in sums.iter_mut().enumerate() {
         let scale = L::splat(job.x_scales[t + r]);
-        sums.iter_mut().for_each(|sum| *sum = sum.mul(scale));
+        for sum in sums {
+            *sum = sum.mul(scale);
+        }
     }
-    assert!(out.len() >= (TR - 1) * job.out_stride + NR);
+    assert!(out.len() >= (TR - 1) * job.cols + NR);
     // SAFETY: room for the tile, just asserted.
-    unsafe { write_sums(&sums, out.as_mut_ptr(), job.out_stride) };
+    unsafe { write_sums(sums, out.as_mut_ptr(), job.cols) };
 }
 
 #[cfg(test)]

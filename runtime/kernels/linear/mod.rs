@@ -159,7 +159,7 @@ pub(crate) struct Part<'a> {
 /// Rows whose sums are held at a time: with the columns of a task they stay in the second-level cache.
 const ROW_BLOCK: usize = 64;
 /// Multiply-adds below which a task is not worth another thread.
-const SMALL: usize = 60_000;
+const SMALL: usize = 20_000;
 
 /// Weights that are likely wanted after those at hand: asked for ahead of time, never read.
 #[derive(Clone, Copy)]
@@ -197,14 +197,15 @@ pub(crate) fn run(isa: Isa, pool: &Pool, x: &Packed, parts: &[Part], after: Hint
 /// Cuts the parts into tasks of some columns and up to 256 rows.
 fn tasks(rows: usize, k: usize, threads: usize, parts: &[Part]) -> Vec<(usize, Range<usize>, Range<usize>)> {
     const ROWS: usize = 4 * ROW_BLOCK;
-    const MOST_COLS: usize = 256;
+    const MOST_COLS: usize = 240;
     let total: usize = parts.iter().map(|p| p.then.width()).sum();
     let row_tasks = rows.div_ceil(ROWS).max(1);
-    // Several tasks a thread even out what else the machine does.
-    let wanted = if threads == 1 { 1 } else { (6 * threads).div_ceil(row_tasks) };
+    // Several tasks a thread even out what else the machine does, and the end of the loop.
+    let wanted = if threads == 1 { 1 } else { (16 * threads).div_ceil(row_tasks) };
     let small = SMALL.div_ceil((k * rows.min(ROWS)).max(1));
-    // 48 columns are whole tiles of every instruction set.
-    let cols = total.div_ceil(wanted).max(small).clamp(48, MOST_COLS).next_multiple_of(48);
+    // 24 columns are whole tiles of every instruction set but AMX, which likes 48.
+    let cols = total.div_ceil(wanted).max(small).clamp(24, MOST_COLS);
+    let cols = cols.next_multiple_of(if cols > 24 { 48 } else { 24 });
     let mut tasks = Vec::new();
     for (p, part) in parts.iter().enumerate() {
         let n = part.then.width();

@@ -6,6 +6,9 @@ use crate::kernels::lanes::Lanes;
 /// Bytes of weights that a block of columns may take: they stay in the second-level cache while the rows of x pass.
 pub(super) const WEIGHT_BLOCK_BYTES: usize = 192 << 10;
 
+/// Rows of x below which the weights are read in one stream instead of in tiles.
+const STREAMED_BELOW: usize = 4;
+
 /// A product of vectors along K.
 pub(super) trait Multiply {
     /// The sums.
@@ -86,8 +89,13 @@ impl Block {
 #[inline(always)]
 pub(super) unsafe fn sums<M: Multiply>(block: Block) {
     let most_rows = if M::Sum::REGISTERS >= 32 { 6 } else { 4 };
-    let passes = block.rows.div_ceil(most_rows);
-    let step = if passes == 1 { block.cols } else { (WEIGHT_BLOCK_BYTES / block.w_stride.max(1) / 12).max(1) * 12 };
+    if block.rows < STREAMED_BELOW {
+        // SAFETY: the caller's promise.
+        return unsafe { stream::<M>(block) };
+    }
+    // At least two: the second one has time to fetch the next block.
+    let passes = block.rows.div_ceil(most_rows).max(2);
+    let step = (WEIGHT_BLOCK_BYTES / block.w_stride.max(1) / 12).max(1) * 12;
     let mut n = 0;
     while n < block.cols {
         let mut columns = block.columns(n, step.min(block.cols - n));
@@ -104,7 +112,7 @@ pub(super) unsafe fn sums<M: Multiply>(block: Block) {
             // SAFETY: a part of the block.
             unsafe { rows_tile::<M>(tile, &mut ahead) };
             // The first pass has read this block; the others have time to fetch the next one.
-            ahead.lines_a_tile = lines.div_ceil((passes - 1).max(1) * columns.cols.div_ceil(4).max(1));
+            ahead.lines_a_tile = lines.div_ceil((passes - 1) * columns.cols.div_ceil(4).max(1));
             t += height;
         }
         n += step;
@@ -117,7 +125,6 @@ unsafe fn rows_tile<M: Multiply>(block: Block, ahead: &mut Ahead) {
     unsafe {
         if M::Sum::REGISTERS >= 32 {
             match block.rows {
-                1 => columns::<M, 8, 1>(block, ahead),
                 2 => columns::<M, 8, 2>(block, ahead),
                 3 => columns::<M, 6, 3>(block, ahead),
                 4 => columns::<M, 4, 4>(block, ahead),
@@ -126,10 +133,97 @@ unsafe fn rows_tile<M: Multiply>(block: Block, ahead: &mut Ahead) {
             }
         } else {
             match block.rows {
-                1 => columns::<M, 8, 1>(block, ahead),
                 2 => columns::<M, 4, 2>(block, ahead),
                 3 => columns::<M, 3, 3>(block, ahead),
                 _ => columns::<M, 3, 4>(block, ahead),
+            }
+        }
+    }
+}
+
+/// All columns for so few rows that the weights come from memory: they are read in the order in which they lie there,
+/// which memory answers half as fast again as eight rows side by side. The sums are those of [`columns`] to the bit.
+#[inline(always)]
+unsafe fn stream<M: Multiply>(block: Block) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match block.rows {
+            1 => stream_rows::<M, 16, 1>(block),
+            2 => stream_rows::<M, 8, 2>(block),
+            _ => stream_rows::<M, 5, 3>(block),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn stream_rows<M: Multiply, const NR: usize, const TR: usize>(block: Block) {
+    /// Bytes ahead: what arrives while the memory answers.
+    const AHEAD: usize = 8192;
+    let Block { w, w_stride, x, x_stride, k, .. } = block;
+    let total = block.cols * w_stride;
+    let whole = k - k % M::STEP;
+    let rest = k - whole;
+    let mut n = 0;
+    while n < block.cols {
+        let count = NR.min(block.cols - n);
+        let mut sums = [[M::Sum::zero(); NR]; TR];
+        for r in 0..count {
+            let start = (n + r) * w_stride;
+            let mut row = [M::Sum::zero(); TR];
+            let mut i = 0;
+            while i < whole {
+                let at = start + i * M::W_SIZE;
+                let far = at + AHEAD;
+                M::Sum::prefetch(if far < total { w.wrapping_add(far) } else { block.next.wrapping_add(far - total) });
+                // SAFETY: i + STEP ≤ k, the length of every row; n + r < cols.
+                unsafe {
+                    let w = M::load_w(w.add(at));
+                    for (t, sum) in row.iter_mut().enumerate() {
+                        *sum = M::mul_add(*sum, w, M::load_x(x.add(t * x_stride + i * M::X_SIZE)));
+                    }
+                }
+                i += M::STEP;
+            }
+            if rest > 0 {
+                // SAFETY: `rest` elements are left in every row.
+                unsafe {
+                    let w = M::load_w_part(w.add(start + whole * M::W_SIZE), rest);
+                    for (t, sum) in row.iter_mut().enumerate() {
+                        *sum = M::mul_add(*sum, w, M::load_x_part(x.add(t * x_stride + whole * M::X_SIZE), rest));
+                    }
+                }
+            }
+            for (sums, sum) in sums.iter_mut().zip(row) {
+                sums[r] = sum;
+            }
+        }
+        // SAFETY: out is [rows, cols]; the tile that is written is `count` wide.
+        unsafe { write_some::<M::Sum, NR, TR>(&sums, count, block.out.add(n), block.out_stride) };
+        n += count;
+    }
+}
+
+/// [`write_sums`] for the first `count` of NR columns.
+///
+/// # Safety
+/// `out` has room for TR rows of `count` elements.
+#[inline(always)]
+unsafe fn write_some<L: Lanes, const NR: usize, const TR: usize>(
+    sums: &[[L; NR]; TR],
+    count: usize,
+    out: *mut f32,
+    stride: usize,
+) {
+    // SAFETY: the caller's promise, or memory of our own.
+    unsafe {
+        if count == NR {
+            return write_sums(sums, out, stride);
+        }
+        let mut all = [[0.0; NR]; TR];
+        write_sums(sums, all.as_mut_ptr().cast(), NR);
+        for (t, row) in all.iter().enumerate() {
+            for (n, value) in row.iter().enumerate().take(count) {
+                *out.add(t * stride + n) = *value;
             }
         }
     }
@@ -146,14 +240,10 @@ unsafe fn columns<M: Multiply, const NR: usize, const TR: usize>(block: Block, a
         // SAFETY: parts of the block, by the caller's promise.
         unsafe {
             if n + NR <= block.cols {
-                let mut tile = block.columns(n, NR);
-                if n + NR < block.cols {
-                    tile.next = block.columns(n + NR, 0).w;
-                }
-                self::tile::<M, NR, TR>(tile);
+                tile::<M, NR, TR>(block.columns(n, NR));
                 n += NR;
             } else {
-                self::tile::<M, 1, TR>(block.columns(n, 1));
+                tile::<M, 1, TR>(block.columns(n, 1));
                 n += 1;
             }
         }
@@ -171,12 +261,6 @@ unsafe fn tile<M: Multiply, const NR: usize, const TR: usize>(block: Block) {
         // SAFETY: i + STEP ≤ k, the length of every row.
         unsafe {
             let ws: [M::W; NR] = std::array::from_fn(|r| M::load_w(w.add(r * w_stride + i * M::W_SIZE)));
-            if TR <= 4 && NR > 1 {
-                // Few rows: the weights come from memory. Ask for the next tile's.
-                for r in 0..NR {
-                    M::Sum::prefetch(block.next.wrapping_add(r * w_stride + i * M::W_SIZE));
-                }
-            }
             for (t, sums) in sums.iter_mut().enumerate() {
                 let x = M::load_x(x.add(t * x_stride + i * M::X_SIZE));
                 for (sum, w) in sums.iter_mut().zip(ws) {
