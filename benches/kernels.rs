@@ -114,14 +114,14 @@ fn vocabulary(c: &mut Criterion) {
         seen_row: 0,
         active: 1,
     };
-    let mut z = Vec::new();
+    let mut scratch = sample::Scratch::default();
     for (name, request) in [
         ("plain", plain),
         ("top-k 50", sample::Request { top_k: 50, ..plain }),
         ("top-p 0.9", sample::Request { top_p: 0.9, ..plain }),
     ] {
         c.bench_function(&format!("sample/49152, {name}"), |b| {
-            b.iter(|| sample::sample(isa, &logits, &request, &[], &mut z))
+            b.iter(|| sample::sample(isa, &logits, &request, &[], &mut scratch))
         });
     }
 }

@@ -760,10 +760,10 @@ fn sample_twins() {
                     );
                     assert_eq!(drawn.logit, logits[drawn.token as usize], "{what}");
                 };
-                let mut z = Vec::new();
+                let mut scratch = sample::Scratch::default();
                 for isa in isas() {
                     for r in &all {
-                        check(isa.name(), &sample::sample(isa, &logits, r, &seen, &mut z), r.uniform);
+                        check(isa.name(), &sample::sample(isa, &logits, r, &seen, &mut scratch), r.uniform);
                     }
                 }
                 for (gpu, _) in gpus_once() {
@@ -802,7 +802,7 @@ fn sample_refuses_broken_rows() {
     let request = requests()[0];
     for logits in [nan, infinite, nothing] {
         for isa in isas() {
-            let drawn = sample::sample(isa, &logits, &request, &[0], &mut Vec::new());
+            let drawn = sample::sample(isa, &logits, &request, &[0], &mut sample::Scratch::default());
             assert_eq!(drawn.token, top_k::NO_TOKEN, "{} {logits:?}", isa.name());
         }
         for (gpu, _) in gpus_once() {

@@ -77,14 +77,14 @@ fn a_million_draws_of_the_kernel() {
         ("min-p", sample::Request { min_p: 0.1, ..base }, probabilities(&z, |v| z[v] >= top + 0.1f64.ln())),
         ("uniform", sample::Request { inverse_temperature: 0.0, ..base }, vec![0.02; 50]),
     ];
-    let mut scratch = Vec::new();
+    let (isa, mut scratch) = (Isa::detect().unwrap(), sample::Scratch::default());
     for (name, request, p) in cases {
         let mut counts = vec![0u64; 50];
         for i in 0..1_000_000u32 {
             // Neighbouring counters, as samples and positions are.
             let draw = Draw { seed: 1, stream: 2, sample: i / 1000, position: i % 1000 };
             let request = sample::Request { uniform: draw.uniform(), ..request };
-            counts[sample::sample(Isa::detect(), &logits, &request, &[], &mut scratch).token as usize] += 1;
+            counts[sample::sample(isa, &logits, &request, &[], &mut scratch).token as usize] += 1;
         }
         chi_square(name, &counts, &p);
     }

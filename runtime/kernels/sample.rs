@@ -11,6 +11,7 @@
 //! smallest id.
 
 use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
+use super::log_sum_exp::CHUNK;
 
 /// Parameters of the shader.
 #[repr(C)]
@@ -76,92 +77,169 @@ fn penalised(logit: f32, token: usize, penalty: f32, seen: &[u32]) -> f32 {
     }
 }
 
+/// Memory that the CPU twin keeps from row to row.
+#[derive(Default)]
+pub struct Scratch {
+    /// Penalised logit / T.
+    z: Vec<f32>,
+    /// e^(z − max z); zero outside the kept set, but for chunks whose sum is zero.
+    weights: Vec<f32>,
+    /// The largest z of each chunk.
+    largest: Vec<f32>,
+    /// The sum of each chunk's weights.
+    sums: Vec<f32>,
+    /// The tokens among which the top-p threshold lies: (z, weight).
+    members: Vec<(f32, f32)>,
+}
+
 for_each_isa! {
-    /// The CPU twin for one row. `seen` has a bit a token (unused where the penalty is 1); `z` is scratch of V floats.
-    pub fn sample(logits: &[f32], request: &Request, seen: &[u32], z: &mut Vec<f32>) -> Drawn = body
+    /// The CPU twin for one row. `seen` has a bit a token (unused where the penalty is 1).
+    pub fn sample(logits: &[f32], request: &Request, seen: &[u32], scratch: &mut Scratch) -> Drawn = body
 }
 
 #[inline(always)]
-fn body<L: Lanes>(logits: &[f32], request: &Request, seen: &[u32], z: &mut Vec<f32>) -> Drawn {
+fn body<L: Lanes>(logits: &[f32], request: &Request, seen: &[u32], scratch: &mut Scratch) -> Drawn {
     let penalty = request.repetition_penalty;
     let greedy = request.inverse_temperature < 0.0;
     let factor = if greedy { 1.0 } else { request.inverse_temperature };
-    z.clear();
-    if penalty == 1.0 {
-        z.extend(logits.iter().map(|l| l * factor));
-    } else {
-        z.extend(logits.iter().enumerate().map(|(v, l)| penalised(*l, v, penalty, seen) * factor));
-    }
-    let (mut best, mut max) = (super::top_k::NO_TOKEN, f32::NEG_INFINITY);
-    let mut broken = false;
-    for (v, &z) in z.iter().enumerate() {
-        broken |= z.is_nan();
-        if z > max {
-            (best, max) = (v as u32, z);
+    let len = logits.len();
+    let Scratch { z, weights, largest, sums, members } = scratch;
+
+    // 1. z, and its maximum in each chunk. `trap` becomes NaN if a z is NaN or infinite.
+    z.resize(len, 0.0);
+    largest.clear();
+    let mut trap = L::zero();
+    for (c, (z, logits)) in z.chunks_mut(CHUNK).zip(logits.chunks(CHUNK)).enumerate() {
+        if penalty == 1.0 {
+            for_lanes!(L, z.len(), |i, n| {
+                // SAFETY: i + n ≤ the length of both.
+                unsafe { store(load::<L>(logits, i, n).mul(L::splat(factor)), z, i, n) };
+            });
+        } else {
+            for (i, (z, l)) in z.iter_mut().zip(logits).enumerate() {
+                *z = penalised(*l, c * CHUNK + i, penalty, seen) * factor;
+            }
         }
+        let mut max = L::splat(f32::NEG_INFINITY);
+        let whole = z.len() - z.len() % L::N;
+        for_lanes!(L, whole, |i, n| {
+            // SAFETY: i + n ≤ the length.
+            let v = unsafe { load::<L>(z, i, n) };
+            trap = trap.mul_add(v, L::zero());
+            max = v.max(max);
+        });
+        let rest = &z[whole..];
+        trap = trap.add(L::splat(rest.iter().map(|z| z * 0.0).sum()));
+        largest.push(rest.iter().fold(max.largest(), |m, z| if *z > m { *z } else { m }));
     }
+    let max = largest.iter().fold(f32::NEG_INFINITY, |m, z| if *z > m { *z } else { m });
+    let broken = trap.sum().is_nan() && z.iter().any(|z| z.is_nan());
     if broken || !max.is_finite() {
         let token = super::top_k::NO_TOKEN;
         return Drawn { token, kept: 0, threshold: f32::NAN, logprob: f32::NAN, logit: f32::NAN };
     }
+    let chunk_of_best = largest.iter().position(|l| *l == max).unwrap_or(0) * CHUNK;
+    let best = chunk_of_best + z[chunk_of_best..].iter().position(|z| *z == max).unwrap_or(0);
     if greedy {
-        return Drawn { token: best, kept: 1, threshold: max, logprob: 0.0, logit: logits[best as usize] };
+        return Drawn { token: best as u32, kept: 1, threshold: max, logprob: 0.0, logit: logits[best] };
     }
 
-    let threshold = threshold(z, max, request);
-    let kept = z.iter().map(|z| u32::from(*z >= threshold)).sum();
-    // z becomes the weights of the kept tokens; zero elsewhere.
-    let len = z.len();
-    for_lanes!(L, len, |i, n| {
-        // SAFETY: i + n ≤ len.
-        unsafe {
-            let v = load::<L>(z, i, n);
-            store(v.sub(L::splat(max)).exp().zero_below(v, threshold), z, i, n);
-        }
-    });
-    const CHUNK: usize = super::log_sum_exp::CHUNK;
-    let mut sums = Vec::with_capacity(len.div_ceil(CHUNK));
-    sums.extend(z.chunks(CHUNK).map(|chunk| chunk.iter().sum::<f32>()));
-    let total: f32 = sums.iter().sum();
-    let target = request.uniform * total;
-    let mut below = 0.0f32;
-    let mut token = best as usize;
-    'search: for (c, sum) in sums.iter().enumerate() {
-        if *sum == 0.0 {
-            continue;
-        }
-        let chunk = &z[c * CHUNK..len.min((c + 1) * CHUNK)];
-        let is_last = sums[c + 1..].iter().all(|s| *s == 0.0);
-        if below + sum > target || is_last {
-            let mut within = below;
-            for (j, &w) in chunk.iter().enumerate().filter(|(_, w)| **w > 0.0) {
-                // The last kept token of the chunk takes what rounding leaves over.
-                token = c * CHUNK + j;
-                within += w;
-                if within > target {
-                    break 'search;
+    // 2. Weights.
+    weights.resize(len, 0.0);
+    sums.clear();
+    for (z, weights) in z.chunks(CHUNK).zip(weights.chunks_mut(CHUNK)) {
+        let mut sum = L::zero();
+        for_lanes!(L, z.len(), |i, n| {
+            // SAFETY: i + n ≤ the length of both. What lies past the end of a part is no weight.
+            unsafe {
+                store(load::<L>(z, i, n).sub(L::splat(max)).exp(), weights, i, n);
+                sum = sum.add(load::<L>(weights, i, n));
+            }
+        });
+        sums.push(sum.sum());
+    }
+
+    // 3. The kept set.
+    let threshold = threshold::<L>(z, weights, largest, members, max, request);
+    let mut kept = len as u32;
+    if threshold > f32::NEG_INFINITY {
+        kept = 0;
+        let chunks = z.chunks(CHUNK).zip(weights.chunks_mut(CHUNK)).zip(&*largest).zip(&mut *sums);
+        for (((z, weights), largest), kept_sum) in chunks {
+            if *largest < threshold {
+                *kept_sum = 0.0;
+                continue;
+            }
+            let (mut sum, mut count) = (L::zero(), L::zero());
+            let whole = z.len() - z.len() % L::N;
+            for_lanes!(L, whole, |i, n| {
+                // SAFETY: i + n ≤ the length of both.
+                unsafe {
+                    let v = load::<L>(z, i, n);
+                    let weight = load::<L>(weights, i, n).zero_below(v, threshold);
+                    store(weight, weights, i, n);
+                    sum = sum.add(weight);
+                    count = count.add(L::splat(1.0).zero_below(v, threshold));
+                }
+            });
+            let (mut sum, mut count) = (sum.sum(), count.sum() as u32);
+            for (z, weight) in z[whole..].iter().zip(&mut weights[whole..]) {
+                if *z >= threshold {
+                    sum += *weight;
+                    count += 1;
+                } else {
+                    *weight = 0.0;
                 }
             }
-            break;
+            *kept_sum = sum;
+            kept += count;
         }
-        below += sum;
     }
-    let z_token = penalised(logits[token], token, penalty, seen) * factor;
-    let logprob = (z_token - max) - total.ln();
+
+    // 4. The token: first its chunk, then its place there.
+    let total: f32 = sums.iter().sum();
+    let target = request.uniform * total;
+    let last = sums.iter().rposition(|s| *s > 0.0).unwrap_or(0);
+    let mut below = 0.0f32;
+    let mut token = best;
+    for (c, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        if below + sum <= target && c < last {
+            below += sum;
+            continue;
+        }
+        let mut within = below;
+        let chunk = &weights[c * CHUNK..len.min((c + 1) * CHUNK)];
+        for (j, weight) in chunk.iter().enumerate().filter(|(_, w)| **w > 0.0) {
+            // The last kept token of the chunk takes what rounding leaves over.
+            token = c * CHUNK + j;
+            within += weight;
+            if within > target {
+                break;
+            }
+        }
+        break;
+    }
+    let logprob = (z[token] - max) - total.ln();
     Drawn { token: token as u32, kept, threshold, logprob, logit: logits[token] }
 }
 
 /// The smallest z that is kept.
-fn threshold(z: &[f32], max: f32, request: &Request) -> f32 {
+#[inline(always)]
+fn threshold<L: Lanes>(
+    z: &[f32],
+    weights: &[f32],
+    largest: &[f32],
+    members: &mut Vec<(f32, f32)>,
+    max: f32,
+    request: &Request,
+) -> f32 {
     let mut threshold = f32::NEG_INFINITY;
     let top_k = request.top_k as usize;
     if top_k > 0 && top_k < z.len() {
-        let mut copy = z.to_vec();
-        let (_, kth, _) = copy.select_nth_unstable_by(top_k - 1, |a, b| b.total_cmp(a));
-        threshold = *kth;
+        threshold = kth_largest(z, largest, top_k);
     }
     if request.top_p < 1.0 {
-        threshold = threshold.max(top_p_threshold(z, max, threshold, request.top_p));
+        threshold = threshold.max(top_p_threshold::<L>(z, weights, largest, members, max, threshold, request.top_p));
     }
     if request.min_p > 0.0 {
         threshold = threshold.max((max + request.min_p.ln()).min(max));
@@ -169,37 +247,92 @@ fn threshold(z: &[f32], max: f32, request: &Request) -> f32 {
     threshold
 }
 
+/// The k-th largest z. The k-th largest of the chunks' maxima is no larger, so only what reaches it is looked at.
+fn kth_largest(z: &[f32], largest: &[f32], k: usize) -> f32 {
+    let falling = |a: &f32, b: &f32| b.total_cmp(a);
+    let mut floor = f32::NEG_INFINITY;
+    if k <= largest.len() {
+        let mut maxima = largest.to_vec();
+        floor = *maxima.select_nth_unstable_by(k - 1, falling).1;
+    }
+    let mut reaching: Vec<f32> = Vec::with_capacity(4 * k);
+    for (z, _) in z.chunks(CHUNK).zip(largest).filter(|(_, largest)| **largest >= floor) {
+        reaching.extend(z.iter().filter(|z| **z >= floor));
+    }
+    *reaching.select_nth_unstable_by(k - 1, falling).1
+}
+
 /// The largest z such that the tokens at or above it hold at least `top_p` of the mass of those at or above `floor`.
 ///
-/// A histogram by distance from the maximum finds the bin where the mass is reached; only that bin is sorted.
-fn top_p_threshold(z: &[f32], max: f32, floor: f32, top_p: f32) -> f32 {
-    const BINS: usize = 1024;
-    const BINS_PER_NAT: f32 = 32.0;
-    let bin = |z: f32| (((max - z) * BINS_PER_NAT) as usize).min(BINS - 1);
-    let weight = |z: f32| f64::from(z - max).exp();
-    let mut mass = vec![0.0f64; BINS];
-    for &z in z.iter().filter(|z| **z >= floor) {
-        mass[bin(z)] += weight(z);
-    }
-    let wanted = f64::from(top_p) * mass.iter().sum::<f64>();
-    let mut above = 0.0;
-    for (b, in_bin) in mass.iter().enumerate() {
-        if above + in_bin < wanted {
-            above += in_bin;
-            continue;
+/// Some fixed distances from the maximum tell between which two of them it lies; the tokens there are selected from.
+#[inline(always)]
+fn top_p_threshold<L: Lanes>(
+    z: &[f32],
+    weights: &[f32],
+    largest: &[f32],
+    members: &mut Vec<(f32, f32)>,
+    max: f32,
+    floor: f32,
+    top_p: f32,
+) -> f32 {
+    /// In nats; the last one reaches every token.
+    const DISTANCES: [f32; 8] = [0.25, 1.0, 2.0, 3.5, 5.5, 8.0, 12.0, f32::INFINITY];
+    let bounds = DISTANCES.map(|d| floor.max(max - d));
+    let mut mass = [0.0f64; DISTANCES.len()];
+    for (z, weights) in z.chunks(CHUNK).zip(weights.chunks(CHUNK)) {
+        let mut sums = [L::zero(); 16];
+        let whole = z.len() - z.len() % L::N;
+        for_lanes!(L, whole, |i, n| {
+            // SAFETY: i + n ≤ the length of both.
+            let (v, weight) = unsafe { (load::<L>(z, i, n), load::<L>(weights, i, n)) };
+            for (sum, bound) in sums.iter_mut().zip(bounds) {
+                *sum = sum.add(weight.zero_below(v, bound));
+            }
+        });
+        for (mass, sum) in mass.iter_mut().zip(L::sums(sums)) {
+            *mass += f64::from(sum);
         }
-        let mut members: Vec<f32> = z.iter().copied().filter(|&z| z >= floor && bin(z) == b).collect();
-        members.sort_unstable_by(|a, b| b.total_cmp(a));
-        for z in &members {
-            above += weight(*z);
-            if above >= wanted {
-                return *z;
+        for (z, weight) in z[whole..].iter().zip(&weights[whole..]) {
+            for (mass, bound) in mass.iter_mut().zip(bounds) {
+                *mass += if *z >= bound { f64::from(*weight) } else { 0.0 };
             }
         }
-        // The bin's sum in another order fell short by rounding: its last member.
-        if let Some(last) = members.last() {
-            return *last;
+    }
+    let wanted = f64::from(top_p) * mass[DISTANCES.len() - 1];
+    let found = mass.iter().position(|m| *m >= wanted).unwrap_or(DISTANCES.len() - 1);
+    let low = bounds[found];
+    let (high, above) = if found == 0 { (f32::INFINITY, 0.0) } else { (bounds[found - 1], mass[found - 1]) };
+    members.clear();
+    for ((z, weights), _) in z.chunks(CHUNK).zip(weights.chunks(CHUNK)).zip(largest).filter(|(_, l)| **l >= low) {
+        for (z, weight) in z.iter().zip(weights).filter(|(z, _)| **z >= low && **z < high) {
+            members.push((*z, *weight));
         }
     }
-    max
+    reach(members, above, wanted).unwrap_or(max)
+}
+
+/// The z of the member at which the mass above, with the members from the largest z on, reaches `wanted`; the smallest
+/// one if rounding left the members short of it; `None` if there are none.
+fn reach(mut members: &mut [(f32, f32)], mut above: f64, wanted: f64) -> Option<f32> {
+    // The larger half again and again: a selection, not a sort.
+    while members.len() > 32 {
+        let middle = members.len() / 2;
+        members.select_nth_unstable_by(middle, |a, b| b.0.total_cmp(&a.0));
+        let (upper, lower) = members.split_at_mut(middle);
+        let mass: f64 = upper.iter().map(|(_, w)| f64::from(*w)).sum();
+        if above + mass >= wanted {
+            members = upper;
+        } else {
+            above += mass;
+            members = lower;
+        }
+    }
+    members.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
+    for (z, weight) in &*members {
+        above += f64::from(*weight);
+        if above >= wanted {
+            return Some(*z);
+        }
+    }
+    members.last().map(|(z, _)| *z)
 }

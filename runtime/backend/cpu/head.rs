@@ -52,7 +52,7 @@ const MOST_ROWS: usize = 1024;
 
 thread_local! {
     static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<sample::Scratch> = RefCell::default();
 }
 
 impl CpuExecutor {
@@ -194,7 +194,7 @@ fn read_row(isa: Isa, logits: &[f32], target: f32, chunks: &[Stats], want: &Want
         Want::Logprob { .. } => Some(Output::Logprob(of(target))),
         Want::Sample { request, seen, .. } => {
             let seen = seen.as_deref().unwrap_or_default();
-            let drawn = SCRATCH.with_borrow_mut(|z| sample::sample(isa, logits, request, seen, z));
+            let drawn = SCRATCH.with_borrow_mut(|scratch| sample::sample(isa, logits, request, seen, scratch));
             // NaN where nothing could be drawn.
             Some(Output::Sampled { drawn, stats: of(drawn.logit) })
         }
