@@ -1,7 +1,7 @@
 # make demo         samples and judges with a real model
 # make test         everything that must hold
 # make bench        criterion benches; REWARDRT_BENCH_MODEL=FOLDER for a real model
-# make bench-peers  against transformers, in one run
+# make bench-peers  against transformers and llama.cpp, in one run
 #
 # Each does its own set-up: Python packages into .cache/; for the tests llvmpipe and valgrind from the system packages
 # where they are missing (Debian and Ubuntu, as root).
@@ -19,8 +19,7 @@ demo: model
 test: model tools lint
 	$(CARGO) build --release --workspace --all-targets
 	$(CARGO) test --release --workspace
-	@# The golden models and the twins again on the path that every other one is compared with.
-	REWARDRT_ISA=portable $(CARGO) test --release --test golden --test determinism -- --nocapture
+	scripts/test_cpu_paths
 
 lint:
 	$(CARGO) fmt --all --check
@@ -50,9 +49,15 @@ bench:
 	$(PYTHON) -m venv .cache/venv-ref
 	.cache/venv-ref/bin/python -m pip install --quiet --disable-pip-version-check -r tests/golden/requirements.txt
 	touch $@
+# llama.cpp, built for this processor (10 minutes on 2 cores); without it its columns are left out.
+.cache/venv-ref/peers: .cache/venv-ref/ready benches/peers/requirements.txt
+	.cache/venv-ref/bin/python -m pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt
+	touch $@
 bench-peers: model .cache/venv-ref/ready
+	-$(MAKE) .cache/venv-ref/peers
 	$(CARGO) build --release --example work
-	.cache/venv-ref/bin/python benches/peers/transformers_peer.py $(MODEL) target/release/examples/work --f32
+	.cache/venv-ref/bin/python benches/peers/compare.py $(MODEL) target/release/examples/work
+	.cache/venv-ref/bin/python benches/peers/compare.py $(MODEL) target/release/examples/work --scaling
 
 # Writes the expected values of tests/golden and tests/real anew.
 golden: model .cache/venv-ref/ready

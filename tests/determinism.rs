@@ -4,7 +4,8 @@
 mod common;
 
 use common::{devices, load, open, small};
-use rewardrt::{LogprobRequest, Model, ModelOptions, SampleRequest, SampledToken, ScoreRequest};
+use rewardrt::weights::WeightFormat;
+use rewardrt::{LogprobRequest, Model, ModelOptions, Precision, SampleRequest, SampledToken, ScoreRequest};
 
 const MODELS: [&str; 3] = ["llama-gqa-9-3", "llama-odd-widths", "mistral-window"];
 
@@ -30,8 +31,10 @@ fn sample(model: &Model, request: &SampleRequest) -> Vec<Vec<SampledToken>> {
 #[test]
 fn a_sequence_does_not_see_its_batch() {
     for device in devices() {
-        for name in MODELS {
-            let model = load(&open(&device, 2), name, &small());
+        let int8 = ModelOptions { weights: WeightFormat::Int8, ..small() };
+        let exact = ModelOptions { precision: Precision::F32, ..small() };
+        for (name, options) in MODELS.map(|m| (m, small())).into_iter().chain([(MODELS[0], int8), (MODELS[1], exact)]) {
+            let model = load(&open(&device, 2), name, &options);
             for variant in 0..3 {
                 let alone: Vec<_> = (0..6)
                     .map(|i| sample(&model, &request(vec![prompt(i)], vec![i as u64], variant)).remove(0))

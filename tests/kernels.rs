@@ -186,6 +186,10 @@ fn linear_twins_on_the_cpu() {
         }
     }
     println!("{seen:?}");
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if common::emulates_amx() {
+        assert!(common::amx_emulator::emulated() > 1000, "the AMX path was not taken");
+    }
     assert!(isas().iter().all(|isa| seen.iter().any(|s| s.starts_with(isa.name()))));
 }
 

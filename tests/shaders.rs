@@ -20,7 +20,11 @@ fn variants() -> Vec<Flags> {
     let mut all = Vec::new();
     for bits in 0..8u8 {
         for dtype in [None, Some(Dtype::F32), Some(Dtype::F16), Some(Dtype::BF16)] {
-            all.push(Flags { subgroup: bits & 1 > 0, f16: bits & 2 > 0, vec4: bits & 4 > 0, dtype });
+            let flags = Flags { subgroup: bits & 1 > 0, f16: bits & 2 > 0, vec4: bits & 4 > 0, dtype, int8: false };
+            all.push(flags);
+            if dtype.is_none() {
+                all.push(Flags { int8: true, ..flags });
+            }
         }
     }
     all
@@ -29,7 +33,11 @@ fn variants() -> Vec<Flags> {
 #[test]
 fn every_shader_has_a_twin_in_the_table() {
     let shaders = stems("shaders", "wgsl");
-    let twins = stems("runtime/kernels", "rs");
+    // A twin is a file, or a folder where it is several.
+    let mut twins = stems("runtime/kernels", "rs");
+    twins.extend(ALL.iter().map(|k| k.name.to_owned()).filter(|name| {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("runtime/kernels").join(name).join("mod.rs").exists()
+    }));
     let listed: BTreeSet<String> = ALL.iter().map(|k| k.name.to_owned()).collect();
     assert_eq!(shaders, listed);
     assert!(shaders.is_subset(&twins), "{:?} have no twin", shaders.difference(&twins));

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use runtime::model::Head;
+use runtime::weights::WeightFormat;
 use runtime::{Model, ModelOptions, Precision};
 
 use crate::boundary::{Outcome, enter, input, output, quietly, reference, text, write};
@@ -59,6 +60,11 @@ pub unsafe extern "C" fn rrt_model_load(
                 0 => Precision::Auto,
                 1 => Precision::F32,
                 other => return Err(Failure::new(E_ARG, format!("precision is {other}, it must be 0 or 1"))),
+            },
+            weights: match opts.weights {
+                0 => WeightFormat::Stored,
+                1 => WeightFormat::Int8,
+                other => return Err(Failure::new(E_ARG, format!("weights is {other}, it must be 0 or 1"))),
             },
             max_batch_tokens: size(opts.max_batch_tokens.into(), "max_batch_tokens")?,
             kv_tokens: size(opts.kv_tokens, "kv_tokens")?,

@@ -86,6 +86,8 @@ structs! {
         memory: u64 = 0,
         max_context: u64 = 0,
         weights_version: u64 = 0,
+        weights: i32 = 0,
+        reserved: u32 = 0,
     }
     struct rrt_model_info {
         struct_size: u32 = size_of::<rrt_model_info>() as u32,

@@ -6,6 +6,7 @@ pub mod amx_emulator;
 
 use std::path::{Path, PathBuf};
 use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rewardrt::kernels::Isa;
 use rewardrt::{Model, ModelOptions, Runtime, RuntimeOptions};
@@ -38,11 +39,19 @@ pub fn prepare() {
             assert!(Isa::available().contains(&Isa::Avx512Bf16), "emulating AMX needs AVX-512 with BF16");
             if !Isa::available().contains(&Isa::Amx) {
                 amx_emulator::install();
+                EMULATES.store(true, Ordering::Relaxed);
             }
             // SAFETY: the processor has the instructions, or the handler just installed does them.
             unsafe { Isa::force(Isa::Amx) };
         }
     });
+}
+
+static EMULATES: AtomicBool = AtomicBool::new(false);
+
+/// True if AMX instructions of this process are emulated.
+pub fn emulates_amx() -> bool {
+    EMULATES.load(Ordering::Relaxed)
 }
 
 /// The instruction sets to test.

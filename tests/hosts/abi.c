@@ -239,6 +239,16 @@ int main(int argc, char **argv) {
         model_opts.memory = 1000;
         WANT(RRT_E_LIMIT, rrt_model_load(runtime, &model_opts, &model, &err));
         model_opts.memory = 0;
+        model_opts.precision = 7;
+        WANT(RRT_E_ARG, rrt_model_load(runtime, &model_opts, &model, &err));
+        model_opts.precision = RRT_PRECISION_F32;
+        model_opts.weights = 2;
+        WANT(RRT_E_ARG, rrt_model_load(runtime, &model_opts, &model, &err));
+        model_opts.weights = RRT_WEIGHTS_INT8;
+        WANT(RRT_OK, rrt_model_load(runtime, &model_opts, &model, &err));
+        rrt_model_free(model);
+        model_opts.precision = RRT_PRECISION_AUTO;
+        model_opts.weights = RRT_WEIGHTS_STORED;
         model_opts.weights_version = 40;
         WANT(RRT_OK, rrt_model_load(runtime, &model_opts, &model, &err));
         info.struct_size = sizeof info;

@@ -111,7 +111,7 @@ impl CpuExecutor {
                         let block = first..count.min(first + ROW_BLOCK);
                         linear::column_sums(isa, &packed, block.clone(), &weight, cols.clone(), sums, next);
                         for (r, sums) in block.zip(sums.chunks_exact(width)) {
-                            // SAFETY (all three): elements that belong to this chunk alone; a target is in one chunk.
+                            // SAFETY: elements that belong to this chunk alone; a target is in one chunk.
                             unsafe {
                                 all_stats.slice(r * chunks + c..r * chunks + c + 1)[0] = log_sum_exp(isa, sums);
                                 if cols.contains(&targets[r]) {

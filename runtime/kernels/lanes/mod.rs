@@ -230,8 +230,8 @@ macro_rules! for_each_isa {
                 match isa {
                     // SAFETY: an Isa other than Portable comes from `Isa::available`, which asked the processor.
                     $crate::kernels::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    // SAFETY: as above.
                     $crate::kernels::Isa::Avx512 | $crate::kernels::Isa::Avx512Bf16 | $crate::kernels::Isa::Amx => {
+                        // SAFETY: as above.
                         return unsafe { avx512($($arg),*) };
                     }
                     _ => {}

@@ -18,6 +18,7 @@ pub(super) struct Block<'a> {
 impl Block<'_> {
     /// The block's elements of its i-th row.
     #[inline(always)]
+    #[allow(clippy::mut_from_ref)] // As `SharedMut::slice`.
     fn out_row(&self, i: usize) -> &mut [f32] {
         let start = (self.rows.start + i) * self.width;
         // SAFETY: this task's own elements, by the condition of `super::compute`.

@@ -89,13 +89,15 @@ fn body<L: Lanes>(
         next,
     };
     match weight {
-        // SAFETY (all): x has `rows` rows of K, the view `cols` rows of K, out is [rows, cols] (`column_sums`).
         Weight::Stored(view) if view.dtype() == Dtype::F32 || rows.len() < WIDEN_FROM => {
             let stored = Block { w: view.rows_bytes(cols).as_ptr(), w_stride: view.dtype().size() * k, ..block };
-            match view.dtype() {
-                Dtype::F32 => unsafe { tile::sums::<F32<L>>(stored) },
-                Dtype::F16 => unsafe { tile::sums::<F16<L>>(stored) },
-                Dtype::BF16 => unsafe { tile::sums::<Bf16<L>>(stored) },
+            // SAFETY: x has `rows` rows of K, the view `cols` rows of K, out is [rows, cols] (`column_sums`).
+            unsafe {
+                match view.dtype() {
+                    Dtype::F32 => tile::sums::<F32<L>>(stored),
+                    Dtype::F16 => tile::sums::<F16<L>>(stored),
+                    Dtype::BF16 => tile::sums::<Bf16<L>>(stored),
+                }
             }
         }
         _ => widened::<L>(block, weight, cols),

@@ -299,6 +299,7 @@ fn finish<L: Lanes, const NR: usize, const TR: usize>(job: &Job, t: usize, sums:
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::weights::Dtype;

@@ -76,7 +76,7 @@ impl Block {
     }
 
     #[inline(always)]
-    fn from_row(self, t: usize, rows: usize) -> Self {
+    fn rows_at(self, t: usize, rows: usize) -> Self {
         let (x, out) = (self.x.wrapping_add(t * self.x_stride), self.out.wrapping_add(t * self.out_stride));
         Block { x, out, rows, ..self }
     }
@@ -108,7 +108,7 @@ pub(super) unsafe fn sums<M: Multiply>(block: Block) {
         let mut ahead = Ahead { line: columns.next, lines_a_tile: 0 };
         for pass in 0..passes {
             let height = (block.rows - t).div_ceil(passes - pass);
-            let tile = columns.from_row(t, height);
+            let tile = columns.rows_at(t, height);
             // SAFETY: a part of the block.
             unsafe { rows_tile::<M>(tile, &mut ahead) };
             // The first pass has read this block; the others have time to fetch the next one.
