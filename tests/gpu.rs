@@ -11,7 +11,7 @@ use rewardrt::backend::gpu::{Gpu, GpuExecutor, Selection};
 use rewardrt::backend::{Capacity, Executor, Output, OutputRow, Step, Want};
 use rewardrt::kernels::RowMeta;
 use rewardrt::model::{Plan, read_spec};
-use rewardrt::weights::LoadOptions;
+use rewardrt::weights::{LoadOptions, WeightFormat};
 
 fn gpu(device: &str) -> Gpu {
     Gpu::select(&Selection::parse(device).unwrap()).unwrap().unwrap()
@@ -21,7 +21,7 @@ fn executor(gpu: Arc<Gpu>, name: &str) -> GpuExecutor {
     let spec = read_spec(&golden(name)).unwrap();
     let plan = Arc::new(Plan::new(&spec).unwrap());
     let weights = plan.load_weights(&spec, &golden(name), &LoadOptions::default()).unwrap();
-    GpuExecutor::new(gpu, spec, plan, &weights, Capacity { max_rows: 16, kv_blocks: 8 }).unwrap()
+    GpuExecutor::new(gpu, spec, plan, &weights, WeightFormat::Stored, Capacity { max_rows: 16, kv_blocks: 8 }).unwrap()
 }
 
 /// One sequence of twelve tokens; every kind of output.
