@@ -126,5 +126,15 @@ fn vocabulary(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, linear, row_wise, attention, vocabulary);
+/// What a parallel loop costs when it has nothing to do.
+fn pool(c: &mut Criterion) {
+    for threads in [1, 2] {
+        let pool = Pool::new(threads);
+        c.bench_function(&format!("pool/16 empty tasks, {threads} threads"), |b| {
+            b.iter(|| pool.run(16, &|i| _ = black_box(i)));
+        });
+    }
+}
+
+criterion_group!(benches, pool, linear, row_wise, attention, vocabulary);
 criterion_main!(benches);

@@ -26,8 +26,8 @@
 //! - [`Rule`]: how a sequence becomes a score.
 //! - [`Tokenizer`]: ids from text and from chat messages.
 //!
-//! It does: Llama and Mistral checkpoints and their sequence classifiers, f32/f16/bf16 weights, ragged batches, paged
-//! KV, seeded sampling. It does not yet: other architectures, quantised weights, weight updates, shared prefixes. It
+//! It does: Llama and Mistral checkpoints and their sequence classifiers, f32/f16/bf16 weights (8-bit on load), ragged
+//! batches, paged KV, seeded sampling. It does not yet: other architectures, quantised checkpoints, weight updates, shared prefixes. It
 //! never downloads anything, exits, prints, or installs a signal handler or a logger (a panic inside a dependency is
 //! caught, but the process's panic hook sees it).
 

@@ -62,10 +62,11 @@ pub(super) struct Block {
     pub next: *const u8,
 }
 
-/// Weights to ask for, some lines a tile, while a block that is in the cache already is computed.
+/// Weights to ask for, some lines a tile, while the block before them is computed.
 struct Ahead {
     line: *const u8,
-    lines_a_tile: usize,
+    /// Passes over the block, which ask for as many bytes as it has itself.
+    passes: usize,
 }
 
 impl Block {
@@ -93,7 +94,6 @@ pub(super) unsafe fn sums<M: Multiply>(block: Block) {
         // SAFETY: the caller's promise.
         return unsafe { stream::<M>(block) };
     }
-    // At least two: the second one has time to fetch the next block.
     let passes = block.rows.div_ceil(most_rows).max(2);
     let step = (WEIGHT_BLOCK_BYTES / block.w_stride.max(1) / 12).max(1) * 12;
     let mut n = 0;
@@ -102,17 +102,15 @@ pub(super) unsafe fn sums<M: Multiply>(block: Block) {
         if n + step < block.cols {
             columns.next = block.columns(n + step, 0).w;
         }
-        let lines = columns.cols * block.w_stride / 64;
         // Rows in tiles of nearly equal height: no lonely row at the end that would read all weights for itself.
         let mut t = 0;
-        let mut ahead = Ahead { line: columns.next, lines_a_tile: 0 };
+        // Spread over all passes: the memory is busy all the time, and never asked for more than it can answer.
+        let mut ahead = Ahead { line: columns.next, passes };
         for pass in 0..passes {
             let height = (block.rows - t).div_ceil(passes - pass);
             let tile = columns.rows_at(t, height);
             // SAFETY: a part of the block.
             unsafe { rows_tile::<M>(tile, &mut ahead) };
-            // The first pass has read this block; the others have time to fetch the next one.
-            ahead.lines_a_tile = lines.div_ceil((passes - 1) * columns.cols.div_ceil(4).max(1));
             t += height;
         }
         n += step;
@@ -233,7 +231,7 @@ unsafe fn write_some<L: Lanes, const NR: usize, const TR: usize>(
 unsafe fn columns<M: Multiply, const NR: usize, const TR: usize>(block: Block, ahead: &mut Ahead) {
     let mut n = 0;
     while n < block.cols {
-        for _ in 0..ahead.lines_a_tile {
+        for _ in 0..(NR * block.w_stride / 64).div_ceil(ahead.passes) {
             M::Sum::prefetch_far(ahead.line);
             ahead.line = ahead.line.wrapping_add(64);
         }
