@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::backend::cpu::{CpuExecutor, CpuOptions, Pool, scratch_bytes};
-use crate::backend::gpu::{DeviceInfo, Gpu, GpuExecutor, Selection, list_devices};
+use crate::backend::cpu::{self, CpuExecutor, CpuOptions, Pool};
+use crate::backend::gpu::{self, DeviceInfo, Gpu, GpuExecutor, Selection, list_devices};
 use crate::backend::{Capacity, Executor, Memory};
 use crate::engine::{Engine, Job};
 use crate::error::{Error, Result};
@@ -121,7 +121,7 @@ impl Runtime {
         };
         let device = match Gpu::select(&Selection::parse(&options.device)?)? {
             Some(gpu) => Device::Gpu(Arc::new(gpu)),
-            None => Device::Cpu { isa: Isa::detect()?, pool: Arc::new(Pool::new(threads)) },
+            None => Device::Cpu { isa: Isa::detect()?.permitted(), pool: Arc::new(Pool::new(threads)) },
         };
         Ok(Runtime { inner: Arc::new(RuntimeInner { device, engine: Engine::start()? }) })
     }
@@ -137,7 +137,8 @@ impl Runtime {
     /// Loads a model folder: config.json, safetensors, and tokenizer.json where there is one.
     ///
     /// # Errors
-    /// `Io`, `Format`, `Unsupported`, `Shape` or `Limit`, naming the file, field or tensors; nothing stays loaded.
+    /// `Io`, `Format`, `Unsupported`, `Shape` or `Limit`, naming the file, field or tensors; `HostMemory` or
+    /// `DeviceMemory` where there is no room. Nothing stays loaded.
     pub fn load_model(&self, folder: &Path, options: &ModelOptions) -> Result<Model> {
         let spec = read_spec(folder)?;
         let max_context = options.max_context.unwrap_or(spec.context());
@@ -157,7 +158,8 @@ impl Runtime {
                     format: options.weights,
                     mapped: options.load.use_mmap,
                 };
-                Box::new(CpuExecutor::new(spec.clone(), plan, &weights, capacity, cpu)?)
+                let executor = CpuExecutor::new(spec.clone(), plan, &weights, capacity, cpu);
+                Box::new(executor.map_err(|e| e.at(folder.display()))?)
             }
             Device::Gpu(gpu) => {
                 let gpu = gpu.clone();
@@ -225,7 +227,11 @@ impl Runtime {
         let vectors: usize = plan.vectors.iter().map(|v| 4 * v.shape[0]).sum();
         let default_bytes = if is_gpu { DEFAULT_KV_BYTES_GPU } else { DEFAULT_KV_BYTES_CPU };
         let held = held + vectors as u64;
-        let fixed = held + scratch_bytes(spec, max_rows);
+        let scratch = match &self.inner.device {
+            Device::Cpu { pool, .. } => cpu::scratch_bytes(spec, max_rows, pool.threads()),
+            Device::Gpu(_) => gpu::scratch_bytes(spec, max_rows),
+        };
+        let fixed = held + scratch;
         let budget = options.memory.unwrap_or(u64::MAX);
         let room = usize::try_from(budget.saturating_sub(fixed) / per_token).unwrap_or(usize::MAX);
         let usual = usize::try_from(default_bytes / per_token).unwrap_or(usize::MAX).max(LEAST_KV_TOKENS);

@@ -7,7 +7,7 @@ use common::{devices, load, open, small};
 use rewardrt::weights::WeightFormat;
 use rewardrt::{LogprobRequest, Model, ModelOptions, Precision, SampleRequest, SampledToken, ScoreRequest};
 
-const MODELS: [&str; 3] = ["llama-gqa-9-3", "llama-odd-widths", "mistral-window"];
+const MODELS: [&str; 4] = ["llama-gqa-9-3", "llama-odd-widths", "mistral-window", "llama-wide"];
 
 fn prompt(i: usize) -> Vec<u32> {
     (0..3 + i * 7 % 37).map(|k| (6 + (i * 31 + k * 17) % 90) as u32).collect()

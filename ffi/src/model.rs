@@ -53,6 +53,9 @@ pub unsafe extern "C" fn rrt_model_load(
         if opts.flags & !NO_MMAP != 0 {
             return Err(Failure::new(E_ARG, format!("rrt_model_opts: unknown flags {:#x}", opts.flags)));
         }
+        if opts.reserved != 0 {
+            return Err(Failure::new(E_ARG, format!("rrt_model_opts: reserved is {}, it must be 0", opts.reserved)));
+        }
         // SAFETY: the header's condition on strings.
         let path = unsafe { text(opts.path, opts.path_len, "path") }?;
         let mut options = ModelOptions {

@@ -36,7 +36,7 @@ super::kernel!(
     [("rows", Read), ("tables", Read), ("q", Read), ("keys", Read), ("values", Read), ("out", Write)]
 );
 
-/// Largest E: what the twins keep in registers and on the stack.
+/// Largest E: what the shader keeps in workgroup memory; the backends agree on it.
 pub const MAX_HEAD_DIM: usize = 512;
 
 /// One call: what all its tasks share.

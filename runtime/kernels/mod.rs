@@ -1,4 +1,4 @@
-//! The kernels: one file each, with its parameters, its dispatch rule and its CPU twin. The shader of the same stem
+//! The kernels: one file each (`linear` is a folder), with its parameters, its dispatch rule and its CPU twin. The shader of the same stem
 //! is under `shaders/`. Letters in comments are those of `shaders/README.md`.
 
 pub mod attention;
@@ -17,7 +17,7 @@ pub mod top_k;
 
 pub use lanes::Isa;
 
-/// Keys in a KV block, and the keys that attention takes at a time.
+/// Keys in a KV block.
 pub const KV_BLOCK: usize = 16;
 
 /// One row of a step, as every kernel that needs it sees it.

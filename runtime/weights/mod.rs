@@ -44,8 +44,8 @@ pub enum WeightFormat {
     #[default]
     Stored,
     /// Quantised to 8 bits on load: symmetric, one scale for [`crate::kernels::linear::INT8_BLOCK`] elements of a row.
-    /// Half the bytes of bf16, for decoding that is bound by memory. Embeddings, norms, biases and score heads stay as
-    /// stored.
+    /// Half the bytes of bf16 to read a token, for decoding that is bound by memory; to hold they come on top of the
+    /// checkpoint's own, mapped or read. Embeddings, norms, biases and score heads stay as stored.
     Int8,
 }
 

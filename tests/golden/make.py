@@ -60,6 +60,9 @@ CASES = {
     "llama-labels-1": (classifier("Llama", 1), "bf16", 1),
     "llama-labels-3": (classifier("Llama", 3, pad_token_id=5), "f32", 1),
     "mistral-labels-2": (dict(classifier("Mistral", 2, sliding_window=6), id2label=None, label2id=None), "f32", 1),
+    # Beyond one block of everything the CPU works in: vocabulary chunks, attention chunks, tiles; eight heads a kv head.
+    "llama-wide": (dict(hidden_size=160, intermediate_size=400, num_hidden_layers=1, num_attention_heads=16,
+                        num_key_value_heads=2, vocab_size=700, max_position_embeddings=256), "bf16", 1),
 }
 NULL_KEPT = {"sliding_window", "num_key_value_heads"}
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -107,6 +110,8 @@ def expected(model, config, name):
     draw = lambda n: torch.randint(6, config["vocab_size"], (n,), generator=g).tolist()
     # Dynamic rope is tested beyond the trained length too.
     lengths = [1, 2, 17, 41] if "dynamic-old" not in name else [3, 16, 17, 50]
+    if "wide" in name:
+        lengths = [5, 63, 64, 150]
     sequences = [draw(n) for n in lengths]
     if "Sequence" in config["architectures"][0]:
         sequences += [draw(5) + [pad] * 3, [pad] * 2 + draw(4), draw(3) + [pad] + draw(2) + [pad], [pad] * 3]

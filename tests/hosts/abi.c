@@ -242,6 +242,9 @@ int main(int argc, char **argv) {
         model_opts.precision = 7;
         WANT(RRT_E_ARG, rrt_model_load(runtime, &model_opts, &model, &err));
         model_opts.precision = RRT_PRECISION_F32;
+        model_opts.reserved = 1;
+        WANT(RRT_E_ARG, rrt_model_load(runtime, &model_opts, &model, &err));
+        model_opts.reserved = 0;
         model_opts.weights = 2;
         WANT(RRT_E_ARG, rrt_model_load(runtime, &model_opts, &model, &err));
         model_opts.weights = RRT_WEIGHTS_INT8;

@@ -13,14 +13,14 @@ struct Turns {
     serving: u64,
 }
 
-pub(super) struct Cores {
+pub(crate) struct Cores {
     turns: Mutex<Turns>,
     changed: Condvar,
     total: usize,
 }
 
 /// Cores that a step holds.
-pub(super) struct Held<'a> {
+pub(crate) struct Turn<'a> {
     cores: &'a Cores,
     count: usize,
 }
@@ -36,7 +36,7 @@ impl Cores {
     }
 
     /// Waits for `count` cores (for all of them if there are fewer), first come, first served.
-    pub(super) fn take(&self, count: usize) -> Held<'_> {
+    pub(crate) fn take(&self, count: usize) -> Turn<'_> {
         let count = count.min(self.total);
         let mut turns = self.lock();
         let mine = turns.next;
@@ -47,11 +47,11 @@ impl Cores {
         turns.free -= count;
         turns.serving += 1;
         self.changed.notify_all();
-        Held { cores: self, count }
+        Turn { cores: self, count }
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for Turn<'_> {
     fn drop(&mut self) {
         self.cores.lock().free += self.count;
         self.cores.changed.notify_all();

@@ -50,6 +50,17 @@ const ROW_BLOCK: usize = 64;
 /// Rows over the vocabulary at a time where no logits are kept: what their packed inputs take.
 const MOST_ROWS: usize = 1024;
 
+/// The block of logits, and the statistics of every chunk of the vocabulary.
+pub(super) fn scratch_bytes(vocab: usize, max_rows: usize) -> u64 {
+    let statistics = vocab.div_ceil(CHUNK) * max_rows.min(MOST_ROWS) * size_of::<Stats>();
+    4 * (logit_rows(vocab) * vocab) as u64 + statistics as u64
+}
+
+/// What a thread keeps: z, weights and members of a row that is sampled, and half a MiB for sums and widened weights.
+pub(super) fn thread_bytes(vocab: usize) -> u64 {
+    16 * vocab as u64 + (512 << 10)
+}
+
 thread_local! {
     static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     static SCRATCH: RefCell<sample::Scratch> = RefCell::default();
@@ -158,12 +169,12 @@ impl CpuExecutor {
         };
         let packed =
             buffer.pack(isa, &self.options.pool, arithmetic, Source { x, rows: wants.len(), k: d, norm: None });
-        let outputs = wants
-            .iter()
-            .enumerate()
-            .map(|(r, want)| {
+        let outputs: Vec<Mutex<Option<Output>>> = wants.iter().map(|_| Mutex::new(None)).collect();
+        let columns = wants.iter().map(|w| if let Want::Tokens(t) = w { t.len() } else { weight.rows() }).max();
+        self.options.pool.over_rows(wants.len(), d * columns.unwrap_or(0), &|rows| {
+            for r in rows {
                 let mut logits;
-                if let Want::Tokens(tokens) = want {
+                if let Want::Tokens(tokens) = wants[r] {
                     logits = vec![0.0; tokens.len()];
                     for (logit, &token) in logits.chunks_exact_mut(1).zip(tokens.iter()) {
                         let col = token as usize;
@@ -173,11 +184,11 @@ impl CpuExecutor {
                     logits = vec![0.0; weight.rows()];
                     linear::column_sums(isa, &packed, r..r + 1, &weight, 0..weight.rows(), &mut logits, Hint::NONE);
                 }
-                Some(Output::Logits(logits))
-            })
-            .collect();
+                *outputs[r].lock().unwrap_or_else(|e| e.into_inner()) = Some(Output::Logits(logits));
+            }
+        });
         self.packed = buffer;
-        outputs
+        outputs.into_iter().map(|m| m.into_inner().unwrap_or_else(|e| e.into_inner())).collect()
     }
 }
 

@@ -21,7 +21,7 @@ use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
 use crate::weights::{Tensor, WeightFormat, Weights};
 
 /// Cores of this machine that nobody in the process computes on.
-fn cores() -> &'static Cores {
+pub(crate) fn cores() -> &'static Cores {
     static CORES: OnceLock<Cores> = OnceLock::new();
     CORES.get_or_init(|| Cores::new(std::thread::available_parallelism().map_or(1, usize::from)))
 }
@@ -118,7 +118,8 @@ impl CpuExecutor {
                 self.buffers[buf as usize] = try_vec("activations", 0.0, len)?;
             }
         }
-        Ok(())
+        let widest = widest(&self.spec);
+        self.packed.reserve(rows.max(outputs), widest)
     }
 
     /// `after`: the weight that the next product begins with.
@@ -304,7 +305,7 @@ impl Executor for CpuExecutor {
             )));
         }
         self.reserve(step.rows.len(), step.outputs.len())?;
-        let _held = cores().take(self.options.pool.threads());
+        let _turn = cores().take(self.options.pool.threads());
         let order = head::Order::new(step.outputs);
         let plan = self.plan.clone();
         for (i, op) in plan.ops.iter().enumerate() {
@@ -322,17 +323,22 @@ impl Executor for CpuExecutor {
             weights: weights + quantised + floats(&self.vectors),
             mapped,
             kv_cache: self.kv.iter().map(|(k, v)| (k.len() + v.len()) as u64 * 4).sum(),
-            scratch: scratch_bytes(&self.spec, self.capacity.max_rows),
+            scratch: scratch_bytes(&self.spec, self.capacity.max_rows, self.options.pool.threads()),
         }
     }
 }
 
-/// Activations for steps of up to `max_rows` rows, packed inputs, and the bounded block of logits.
-pub(crate) fn scratch_bytes(spec: &ModelSpec, max_rows: usize) -> u64 {
+/// The longest input of a product.
+fn widest(spec: &ModelSpec) -> usize {
+    Buf::ALL.iter().map(|b| b.width(spec)).max().unwrap_or(0)
+}
+
+/// Activations for steps of up to `max_rows` rows, packed inputs, the bounded block of logits and the statistics of the
+/// vocabulary, and what each thread keeps (sums, widened weights, a row that is sampled).
+pub(crate) fn scratch_bytes(spec: &ModelSpec, max_rows: usize, threads: usize) -> u64 {
     let widths: usize = Buf::ALL.iter().map(|b| b.width(spec)).sum();
-    let widest = Buf::ALL.iter().map(|b| b.width(spec)).max().unwrap_or(0);
-    let logits = super::logit_rows(spec.vocab_size) * spec.vocab_size;
-    4 * ((widths + widest) as u64 * max_rows as u64 + logits as u64)
+    let activations = 4 * widths as u64 * max_rows as u64 + PackBuffer::bytes_for(max_rows, widest(spec)) as u64;
+    activations + head::scratch_bytes(spec.vocab_size, max_rows) + threads as u64 * head::thread_bytes(spec.vocab_size)
 }
 
 /// Zeroed memory that the system commits only when it is touched.

@@ -7,7 +7,7 @@ use bytemuck::bytes_of;
 use super::device::Gpu;
 use super::pipelines::{Flags, Pipelines};
 use super::upload::Matrix;
-use crate::backend::cpu::{Pool, scratch_bytes};
+use crate::backend::cpu::Pool;
 use crate::backend::{Capacity, Executor, Memory, Output, Step, logit_rows};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
@@ -141,7 +141,8 @@ impl GpuExecutor {
         }
         let storage = wgpu::BufferUsages::STORAGE;
         let quantised = if format == WeightFormat::Int8 { plan.quantisable(&spec) } else { Vec::new() };
-        let pool = Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let pool = Pool::new(if quantised.is_empty() { 1 } else { cores });
         let mut matrices = Vec::new();
         for (i, m) in plan.matrices.iter().enumerate() {
             let tensor = weights.get(&m.name)?;
@@ -425,6 +426,15 @@ fn build_calls(builder: &mut Builder, model: &Model, op: &Op, list: &mut Vec<Cal
         }
         Op::RmsNorm { x, weight, out } => calls.norm([b.activation(*x), b.activation(*out)], *weight, false),
     }
+}
+
+/// Activations for steps of up to `max_rows` rows with what an op keeps between its dispatches, and the bounded block of
+/// logits with its copy for the host.
+pub(crate) fn scratch_bytes(spec: &ModelSpec, max_rows: usize) -> u64 {
+    let widths: usize = Buf::ALL.iter().map(|b| b.width(spec)).sum();
+    let between = spec.hidden_size + spec.intermediate_size + spec.head_dim;
+    let logits = 2 * logit_rows(spec.vocab_size) * spec.vocab_size;
+    4 * ((widths + between) as u64 * max_rows as u64 + logits as u64)
 }
 
 /// Parameters of a product with one slice of a matrix, for all of its rows.

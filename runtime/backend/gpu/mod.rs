@@ -10,6 +10,7 @@ mod upload;
 
 pub use device::Gpu;
 pub use executor::GpuExecutor;
+pub(crate) use executor::scratch_bytes;
 pub use pipelines::{Flags, resolve};
 pub use probe::dispatch_once;
 pub use select::{DeviceInfo, DeviceType, Selection, list_devices};

@@ -19,20 +19,27 @@ use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 
-/// An instruction set that the CPU twins are compiled for.
+/// An instruction set that the CPU twins are compiled for. Other crates get one from [`Isa::available`] or
+/// [`Isa::detect`] only, which ask the processor: a value is the proof that its instructions work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
     /// Plain loops: the oracle.
+    #[non_exhaustive]
     Portable,
     /// AVX2 + FMA + F16C, 8 lanes.
+    #[non_exhaustive]
     Avx2,
     /// AVX-512 F/BW/VL, 16 lanes.
+    #[non_exhaustive]
     Avx512,
-    /// AVX-512 with BF16 and VNNI: products of bf16 and of 8-bit weights at twice the speed.
+    /// AVX-512 with BF16: products of bf16 weights at twice the speed.
+    #[non_exhaustive]
     Avx512Bf16,
     /// The same with AMX tiles for bf16 products.
+    #[non_exhaustive]
     Amx,
     /// Advanced SIMD, 4 lanes.
+    #[non_exhaustive]
     Neon,
 }
 
@@ -56,13 +63,13 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
         };
-        let bf16 = || avx512() && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+        let bf16 = || avx512() && is_x86_feature_detected!("avx512bf16");
         match self {
             Isa::Portable => true,
             Isa::Avx2 => avx2(),
             Isa::Avx512 => avx512(),
             Isa::Avx512Bf16 => bf16(),
-            Isa::Amx => bf16() && super::linear::amx_permitted(),
+            Isa::Amx => bf16() && super::linear::amx_supported(),
             Isa::Neon => false,
         }
     }
@@ -90,13 +97,29 @@ impl Isa {
         })
     }
 
-    /// Makes every later [`Isa::detect`] answer `isa`, whatever the processor says; the first call counts.
+    /// This one, or the next best where the system does not let the process use it.
+    pub(crate) fn permitted(self) -> Isa {
+        #[cfg(target_arch = "x86_64")]
+        if self == Isa::Amx && !super::linear::amx_permitted() {
+            log::warn!("the system does not let this process use AMX");
+            return Isa::Avx512Bf16;
+        }
+        self
+    }
+
+    /// Makes every later [`Isa::detect`] answer the one of this name, whatever the processor says; the first call counts.
     ///
     /// # Safety
     /// The instructions must work in this process: a test that emulates them may say so.
     #[doc(hidden)]
-    pub unsafe fn force(isa: Isa) {
-        let _ = FORCED.set(isa);
+    pub unsafe fn force(name: &str) {
+        if let Some(isa) = Self::ALL.into_iter().find(|isa| isa.name() == name) {
+            let _ = FORCED.set(isa);
+        }
+    }
+
+    pub(crate) fn is_forced(isa: Isa) -> bool {
+        FORCED.get() == Some(&isa)
     }
 
     /// Its name in `REWARDRT_ISA` and in `rewardrt devices`.
@@ -228,7 +251,7 @@ macro_rules! for_each_isa {
                     $body::<$crate::kernels::lanes::Avx512>($($arg),*)
                 }
                 match isa {
-                    // SAFETY: an Isa other than Portable comes from `Isa::available`, which asked the processor.
+                    // SAFETY: an Isa comes from `Isa::available` or `detect`, which ask the processor.
                     $crate::kernels::Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     $crate::kernels::Isa::Avx512 | $crate::kernels::Isa::Avx512Bf16 | $crate::kernels::Isa::Amx => {
                         // SAFETY: as above.

@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::input::{Packed, round_to_bf16};
-use crate::kernels::MatrixView;
+use crate::kernels::{Isa, MatrixView};
 
 /// Rows of a tile, of weights and of x.
 const ROWS: usize = 16;
@@ -23,30 +23,46 @@ const ROWS: usize = 16;
 const STEP: usize = 32;
 const TILE_BYTES: usize = 1024;
 
-/// Whether the processor has AMX with bf16, and the system lets this process use it. Asks once.
+const XFEATURE_XTILEDATA: u64 = 18;
+
+/// Whether the processor has AMX with bf16 and the system knows its state. Changes nothing.
+pub(crate) fn supported() -> bool {
+    let leaf = __cpuid_count(7, 0);
+    let (tile, bf16) = (leaf.edx >> 24 & 1 == 1, leaf.edx >> 22 & 1 == 1);
+    let mut features = 0u64;
+    const ARCH_GET_XCOMP_SUPP: u64 = 0x1021;
+    // SAFETY: the kernel writes one u64.
+    let known = tile && bf16 && unsafe { arch_prctl(ARCH_GET_XCOMP_SUPP, (&raw mut features) as u64) };
+    known && features >> XFEATURE_XTILEDATA & 1 == 1
+}
+
+/// Asks the system, once, to let this process use tiles: Linux gives out their state (8 KiB a thread) only then, and from
+/// then on wants signal stacks that have room for it. True as well where a test has forced this path.
 pub(crate) fn permitted() -> bool {
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| {
-        let leaf = __cpuid_count(7, 0);
-        let (tile, bf16) = (leaf.edx >> 24 & 1 == 1, leaf.edx >> 22 & 1 == 1);
-        tile && bf16 && ask_for_tiles()
+        const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
+        // SAFETY: plain numbers.
+        let granted = supported() && unsafe { arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) };
+        granted || Isa::is_forced(Isa::Amx)
     })
 }
 
-/// Linux gives a process the tile state only when it asks: `arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`.
+/// True if the call succeeds.
+///
+/// # Safety
+/// `argument` must be what `code` asks for.
 #[cfg(target_os = "linux")]
-fn ask_for_tiles() -> bool {
+unsafe fn arch_prctl(code: u64, argument: u64) -> bool {
     const SYS_ARCH_PRCTL: i64 = 158;
-    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
-    const XFEATURE_XTILEDATA: u64 = 18;
     let result: i64;
-    // SAFETY: a system call with plain numbers; the kernel clobbers rcx and r11.
+    // SAFETY: a system call, by the caller's promise; the kernel clobbers rcx and r11.
     unsafe {
         asm!(
             "syscall",
             inlateout("rax") SYS_ARCH_PRCTL => result,
-            in("rdi") ARCH_REQ_XCOMP_PERM,
-            in("rsi") XFEATURE_XTILEDATA,
+            in("rdi") code,
+            in("rsi") argument,
             lateout("rcx") _,
             lateout("r11") _,
             options(nostack),
@@ -56,7 +72,7 @@ fn ask_for_tiles() -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn ask_for_tiles() -> bool {
+unsafe fn arch_prctl(_code: u64, _argument: u64) -> bool {
     false
 }
 

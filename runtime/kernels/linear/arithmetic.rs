@@ -8,10 +8,10 @@ use crate::weights::Dtype;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// Inputs of a product may be rounded to bf16 where the weights are bf16 and the processor multiplies that faster
-    /// (AVX-512 BF16, AMX).
+    /// (AVX-512 BF16, AMX), and to 16-bit integers where the weights are 8-bit.
     #[default]
     Auto,
-    /// Inputs keep at least 16 bits of mantissa; most kernels round nothing.
+    /// Inputs are not rounded; on AMX they keep 16 bits of mantissa.
     F32,
 }
 

@@ -8,6 +8,7 @@ use super::Arithmetic;
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use crate::backend::cpu::Pool;
+use crate::error::{Result, try_vec};
 use crate::kernels::lanes::{Lanes, for_each_isa, for_lanes, load};
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::{Isa, SharedMut};
@@ -81,6 +82,7 @@ impl<'a> Packed<'a> {
     }
 
     /// [rows, stride] and the stride: K rounded up, with zeros.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn bf16_rows(&self, rows: Range<usize>) -> (&'a [u16], usize) {
         assert_eq!(self.arithmetic, Arithmetic::Bf16);
         let all: &[u16] = bytemuck::cast_slice(self.data);
@@ -103,6 +105,27 @@ impl<'a> Packed<'a> {
 }
 
 impl PackBuffer {
+    /// Makes room for any packing of [rows, k], so that packing allocates nothing.
+    ///
+    /// # Errors
+    /// `HostMemory`.
+    pub(crate) fn reserve(&mut self, rows: usize, k: usize) -> Result<()> {
+        let lines = Self::bytes_for(rows, k) / 64;
+        if self.lines.len() < lines {
+            self.lines = Vec::new();
+            self.lines = try_vec("packed inputs", Line([0; 64]), lines)?;
+        }
+        if self.scales.len() < rows {
+            self.scales = try_vec("packed inputs", 0.0, rows)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes that hold any packing of [rows, k]: f32, or two bf16 terms of whole groups of sixteen rows.
+    pub(crate) fn bytes_for(rows: usize, k: usize) -> usize {
+        4 * rows.next_multiple_of(16) * k.next_multiple_of(64)
+    }
+
     /// Packs `source` for `arithmetic`; without a norm f32 inputs are used where they are.
     pub(crate) fn pack<'a>(
         &'a mut self,
@@ -140,7 +163,6 @@ impl PackBuffer {
             }
             Arithmetic::Int8 => {
                 let stride = k.next_multiple_of(super::INT8_BLOCK);
-                self.scales.resize(self.scales.len().max(rows), 0.0);
                 let scales = SharedMut::new(&mut self.scales[..rows]);
                 let out = SharedMut::new(room::<i16>(&mut self.lines, rows * stride));
                 pool.over_rows(rows, k, &|rows| {
@@ -187,10 +209,8 @@ impl PackBuffer {
     }
 }
 
-/// The first `len` elements of the buffer, which grows to hold them.
-fn room<T: bytemuck::Pod>(lines: &mut Vec<Line>, len: usize) -> &mut [T] {
-    let needed = (len * size_of::<T>()).div_ceil(64);
-    lines.resize(lines.len().max(needed), Line([0; 64]));
+/// The first `len` elements of the buffer.
+fn room<T: bytemuck::Pod>(lines: &mut [Line], len: usize) -> &mut [T] {
     &mut bytemuck::cast_slice_mut::<Line, T>(lines)[..len]
 }
 

@@ -8,8 +8,8 @@ use std::ops::Range;
 
 use super::input::Packed;
 use super::tile::write_sums;
-use crate::backend::cpu::Pool;
-use crate::error::{Error, ErrorKind, Result, try_vec};
+use crate::backend::cpu::{Pool, cores};
+use crate::error::{Error, Result, try_vec};
 use crate::kernels::lanes::{Lanes, for_each_isa};
 use crate::kernels::{MatrixView, SharedMut};
 
@@ -44,34 +44,42 @@ impl Int8Matrix {
     /// Quantises `view`, in parallel.
     ///
     /// # Errors
-    /// `HostMemory` if there is no room, `NonFinite` if a weight is NaN or infinite.
+    /// `HostMemory` if there is no room, `Format` if a weight is NaN or infinite.
     pub fn quantise(view: MatrixView, pool: &Pool) -> Result<Self> {
         let (rows, cols) = (view.rows(), view.cols());
         let blocks = cols.div_ceil(BLOCK);
         let mut quants: Vec<i8> = try_vec("8-bit weights", 0, rows * blocks * BLOCK)?;
         let mut scales: Vec<f32> = try_vec("8-bit weights", 0.0, rows * blocks)?;
         let (shared_quants, shared_scales) = (SharedMut::new(&mut quants), SharedMut::new(&mut scales));
-        pool.over_rows(rows, cols, &|rows| {
-            let mut row_values = vec![0.0; cols];
-            for row in rows {
-                view.dtype().read_f32(view.row(row), &mut row_values);
-                // SAFETY: tasks have disjoint rows.
-                let (quants, scales) = unsafe {
-                    let quants = shared_quants.slice(row * blocks * BLOCK..(row + 1) * blocks * BLOCK);
-                    (quants, shared_scales.slice(row * blocks..(row + 1) * blocks))
-                };
-                for ((values, quants), scale) in
-                    row_values.chunks(BLOCK).zip(quants.chunks_exact_mut(BLOCK)).zip(scales)
-                {
-                    *scale = quantise_block(values, quants);
+        // Some rows at a time, each in its turn: a model that is being loaded holds up others for a millisecond.
+        let at_a_time = ((1 << 20) / cols.max(1)).max(1);
+        for first in (0..rows).step_by(at_a_time) {
+            let _turn = cores().take(pool.threads());
+            pool.over_rows(at_a_time.min(rows - first), cols, &|rows| {
+                let mut row_values = vec![0.0; cols];
+                for row in first + rows.start..first + rows.end {
+                    view.dtype().read_f32(view.row(row), &mut row_values);
+                    // SAFETY: tasks have disjoint rows.
+                    let (quants, scales) = unsafe {
+                        let quants = shared_quants.slice(row * blocks * BLOCK..(row + 1) * blocks * BLOCK);
+                        (quants, shared_scales.slice(row * blocks..(row + 1) * blocks))
+                    };
+                    for ((values, quants), scale) in
+                        row_values.chunks(BLOCK).zip(quants.chunks_exact_mut(BLOCK)).zip(scales)
+                    {
+                        *scale = quantise_block(values, quants);
+                    }
                 }
-            }
-        });
+            });
+        }
         if let Some(i) = scales.iter().position(|s| !s.is_finite()) {
-            return Err(Error::new(
-                ErrorKind::NonFinite,
-                format!("row {} holds a weight that is not finite: it cannot be quantised", i / blocks),
-            ));
+            let (row, mut values) = (i / blocks, vec![0.0; cols]);
+            view.dtype().read_f32(view.row(row), &mut values);
+            let column = values.iter().position(|v| !v.is_finite()).unwrap_or(0);
+            return Err(Error::format(format!(
+                "the weight at row {row}, column {column} is {}; only finite weights can be quantised to 8 bits",
+                values[column]
+            )));
         }
         Ok(Int8Matrix { rows, cols, quants, scales })
     }
@@ -326,6 +334,8 @@ mod tests {
         values[5] = f32::INFINITY;
         let stored = Dtype::F32.from_f32(&values);
         let refused = Int8Matrix::quantise(MatrixView::new(Dtype::F32, &stored, 2, 4), &Pool::new(1));
-        assert_eq!(refused.err().unwrap().kind(), ErrorKind::NonFinite);
+        let error = refused.err().unwrap();
+        assert_eq!(error.kind(), crate::error::ErrorKind::Format);
+        assert!(error.to_string().contains("row 1, column 1 is inf"), "{error}");
     }
 }

@@ -3,8 +3,8 @@
 //! The CPU twin does more in the same pass, as the Plan asks: it takes x through an RMS norm on the way in
 //! ([`input`]), and on the way out it adds to the residual stream or multiplies silu(gate) by up ([`finish`]).
 //!
-//! How an element is added up is its [`Arithmetic`], a function of the instruction set, the precision and the weight's
-//! dtype; within one the order of additions depends on K alone. How many rows or columns share a tile changes nothing.
+//! How an element is added up is its [`Arithmetic`], a function of the instruction set, the precision and the dtypes of
+//! the weights that share the input; within one the order of additions depends on K alone. How many rows or columns share a tile changes nothing.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -20,7 +20,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use amx::permitted as amx_permitted;
+pub(crate) use amx::{permitted as amx_permitted, supported as amx_supported};
 pub use arithmetic::{Arithmetic, Precision};
 pub(crate) use input::{Norm, PackBuffer, Packed, Source};
 pub use int8::{BLOCK as INT8_BLOCK, Int8Matrix, Int8View};
@@ -290,6 +290,9 @@ pub fn linear_alone(isa: Isa, precision: Precision, x: &[f32], weight: Weight, b
     let rows = x.len() / k;
     assert_eq!((x.len(), out.len()), (rows * k, rows * weight.rows()));
     let mut buffer = PackBuffer::default();
+    buffer.reserve(rows, k).unwrap_or_else(|e| panic!("{e}"));
+    #[cfg(target_arch = "x86_64")]
+    assert!(isa != Isa::Amx || amx::permitted(), "this process may not use AMX");
     let arithmetic = Arithmetic::of(isa, precision, [weight]);
     let pool = Pool::new(1);
     let packed = buffer.pack(isa, &pool, arithmetic, Source { x, rows, k, norm: None });
