@@ -9,8 +9,19 @@ use rewardrt::{LogprobRequest, Model, ModelOptions, Precision, SampleRequest, Sa
 
 const MODELS: [&str; 4] = ["llama-gqa-9-3", "llama-odd-widths", "mistral-window", "llama-wide"];
 
+/// Models and how they are loaded.
+fn cases() -> Vec<(&'static str, ModelOptions)> {
+    let int8 = ModelOptions { weights: WeightFormat::Int8, ..small() };
+    let exact = ModelOptions { precision: Precision::F32, ..small() };
+    let mut cases = MODELS.map(|name| (name, small())).to_vec();
+    cases.extend([("llama-odd-widths", int8.clone()), ("llama-wide", int8), ("llama-wide", exact)]);
+    cases
+}
+
+/// Some are longer than a chunk of keys.
 fn prompt(i: usize) -> Vec<u32> {
-    (0..3 + i * 7 % 37).map(|k| (6 + (i * 31 + k * 17) % 90) as u32).collect()
+    let length = 3 + i * 7 % 37 + if i % 8 == 5 { 70 } else { 0 };
+    (0..length).map(|k| (6 + (i * 31 + k * 17) % 90) as u32).collect()
 }
 
 /// A mix of sampling controls: the result must not depend on the batch under any of them.
@@ -31,9 +42,7 @@ fn sample(model: &Model, request: &SampleRequest) -> Vec<Vec<SampledToken>> {
 #[test]
 fn a_sequence_does_not_see_its_batch() {
     for device in devices() {
-        let int8 = ModelOptions { weights: WeightFormat::Int8, ..small() };
-        let exact = ModelOptions { precision: Precision::F32, ..small() };
-        for (name, options) in MODELS.map(|m| (m, small())).into_iter().chain([(MODELS[0], int8), (MODELS[1], exact)]) {
+        for (name, options) in cases() {
             let model = load(&open(&device, 2), name, &options);
             for variant in 0..3 {
                 let alone: Vec<_> = (0..6)
@@ -55,12 +64,12 @@ fn a_sequence_does_not_see_its_batch() {
 #[test]
 fn chunks_and_threads_do_not_matter() {
     for device in devices() {
-        for name in MODELS {
+        for (name, base) in cases() {
             let prompts: Vec<_> = (0..9).map(prompt).collect();
             let results: Vec<_> = [(1, 1), (7, 2), (64, 2), (1024, 3)]
                 .into_iter()
                 .map(|(rows, threads)| {
-                    let options = ModelOptions { max_batch_tokens: Some(rows), ..small() };
+                    let options = ModelOptions { max_batch_tokens: Some(rows), ..base.clone() };
                     let model = load(&open(&device, threads), name, &options);
                     let texts = LogprobRequest { sequences: prompts.clone(), ..LogprobRequest::default() };
                     let logprobs = model.logprobs(&texts).unwrap().wait().unwrap();
@@ -77,8 +86,8 @@ fn chunks_and_threads_do_not_matter() {
 #[test]
 fn sampled_logprobs_equal_rescored_ones() {
     for device in devices() {
-        for name in MODELS {
-            let model = load(&open(&device, 2), name, &small());
+        for (name, options) in cases() {
+            let model = load(&open(&device, 2), name, &options);
             for variant in 0..3 {
                 let prompts: Vec<_> = (0..64).map(prompt).collect();
                 let sampled = sample(&model, &request(prompts.clone(), Vec::new(), variant));
@@ -127,7 +136,7 @@ fn a_small_kv_cache_changes_nothing() {
         let name = "llama-gqa-9-3";
         let prompts: Vec<_> = (0..20).map(prompt).collect();
         let wide = load(&open(&device, 2), name, &small());
-        let narrow = load(&open(&device, 2), name, &ModelOptions { kv_tokens: Some(96), ..small() });
+        let narrow = load(&open(&device, 2), name, &ModelOptions { kv_tokens: Some(160), ..small() });
         let expected = sample(&wide, &request(prompts.clone(), Vec::new(), 2));
         for _ in 0..3 {
             let long = SampleRequest { max_tokens: 40, ..request(prompts.clone(), Vec::new(), 0) };

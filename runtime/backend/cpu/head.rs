@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use super::CpuExecutor;
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, logit_rows, top_logprobs};
 use crate::error::{Result, try_vec};
-use crate::kernels::linear::{self, Arithmetic, Hint, Source};
+use crate::kernels::linear::{self, Arithmetic, Hint, ROW_BLOCK, Source};
 use crate::kernels::log_sum_exp::{CHUNK, Stats, log_sum_exp};
 use crate::kernels::{Isa, SharedMut, sample, top_k};
 use crate::model::{Buf, Head};
@@ -45,8 +45,6 @@ impl Order {
     }
 }
 
-/// Rows of sums that a task holds at a time.
-const ROW_BLOCK: usize = 64;
 /// Rows over the vocabulary at a time where no logits are kept: what their packed inputs take.
 const MOST_ROWS: usize = 1024;
 

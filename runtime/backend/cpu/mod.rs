@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use cores::Cores;
 pub use pool::Pool;
+pub(crate) use pool::SMALL;
 
 use super::{Capacity, Executor, Memory, Output, Step};
 use crate::error::{Error, ErrorKind, Result, checked_size, try_vec};

@@ -17,7 +17,7 @@ const SPIN: Duration = Duration::from_micros(100);
 /// Spins between two looks at the clock.
 const SPINS: u32 = 64;
 /// Multiply-adds below which a loop is not worth waking a thread for.
-const SMALL: usize = 20_000;
+pub(crate) const SMALL: usize = 20_000;
 
 type Task = dyn Fn(usize) + Sync;
 

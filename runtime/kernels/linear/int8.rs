@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::input::Packed;
-use super::tile::write_sums;
+use super::tile::{AHEAD, write_sums};
 use crate::backend::cpu::{Pool, cores};
 use crate::error::{Error, Result, try_vec};
 use crate::kernels::lanes::{Lanes, for_each_isa};
@@ -223,8 +223,6 @@ fn columns<L: Lanes, const NR: usize, const TR: usize>(job: &Job, t: usize, out:
 /// has them. The sums are those of [`tile`] to the bit.
 #[inline(always)]
 fn stream<L: Lanes, const NR: usize, const TR: usize>(job: &Job, t: usize, n: usize, out: &mut [f32]) {
-    /// Bytes ahead: what arrives while the memory answers.
-    const AHEAD: usize = 8192;
     let mut sums = [[L::zero(); NR]; TR];
     for r in 0..NR {
         let at = (n + r) * job.stride + AHEAD;

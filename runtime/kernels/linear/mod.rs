@@ -26,7 +26,7 @@ pub(crate) use input::{Norm, PackBuffer, Packed, Source};
 pub use int8::{BLOCK as INT8_BLOCK, Int8Matrix, Int8View};
 
 use super::{Isa, MatrixView, SharedMut};
-use crate::backend::cpu::Pool;
+use crate::backend::cpu::{Pool, SMALL};
 use crate::weights::Dtype;
 
 /// Parameters of the shader, which sees one slice of the weight's rows at a time.
@@ -157,9 +157,7 @@ pub(crate) struct Part<'a> {
 }
 
 /// Rows whose sums are held at a time: with the columns of a task they stay in the second-level cache.
-const ROW_BLOCK: usize = 64;
-/// Multiply-adds below which a task is not worth another thread.
-const SMALL: usize = 20_000;
+pub(crate) const ROW_BLOCK: usize = 64;
 
 /// Weights that are likely wanted after those at hand: asked for ahead of time, never read.
 #[derive(Clone, Copy)]

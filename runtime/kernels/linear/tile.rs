@@ -6,6 +6,9 @@ use crate::kernels::lanes::Lanes;
 /// Bytes of weights that a block of columns may take: they stay in the second-level cache while the rows of x pass.
 pub(super) const WEIGHT_BLOCK_BYTES: usize = 192 << 10;
 
+/// Bytes that a stream of weights is asked for ahead: what arrives while the memory answers.
+pub(super) const AHEAD: usize = 8192;
+
 /// Rows of x below which the weights are read in one stream instead of in tiles.
 const STREAMED_BELOW: usize = 4;
 
@@ -155,8 +158,6 @@ unsafe fn stream<M: Multiply>(block: Block) {
 
 #[inline(always)]
 unsafe fn stream_rows<M: Multiply, const NR: usize, const TR: usize>(block: Block) {
-    /// Bytes ahead: what arrives while the memory answers.
-    const AHEAD: usize = 8192;
     let Block { w, w_stride, x, x_stride, k, .. } = block;
     let total = block.cols * w_stride;
     let whole = k - k % M::STEP;
