@@ -198,11 +198,19 @@ fn tasks(rows: usize, k: usize, threads: usize, parts: &[Part]) -> Vec<(usize, R
     const MOST_COLS: usize = 240;
     let total: usize = parts.iter().map(|p| p.then.width()).sum();
     let row_tasks = rows.div_ceil(ROWS).max(1);
-    // Several tasks a thread even out what else the machine does, and the end of the loop.
-    let wanted = if threads == 1 { 1 } else { (16 * threads).div_ceil(row_tasks) };
+    // Several tasks a thread even out what else the machine does, and the end of the loop; few rows are read from memory,
+    // which likes long streams.
+    let few = rows < 4;
+    let wanted = if threads == 1 {
+        1
+    } else if few {
+        2 * threads
+    } else {
+        (16 * threads).div_ceil(row_tasks)
+    };
     let small = SMALL.div_ceil((k * rows.min(ROWS)).max(1));
     // 24 columns are whole tiles of every instruction set but AMX, which likes 48.
-    let cols = total.div_ceil(wanted).max(small).clamp(24, MOST_COLS);
+    let cols = total.div_ceil(wanted).max(small).clamp(24, if few { 4096 } else { MOST_COLS });
     let cols = cols.next_multiple_of(if cols > 24 { 48 } else { 24 });
     let mut tasks = Vec::new();
     for (p, part) in parts.iter().enumerate() {
