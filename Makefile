@@ -63,3 +63,4 @@ bench-peers: model .cache/venv-ref/ready
 golden: model .cache/venv-ref/ready
 	.cache/venv-ref/bin/python tests/golden/make.py
 	.cache/venv-ref/bin/python tests/real/make.py $(MODEL)
+	.cache/venv-ref/bin/python tests/real/make_controls.py $(MODEL)

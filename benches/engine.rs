@@ -42,7 +42,7 @@ fn synthesise(folder: &Path) {
 
 fn load(folder: &Path) -> Model {
     let device = std::env::var("REWARDRT_BENCH_DEVICE").unwrap_or("cpu".into());
-    let runtime = Runtime::open(&RuntimeOptions { device, threads: None }).unwrap();
+    let runtime = Runtime::open(&RuntimeOptions { device, ..RuntimeOptions::default() }).unwrap();
     runtime.load_model(folder, &ModelOptions::default()).unwrap()
 }
 

@@ -104,24 +104,16 @@ fn vocabulary(c: &mut Criterion) {
         b.iter(|| logits.chunks(log_sum_exp::CHUNK).map(|c| log_sum_exp::log_sum_exp(isa, c).sum).sum::<f32>());
     });
     c.bench_function("top_k/49152, k 20", |b| b.iter(|| top_k::top_k(&logits, 20)));
-    let plain = sample::Request {
-        uniform: 0.4,
-        inverse_temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        seen_row: 0,
-        active: 1,
-    };
+    let plain = sample::Request { uniform: 0.4, ..sample::Request::default() };
     let mut scratch = sample::Scratch::default();
     for (name, request) in [
         ("plain", plain),
         ("top-k 50", sample::Request { top_k: 50, ..plain }),
         ("top-p 0.9", sample::Request { top_p: 0.9, ..plain }),
+        ("typical-p 0.9", sample::Request { typical_p: 0.9, ..plain }),
     ] {
         c.bench_function(&format!("sample/49152, {name}"), |b| {
-            b.iter(|| sample::sample(isa, &logits, &request, &[], &mut scratch))
+            b.iter(|| sample::sample(isa, &logits, &request, &mut scratch))
         });
     }
 }

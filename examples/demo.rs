@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = args.get(2).map_or("auto", String::as_str);
 
     let start = Instant::now();
-    let runtime = Runtime::open(&RuntimeOptions { device: device.into(), threads: None })?;
+    let runtime = Runtime::open(&RuntimeOptions { device: device.into(), ..RuntimeOptions::default() })?;
     let model = runtime.load_model(folder.as_ref(), &ModelOptions::default())?;
     println!("{folder} on {}, loaded in {:.2} s\n", runtime.device_name(), start.elapsed().as_secs_f64());
 
@@ -54,6 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let request = ScoreRequest {
         sequences: answers.iter().map(question).collect::<Result<_, _>>()?,
         rule: Some(Rule::parse("judge:yes,no")?),
+        ..ScoreRequest::default()
     };
     let judged_tokens: usize = request.sequences.iter().map(Vec::len).sum();
     let start = Instant::now();

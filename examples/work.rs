@@ -25,7 +25,8 @@ struct Work {
 
 fn load(model: &str, threads: &str, options: &ModelOptions) -> Result<Model, Box<dyn Error>> {
     let device = std::env::var("REWARDRT_DEVICE").unwrap_or("cpu".into());
-    let runtime = Runtime::open(&RuntimeOptions { device, threads: Some(threads.parse()?) })?;
+    let runtime =
+        Runtime::open(&RuntimeOptions { device, threads: Some(threads.parse()?), ..RuntimeOptions::default() })?;
     Ok(runtime.load_model(model.as_ref(), options)?)
 }
 
@@ -64,7 +65,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
             "hidden" => {
                 let rule = Some(Rule::parse("judge:yes,no")?);
-                model.score(&ScoreRequest { sequences: ids, rule })?.wait()?;
+                model.score(&ScoreRequest { sequences: ids, rule, ..ScoreRequest::default() })?.wait()?;
             }
             other => return Err(format!("what is a job of kind {other:?}?").into()),
         }

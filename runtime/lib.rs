@@ -34,21 +34,28 @@
 pub mod backend;
 mod engine;
 mod error;
+mod guide;
 pub mod kernels;
 pub mod model;
 mod request;
 mod runtime;
 mod score;
+mod session;
 mod text;
 pub mod weights;
 
 pub use backend::gpu::{DeviceInfo, DeviceType};
-pub use engine::{Finish, Job, JobWatch, SampledToken};
+pub use engine::{
+    Chunk, Finish, Job, JobStats, JobWatch, ModelStats, Rows, RuntimeStats, SampledToken, Scheduling, Streamed, Timing,
+    VersionSpan,
+};
 pub use error::{Error, ErrorKind, Result};
+pub use guide::Guide;
 pub use kernels::linear::Precision;
 pub use request::{
     LogprobRequest, MAX_SEQUENCES, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
 };
 pub use runtime::{CpuInfo, Model, ModelOptions, Runtime, RuntimeOptions, devices};
 pub use score::{Rule, Score};
+pub use session::Session;
 pub use text::{ChatTemplate, EncodeOptions, Message, Tokenizer};

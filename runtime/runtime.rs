@@ -1,19 +1,20 @@
 //! The runtime and its models.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::backend::cpu::{self, CpuExecutor, CpuOptions, Pool};
 use crate::backend::gpu::{self, DeviceInfo, Gpu, GpuExecutor, Selection, list_devices};
 use crate::backend::{Capacity, Executor, Memory};
-use crate::engine::{Engine, Job};
+use crate::engine::{Engine, Job, JobOptions, ModelStats, QueueLimits, RuntimeStats};
 use crate::error::{Error, Result};
+use crate::guide::{CompiledGuide, Guide, GuideVocabulary};
 use crate::kernels::linear::{Int8Matrix, Precision};
 use crate::kernels::{Isa, KV_BLOCK};
 use crate::model::{MatrixId, ModelSpec, Op, Plan, parse_config};
 use crate::request::{
-    Checker, LogprobRequest, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
-    read_logprobs, read_samples, read_scores,
+    Checker, LogprobRequest, Prompt, SampleRequest, SampledSequence, Samples, ScoreRequest, SequenceLogprobs,
+    SequenceScore, read_logprobs, read_samples, read_scores,
 };
 use crate::score::Rule;
 use crate::text::Tokenizer;
@@ -36,11 +37,15 @@ pub struct RuntimeOptions {
     pub device: String,
     /// Threads of the CPU backend; `None`: one a core.
     pub threads: Option<usize>,
+    /// Jobs that may wait or run at a time; more are refused with `Full`.
+    pub max_jobs: usize,
+    /// Positions that these jobs may come to; more are refused with `Full`.
+    pub max_queued_tokens: usize,
 }
 
 impl Default for RuntimeOptions {
     fn default() -> Self {
-        RuntimeOptions { device: "auto".into(), threads: None }
+        RuntimeOptions { device: "auto".into(), threads: None, max_jobs: 1 << 16, max_queued_tokens: 1 << 26 }
     }
 }
 
@@ -123,7 +128,13 @@ impl Runtime {
             Some(gpu) => Device::Gpu(Arc::new(gpu)),
             None => Device::Cpu { isa: Isa::detect()?.permitted(), pool: Arc::new(Pool::new(threads)) },
         };
-        Ok(Runtime { inner: Arc::new(RuntimeInner { device, engine: Engine::start()? }) })
+        let limits = QueueLimits { jobs: options.max_jobs, tokens: options.max_queued_tokens };
+        Ok(Runtime { inner: Arc::new(RuntimeInner { device, engine: Engine::start(limits)? }) })
+    }
+
+    /// What waits and runs.
+    pub fn stats(&self) -> RuntimeStats {
+        self.inner.engine.stats()
     }
 
     /// The device's name, for logs: `cpu (avx2, 2 threads)` or the adapter's name.
@@ -167,7 +178,9 @@ impl Runtime {
             }
         };
         let memory = executor.memory();
-        let id = self.inner.engine.add(executor, spec.rope.clone(), capacity)?;
+        let stats = Arc::new(Mutex::new(ModelStats { kv_blocks: capacity.kv_blocks, ..ModelStats::default() }));
+        let version = options.weights_version;
+        let id = self.inner.engine.add(executor, spec.rope.clone(), capacity, version, stats.clone())?;
         log::info!(
             "{}: {} on {}, {} MiB allocated, {} MiB mapped, {} KV positions",
             folder.display(),
@@ -178,7 +191,6 @@ impl Runtime {
             capacity.kv_blocks * KV_BLOCK
         );
         let runtime = self.inner.clone();
-        let weights_version = options.weights_version;
         Ok(Model {
             inner: Arc::new(ModelInner {
                 runtime,
@@ -188,7 +200,9 @@ impl Runtime {
                 max_context,
                 capacity,
                 memory,
-                weights_version,
+                weights_version: version,
+                guides: OnceLock::new(),
+                stats,
             }),
         })
     }
@@ -285,6 +299,9 @@ struct ModelInner {
     capacity: Capacity,
     memory: Memory,
     weights_version: u64,
+    /// Made for the first request with a guide.
+    guides: OnceLock<Result<GuideVocabulary>>,
+    stats: Arc<Mutex<ModelStats>>,
 }
 
 impl Drop for ModelInner {
@@ -327,6 +344,11 @@ impl Model {
         self.inner.weights_version
     }
 
+    /// What it has done, and what it is doing.
+    pub fn stats(&self) -> ModelStats {
+        *self.inner.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn checker(&self) -> Checker<'_> {
         let inner = &self.inner;
         Checker { spec: &inner.spec, max_context: inner.max_context, tokenizer: inner.tokenizer.as_ref() }
@@ -339,12 +361,20 @@ impl Model {
         }
     }
 
+    fn compile(&self, guide: &Guide) -> Result<CompiledGuide> {
+        let inner = &self.inner;
+        let new = || GuideVocabulary::new(self.tokenizer()?, inner.spec.vocab_size, &inner.spec.eos_token_ids);
+        inner.guides.get_or_init(new).as_ref().map_err(Error::clone)?.compile(guide)
+    }
+
     fn submit<T>(
         &self,
         sequences: Vec<crate::engine::NewSequence>,
+        options: JobOptions,
         read: impl Fn(Vec<crate::engine::Finished>) -> Result<T> + Send + Sync + 'static,
     ) -> Result<Job<T>> {
-        let state = self.inner.runtime.engine.submit(self.inner.id, self.inner.capacity.kv_blocks, sequences)?;
+        let (id, kv_blocks) = (self.inner.id, self.inner.capacity.kv_blocks);
+        let state = self.inner.runtime.engine.submit(id, kv_blocks, sequences, options)?;
         Ok(Job::new(state, read))
     }
 
@@ -353,10 +383,28 @@ impl Model {
     /// # Errors
     /// `Argument` or `Limit` for a field out of range, `Full` if the queue is.
     pub fn sample(&self, request: &SampleRequest) -> Result<Job<Vec<SampledSequence>>> {
+        let prompts: Vec<Prompt> = request.prompts.iter().map(|p| Prompt::whole(p)).collect();
+        self.sample_prompts(request, &prompts, |_| {})
+    }
+
+    /// The same for prompts that are given apart; `each` sees the result before it is returned.
+    pub(crate) fn sample_prompts(
+        &self,
+        request: &SampleRequest,
+        prompts: &[Prompt],
+        each: impl Fn(&[SampledSequence]) + Send + Sync + 'static,
+    ) -> Result<Job<Vec<SampledSequence>>> {
         self.language_model()?;
-        let sequences = self.checker().sample(request)?;
-        let (n, version) = (request.n, self.inner.weights_version);
-        self.submit(sequences, move |finished| read_samples(n, version, finished))
+        let guide = request.guide.as_ref().map(|g| self.compile(g)).transpose()?;
+        let sequences = self.checker().sample(request, prompts, guide)?;
+        let (drawn, returned) = (request.best_of.unwrap_or(request.n), request.n);
+        let options = JobOptions { scheduling: request.scheduling, stream: request.stream, per_prompt: drawn };
+        let samples = Samples { drawn, returned, weight_version: self.inner.weights_version };
+        self.submit(sequences, options, move |finished| {
+            let results = read_samples(samples, finished)?;
+            each(&results);
+            Ok(results)
+        })
     }
 
     /// Queues a job for the log-probabilities of given tokens, in the order of the sequences.
@@ -369,7 +417,8 @@ impl Model {
         let prompt_len = |i: usize| request.prompt_lens.get(i).copied().unwrap_or(0);
         let scored: Vec<usize> = request.sequences.iter().enumerate().map(|(i, s)| s.len() - prompt_len(i)).collect();
         let version = self.inner.weights_version;
-        self.submit(sequences, move |finished| read_logprobs(&scored, version, finished))
+        let options = JobOptions { scheduling: request.scheduling, ..JobOptions::default() };
+        self.submit(sequences, options, move |finished| read_logprobs(&scored, version, finished))
     }
 
     /// Queues a scoring job, in the order of the sequences.
@@ -384,6 +433,7 @@ impl Model {
         let bound = rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?;
         let sequences = self.checker().score(request, &bound)?;
         let version = self.inner.weights_version;
-        self.submit(sequences, move |finished| read_scores(&bound, version, finished))
+        let options = JobOptions { scheduling: request.scheduling, ..JobOptions::default() };
+        self.submit(sequences, options, move |finished| read_scores(&bound, version, finished))
     }
 }

@@ -120,8 +120,9 @@ fn scores_do_not_see_their_batch() {
     for device in devices() {
         let model = load(&open(&device, 2), "llama-labels-3", &small());
         let sequences: Vec<_> = (0..40).map(prompt).collect();
-        let score =
-            |sequences: Vec<Vec<u32>>| model.score(&ScoreRequest { sequences, rule: None }).unwrap().wait().unwrap();
+        let score = |sequences: Vec<Vec<u32>>| {
+            model.score(&ScoreRequest { sequences, ..ScoreRequest::default() }).unwrap().wait().unwrap()
+        };
         let together = score(sequences.clone());
         for (i, sequence) in sequences.into_iter().enumerate().step_by(9) {
             assert_eq!(score(vec![sequence])[0], together[i], "{device} {i}");

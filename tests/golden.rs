@@ -45,7 +45,7 @@ fn check(name: &str, model: &Model) {
 }
 
 fn check_scores(name: &str, model: &Model, sequences: Vec<Vec<u32>>, expected: &Value) {
-    let request = ScoreRequest { sequences, rule: None };
+    let request = ScoreRequest { sequences, ..ScoreRequest::default() };
     let scores = model.score(&request).unwrap().wait().unwrap();
     for (i, score) in scores.iter().enumerate() {
         close(&format!("{name}: score {i}"), &score.score.values, &floats(&expected["scores"][i]));

@@ -187,14 +187,17 @@ fn requests_out_of_range() {
         let e = model.sample(&request).map(|_| ()).unwrap_err();
         assert!(e.kind() == kind && e.to_string().contains(says), "{e} should say {says:?}");
     }
-    let logprobs = LogprobRequest { sequences: vec![vec![5, 6]], prompt_lens: vec![3], top_logprobs: 0 };
+    let logprobs = LogprobRequest { sequences: vec![vec![5, 6]], prompt_lens: vec![3], ..LogprobRequest::default() };
     assert!(model.logprobs(&logprobs).map(|_| ()).unwrap_err().to_string().contains("prompt_len of 3"));
     for (rule, says) in [
         (None, "rule must be named"),
         (Some(Rule::Sequence), "does not fit"),
         (Some(Rule::parse("judge").unwrap()), "tokenizer.json"),
     ] {
-        let e = model.score(&ScoreRequest { sequences: vec![vec![5]], rule }).map(|_| ()).unwrap_err();
+        let e = model
+            .score(&ScoreRequest { sequences: vec![vec![5]], rule, ..ScoreRequest::default() })
+            .map(|_| ())
+            .unwrap_err();
         assert!(e.to_string().contains(says), "{e}");
     }
     for rule in ["", "judge:", "judge:yes", "judge:yes,yes", "judge:yes,", "sequence:1", "mean"] {
@@ -225,7 +228,7 @@ fn options_out_of_range() {
     assert_eq!(load(ModelOptions { kv_tokens: Some(usize::MAX), ..small() }).kind(), Limit);
     assert_eq!(load(ModelOptions { max_context: Some(1), ..small() }).kind(), ErrorKind::Argument);
     let open = |device: &str| {
-        let options = rewardrt::RuntimeOptions { device: device.into(), threads: None };
+        let options = rewardrt::RuntimeOptions { device: device.into(), ..rewardrt::RuntimeOptions::default() };
         rewardrt::Runtime::open(&options).map(|_| ()).unwrap_err()
     };
     assert_eq!(open("cuda").kind(), ErrorKind::Argument);

@@ -161,6 +161,7 @@ fn judge_probabilities_are_those_of_transformers() {
     let request = ScoreRequest {
         sequences: chats.iter().map(|c| ids(&c["prompt_ids"])).collect(),
         rule: Some(Rule::parse("judge:yes,no").unwrap()),
+        ..ScoreRequest::default()
     };
     for (score, want) in
         model.score(&request).unwrap().wait().unwrap().iter().zip(expected["judge"].as_array().unwrap())

@@ -304,7 +304,7 @@ rrt_status rrt_job_cancel(rrt_runtime *runtime, uint64_t job, rrt_error *err);
 
 /* ---- results ---------------------------------------------------------------------------------------------------- */
 
-enum { RRT_FINISH_STOP = 0, RRT_FINISH_LENGTH = 1, RRT_FINISH_CANCELLED = 2 };
+enum { RRT_FINISH_STOP = 0, RRT_FINISH_LENGTH = 1, RRT_FINISH_CANCELLED = 2, RRT_FINISH_BLOCKED = 3 };
 
 /* What a sampling job returned, in the order (prompt, sample). */
 typedef struct rrt_sequences_view {

@@ -101,7 +101,7 @@ pub unsafe extern "C" fn rrt_submit_sample(
             stop: unsafe { stop_strings(&req) }?,
             stop_ids: stop_ids.to_vec(),
             ignore_eos: req.flags & IGNORE_EOS != 0,
-            top_logprobs: 0,
+            ..SampleRequest::default()
         };
         queue(runtime, Pending::Sample(model.model.sample(&request)?), job);
         Ok(())
@@ -156,7 +156,7 @@ pub unsafe extern "C" fn rrt_submit_score(
                     Some(unsafe { text(req.rule, req.rule_len, "rule") }?)
                 };
                 let rule = rule.map(Rule::parse).transpose()?;
-                Pending::Score(model.model.score(&ScoreRequest { sequences, rule })?)
+                Pending::Score(model.model.score(&ScoreRequest { sequences, rule, ..ScoreRequest::default() })?)
             }
             LOGPROBS => {
                 let prompt_lens = if req.prompt_lens.is_null() {
@@ -165,7 +165,7 @@ pub unsafe extern "C" fn rrt_submit_score(
                     // SAFETY: the header's condition on arrays.
                     unsafe { elements(req.prompt_lens, sequences.len(), "prompt_lens") }?.to_vec()
                 };
-                let request = LogprobRequest { sequences, prompt_lens, top_logprobs: 0 };
+                let request = LogprobRequest { sequences, prompt_lens, ..LogprobRequest::default() };
                 Pending::Logprobs(model.model.logprobs(&request)?)
             }
             other => return Err(Failure::new(E_ARG, format!("kind is {other}, it must be {REWARD} or {LOGPROBS}"))),

@@ -60,6 +60,7 @@ impl Sequences {
                 Finish::Stop => 0,
                 Finish::Length => 1,
                 Finish::Cancelled => 2,
+                Finish::Blocked => 3,
             });
             // Both are below the request's limits.
             all.prompt_index.push(sequence.prompt as u32);

@@ -6,7 +6,7 @@ pub mod gpu;
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::kernels::{RowMeta, sample, top_k};
+use crate::kernels::{RowMeta, adjust_logits, sample, top_k};
 
 /// What a row asks for once its final hidden state is there.
 #[derive(Clone, Debug)]
@@ -23,31 +23,47 @@ pub enum Want {
         top: usize,
     },
     /// A next token.
-    Sample {
-        /// `seen_row` is filled in by the backend.
-        request: sample::Request,
-        /// One bit a token of the vocabulary, where the repetition penalty needs it.
-        seen: Option<Arc<[u32]>>,
-        /// How many of the most likely tokens to report.
-        top: usize,
-    },
+    Sample(Box<Sampling>),
+}
+
+/// What a draw is made from.
+#[derive(Clone, Debug)]
+pub struct Sampling {
+    /// The backend fills in where its edits and its mask are.
+    pub request: sample::Request,
+    /// Rising tokens below V, none twice.
+    pub edits: Vec<adjust_logits::Edit>,
+    /// One bit a token, ⌈V / 32⌉ words; `None`: every token may be drawn.
+    pub mask: Option<Arc<[u32]>>,
+    /// How many of the most likely tokens to report, as the model has them.
+    pub top: usize,
 }
 
 impl Want {
     /// True if the row needs logits over the whole vocabulary.
     fn needs_vocabulary(&self) -> bool {
-        matches!(self, Want::Logprob { .. } | Want::Sample { .. })
+        matches!(self, Want::Logprob { .. } | Want::Sample(_))
     }
 
     fn top(&self) -> usize {
         match self {
-            Want::Logprob { top, .. } | Want::Sample { top, .. } => *top,
+            Want::Logprob { top, .. } => *top,
+            Want::Sample(sampling) => sampling.top,
             _ => 0,
         }
     }
 }
 
-/// A row that wants something.
+/// Two different KV blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockCopy {
+    /// Whose content is copied.
+    pub from: u32,
+    /// Where it goes.
+    pub to: u32,
+}
+
+/// A row that wants something; several may be the same row.
 #[derive(Clone, Debug)]
 pub struct OutputRow {
     /// Index into [`Step::rows`].
@@ -61,11 +77,11 @@ pub struct OutputRow {
 pub struct Step<'a> {
     /// T rows; those of a sequence in rising position.
     pub rows: &'a [RowMeta],
-    /// The block lists of the sequences, one after the other.
+    /// The block lists of the sequences, one after the other; at most [`Capacity::max_table_entries`].
     pub tables: &'a [u32],
     /// cos and sin of every row's angles: [T, 2, E/2].
     pub cos_sin: &'a [f32],
-    /// The rows that want something.
+    /// The rows that want something; at most [`Capacity::max_rows`].
     pub outputs: &'a [OutputRow],
 }
 
@@ -93,6 +109,8 @@ pub enum Output {
         drawn: sample::Drawn,
         /// The drawn token in the unmodified distribution.
         stats: TokenStats,
+        /// The tokens that could have been drawn, rising; empty if they are more than was asked for.
+        kept_ids: Vec<u32>,
     },
 }
 
@@ -103,6 +121,12 @@ pub trait Executor: Send {
     /// # Errors
     /// `DeviceLost`, `DeviceMemory`, `HostMemory` or `Gpu`.
     fn step(&mut self, step: &Step) -> Result<Vec<Output>>;
+
+    /// Copies whole KV blocks in every layer, one pair after the other, before the next step.
+    ///
+    /// # Errors
+    /// As [`Executor::step`].
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()>;
 
     /// Bytes held for weights, KV cache and activations.
     fn memory(&self) -> Memory;
@@ -135,6 +159,14 @@ pub struct Capacity {
     pub max_rows: usize,
     /// KV blocks of [`crate::kernels::KV_BLOCK`] positions.
     pub kv_blocks: usize,
+}
+
+impl Capacity {
+    /// Entries of a step's block tables at most. Sequences that share blocks list them each for itself; one sequence
+    /// always fits.
+    pub fn max_table_entries(&self) -> usize {
+        self.kv_blocks + 64 * self.max_rows
+    }
 }
 
 /// Rows whose logits over the whole vocabulary exist at a time: bounded whatever T is.

@@ -1,10 +1,13 @@
 //! Flags.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use rewardrt::weights::WeightFormat;
-use rewardrt::{Model, ModelOptions, Precision, Result, Rule, Runtime, RuntimeOptions};
+use rewardrt::{
+    Error, ErrorKind, Guide, Model, ModelOptions, Precision, Result, Rule, Runtime, RuntimeOptions, Scheduling,
+};
 
 /// Samples from language models and scores what was sampled.
 #[derive(Parser)]
@@ -71,6 +74,9 @@ pub struct Common {
     /// Rows of a step at most [default: 1024].
     #[arg(long)]
     pub max_batch_tokens: Option<usize>,
+    /// Positions in the KV cache [default: 32768, or what 4 GiB (1 GiB on a GPU) and --memory hold].
+    #[arg(long)]
+    pub kv_tokens: Option<usize>,
     /// Bytes the model may allocate, with an optional suffix K, M or G (1024-based).
     #[arg(long, value_parser = bytes)]
     pub memory: Option<u64>,
@@ -101,7 +107,9 @@ pub enum WeightsArg {
 impl Common {
     /// Opens the runtime and loads the model.
     pub fn load(&self) -> Result<Model> {
-        let runtime = Runtime::open(&RuntimeOptions { device: self.device.clone(), threads: self.threads })?;
+        let options =
+            RuntimeOptions { device: self.device.clone(), threads: self.threads, ..RuntimeOptions::default() };
+        let runtime = Runtime::open(&options)?;
         let mut options = ModelOptions {
             precision: match self.precision {
                 PrecisionArg::Auto => Precision::Auto,
@@ -113,6 +121,7 @@ impl Common {
             },
             max_batch_tokens: self.max_batch_tokens,
             memory: self.memory,
+            kv_tokens: self.kv_tokens,
             max_context: self.max_context,
             ..ModelOptions::default()
         };
@@ -134,9 +143,74 @@ pub struct Sample {
     /// Samples of each prompt.
     #[arg(short, default_value_t = 1)]
     pub n: usize,
+    /// Draw this many samples of each prompt and return the n with the highest mean model log-probability.
+    #[arg(long, value_name = "N")]
+    pub best_of: Option<usize>,
     /// Tokens to generate at most.
     #[arg(long, default_value_t = 128)]
     pub max_tokens: usize,
+    /// Until then nothing but a stop string ends an answer.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub min_tokens: usize,
+    /// Key of the random numbers; sample j of prompt i draws from stream (seed, i, j).
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub controls: Controls,
+    #[command(flatten)]
+    pub guide: GuideArgs,
+    /// Text that ends an answer; may be given more than once.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Token that ends an answer, besides the model's own; may be given more than once.
+    #[arg(long, value_name = "ID")]
+    pub stop_id: Vec<u32>,
+    /// Go on after the model's end-of-sequence token.
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Guess up to K tokens ahead where the text repeats itself; the result is the same.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub speculate: usize,
+    /// Report the K most likely tokens at each place.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub logprobs: usize,
+    /// Report the entropy at each place.
+    #[arg(long)]
+    pub entropy: bool,
+    /// Report how many tokens could be drawn at each place, the limits of the set, and its ids where it has at most K.
+    #[arg(long, value_name = "K")]
+    pub kept: Option<usize>,
+    /// Report the time of each answer's parts.
+    #[arg(long)]
+    pub timing: bool,
+    /// Print the answers' text as it is sampled; JSON goes to --out alone.
+    #[arg(long)]
+    pub stream: bool,
+    #[command(flatten)]
+    pub scheduling: SchedulingArgs,
+}
+
+/// What changes the distribution that is sampled from, in the order in which it is applied.
+#[derive(ClapArgs)]
+pub struct Controls {
+    /// Add VALUE to the logit of token ID (-inf bans it); may be given more than once.
+    #[arg(long, value_name = "ID=VALUE", value_parser = bias, allow_hyphen_values = true)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Divide (or multiply, if negative) the logits of tokens that occurred.
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Subtract from the logits of tokens that were generated.
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
+    pub presence_penalty: f32,
+    /// Subtract from the logits of tokens for each time they were generated.
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
+    pub frequency_penalty: f32,
+    /// Tokens that are never drawn.
+    #[arg(long, value_name = "ID,ID…", value_delimiter = ',')]
+    pub ban: Vec<u32>,
+    /// The only tokens that may be drawn.
+    #[arg(long, value_name = "ID,ID…", value_delimiter = ',')]
+    pub allow: Option<Vec<u32>>,
     /// 0 is greedy.
     #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     pub temperature: f32,
@@ -149,21 +223,70 @@ pub struct Sample {
     /// Keep tokens at least this fraction as likely as the most likely one.
     #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
     pub min_p: f32,
-    /// Divide (or multiply, if negative) the logits of tokens that occurred.
+    /// Keep the tokens whose surprise is closest to the expected one, as many as hold this much of the probability.
     #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
-    pub repetition_penalty: f32,
-    /// Key of the random numbers; sample j of prompt i draws from stream (seed, i, j).
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Text that ends an answer; may be given more than once.
-    #[arg(long, value_name = "TEXT")]
-    pub stop: Vec<String>,
-    /// Go on after the model's end-of-sequence token.
-    #[arg(long)]
-    pub ignore_eos: bool,
-    /// Report the K most likely tokens at each place.
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub logprobs: usize,
+    pub typical_p: f32,
+}
+
+/// What an answer must be.
+#[derive(ClapArgs)]
+#[group(multiple = false)]
+pub struct GuideArgs {
+    /// JSON that satisfies the schema in this file.
+    #[arg(long, value_name = "F.json")]
+    pub json_schema: Option<PathBuf>,
+    /// Text that matches this regular expression as a whole.
+    #[arg(long, value_name = "REGEX")]
+    pub regex: Option<String>,
+    /// Text of the grammar in this file (llguidance's Lark).
+    #[arg(long, value_name = "F.lark")]
+    pub grammar: Option<PathBuf>,
+}
+
+impl GuideArgs {
+    /// Reads the guide, if there is one.
+    pub fn read(&self) -> Result<Option<Guide>> {
+        let text = |path: &PathBuf| {
+            std::fs::read_to_string(path).map_err(|e| {
+                let kind = match e.kind() {
+                    std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+                    std::io::ErrorKind::InvalidData => ErrorKind::Format,
+                    _ => ErrorKind::Io,
+                };
+                Error::new(kind, format!("{}: {e}", path.display()))
+            })
+        };
+        match self {
+            GuideArgs { json_schema: Some(path), .. } => text(path).map(|t| Some(Guide::JsonSchema(t))),
+            GuideArgs { regex: Some(regex), .. } => Ok(Some(Guide::Regex(regex.clone()))),
+            GuideArgs { grammar: Some(path), .. } => text(path).map(|t| Some(Guide::Grammar(t))),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// When the work stops.
+#[derive(ClapArgs)]
+pub struct SchedulingArgs {
+    /// Seconds that a job of up to 512 sequences may take; then its answers end with what they have.
+    #[arg(long, value_name = "SECONDS")]
+    pub deadline: Option<f64>,
+}
+
+impl SchedulingArgs {
+    pub fn scheduling(&self) -> Result<Scheduling> {
+        let seconds = |s: f64| {
+            Duration::try_from_secs_f64(s).map_err(|e| {
+                Error::new(ErrorKind::Argument, format!("--deadline {s}: {e}; it must be seconds from 0 on"))
+            })
+        };
+        Ok(Scheduling { deadline: self.deadline.map(seconds).transpose()?, ..Scheduling::default() })
+    }
+}
+
+fn bias(text: &str) -> std::result::Result<(u32, f32), String> {
+    let (id, value) = text.split_once('=').ok_or("it must be ID=VALUE")?;
+    Ok((id.parse().map_err(|e| format!("{id:?}: {e}"))?, value.parse().map_err(|e| format!("{value:?}: {e}"))?))
 }
 
 #[derive(ClapArgs)]

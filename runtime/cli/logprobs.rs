@@ -40,6 +40,7 @@ pub fn run(args: &Logprobs) -> Result<()> {
         sequences: chunk.iter().map(|i| i.ids.clone()).collect(),
         prompt_lens: chunk.iter().map(|i| i.prompt_len).collect(),
         top_logprobs: args.top,
+        ..LogprobRequest::default()
     };
     jobs::run(
         &items,

@@ -35,6 +35,7 @@ pub fn run(args: &Score) -> Result<()> {
     let request = |chunk: &[(Value, Vec<u32>)]| ScoreRequest {
         sequences: chunk.iter().map(|(_, ids)| ids.clone()).collect(),
         rule: Some(rule.clone()),
+        ..ScoreRequest::default()
     };
     jobs::run(
         &items,

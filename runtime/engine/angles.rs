@@ -13,6 +13,11 @@ impl Angles {
         Angles { rope, table: Vec::new() }
     }
 
+    /// The length of a forward from which on its angles depend on it, if they ever do.
+    pub(super) fn length_dependent_above(&self) -> Option<usize> {
+        self.rope.length_dependent_above()
+    }
+
     /// Appends the angles of `position` in a forward over `forward_len` positions.
     pub(super) fn push(&mut self, position: usize, forward_len: usize, out: &mut Vec<f32>) {
         if self.rope.length_dependent_above().is_some_and(|trained| forward_len > trained) {

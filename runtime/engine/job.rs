@@ -1,19 +1,72 @@
 //! A job: what a request turned into, shared between the caller who waits and the engine that works.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::sequence::Finished;
+use super::sequence::{Finish, Finished, SampledToken};
+use super::stats::JobStats;
 use crate::error::{Error, ErrorKind, Result};
+
+/// When a job's work is done, relative to other jobs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scheduling {
+    /// Jobs of higher priority go first, and may take the place of running sequences of a lower one (which are computed
+    /// again later, with the same results). Jobs of one priority share.
+    pub priority: i32,
+    /// From submission on; then a sampling job ends with what it has, as if cancelled, and a scoring job fails.
+    pub deadline: Option<Duration>,
+}
+
+/// How the engine takes a job.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct JobOptions {
+    pub scheduling: Scheduling,
+    /// Keep what is sampled for [`Job::next_chunk`].
+    pub stream: bool,
+    /// Sequences a prompt.
+    pub per_prompt: usize,
+}
+
+/// What was sampled since the last chunk of the same answer.
+#[derive(Clone, Debug)]
+pub struct Chunk {
+    /// Index into [`crate::SampleRequest::prompts`].
+    pub prompt: usize,
+    /// The answer's number.
+    pub sample: usize,
+    /// Place of the first of `tokens` in the answer.
+    pub first: usize,
+    /// At least one, except in a last chunk.
+    pub tokens: Vec<SampledToken>,
+    /// Text that is certain by now: whole characters, nothing that may turn out to belong to a stop string.
+    pub text: String,
+    /// Set in an answer's last chunk.
+    pub finish: Option<Finish>,
+}
+
+/// What [`Job::next_chunk`] found.
+#[derive(Clone, Debug)]
+pub enum Streamed {
+    /// Something new.
+    Chunk(Chunk),
+    /// Nothing new within the time given.
+    Pending,
+    /// Nothing more will come: [`Job::wait`] has the result, or says what went wrong.
+    Done,
+}
 
 /// What the engine and the caller share about one job.
 pub(crate) struct JobState {
     inner: Mutex<Inner>,
-    done: Condvar,
+    changed: Condvar,
     cancelled: AtomicBool,
+    failed: AtomicBool,
     finished_count: AtomicUsize,
     total: usize,
+    pub(super) options: JobOptions,
+    pub(super) submitted: Instant,
 }
 
 struct Inner {
@@ -21,20 +74,27 @@ struct Inner {
     finished: Vec<Option<Finished>>,
     remaining: usize,
     error: Option<Error>,
+    chunks: VecDeque<Chunk>,
+    stats: JobStats,
 }
 
 impl JobState {
-    pub(super) fn new(sequences: usize) -> Arc<Self> {
+    pub(super) fn new(sequences: usize, options: JobOptions) -> Arc<Self> {
         Arc::new(JobState {
             inner: Mutex::new(Inner {
-                finished: (0..sequences).map(|_| None).collect(),
+                finished: Vec::new(),
                 remaining: sequences,
                 error: None,
+                chunks: VecDeque::new(),
+                stats: JobStats::default(),
             }),
-            done: Condvar::new(),
+            changed: Condvar::new(),
             cancelled: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
             finished_count: AtomicUsize::new(0),
             total: sequences,
+            options,
+            submitted: Instant::now(),
         })
     }
 
@@ -44,40 +104,85 @@ impl JobState {
 
     pub(super) fn finish(&self, index: usize, result: Finished) {
         let mut inner = self.lock();
+        // Allocated with the first result: a job that waits costs little.
+        let total = self.total;
+        inner.finished.resize_with(total, || None);
         inner.finished[index] = Some(result);
         inner.remaining -= 1;
         self.finished_count.fetch_add(1, Ordering::Relaxed);
         if inner.remaining == 0 {
-            self.done.notify_all();
+            inner.stats.elapsed = self.submitted.elapsed();
+            self.changed.notify_all();
         }
     }
 
     /// Fails the whole job; the first error stays.
     pub(super) fn fail(&self, error: Error) {
         let mut inner = self.lock();
+        self.failed.store(true, Ordering::Relaxed);
         inner.error.get_or_insert(error);
-        self.done.notify_all();
+        inner.stats.elapsed = self.submitted.elapsed();
+        self.changed.notify_all();
+    }
+
+    /// Adds to the stream of the sequence `index`, if there is one.
+    pub(super) fn stream(
+        &self,
+        index: usize,
+        first: usize,
+        tokens: &[SampledToken],
+        text: String,
+        end: Option<Finish>,
+    ) {
+        if self.options.stream && (!tokens.is_empty() || end.is_some()) {
+            let (prompt, sample) = (index / self.options.per_prompt, index % self.options.per_prompt);
+            let chunk = Chunk { prompt, sample, first, tokens: tokens.to_vec(), text, finish: end };
+            self.lock().chunks.push_back(chunk);
+            self.changed.notify_all();
+        }
+    }
+
+    pub(super) fn count(&self, add: impl FnOnce(&mut JobStats)) {
+        add(&mut self.lock().stats);
+    }
+
+    /// True if its sequences need not go on.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed) || self.failed.load(Ordering::Relaxed) || self.is_late()
     }
 
     pub(super) fn has_failed(&self) -> bool {
-        self.lock().error.is_some()
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_late(&self) -> bool {
+        self.options.scheduling.deadline.is_some_and(|deadline| self.submitted.elapsed() >= deadline)
+    }
+
+    /// Waits until `ready` says something, at most for `timeout`.
+    fn wait_for<T>(&self, timeout: Duration, ready: impl Fn(&mut Inner) -> Option<T>) -> Option<T> {
+        let deadline = Instant::now().checked_add(timeout);
+        let mut inner = self.lock();
+        loop {
+            if let Some(value) = ready(&mut inner) {
+                return Some(value);
+            }
+            let left = deadline.map_or(Duration::from_secs(3600), |d| d.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return None;
+            }
+            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     fn wait_timeout(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now().checked_add(timeout);
-        let mut inner = self.lock();
-        while inner.remaining > 0 && inner.error.is_none() {
-            let left = deadline.map_or(Duration::from_secs(3600), |d| d.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return false;
-            }
-            inner = self.done.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        self.wait_for(timeout, |inner| inner.is_done().then_some(())).is_some()
     }
+}
 
-    pub(super) fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
+impl Inner {
+    fn is_done(&self) -> bool {
+        self.remaining == 0 || self.error.is_some()
     }
 }
 
@@ -112,8 +217,7 @@ impl<T> Job<T> {
 
     /// True once [`Job::wait`] will not block.
     pub fn is_done(&self) -> bool {
-        let inner = self.state.lock();
-        inner.remaining == 0 || inner.error.is_some()
+        self.state.lock().is_done()
     }
 
     /// Sequences finished so far, and sequences in all.
@@ -121,7 +225,15 @@ impl<T> Job<T> {
         (self.state.finished_count.load(Ordering::Relaxed), self.state.total)
     }
 
-    /// Asks the engine to stop. Sampling jobs then finish with what they have; scoring jobs fail with `Cancelled`.
+    /// What the job has cost so far.
+    pub fn stats(&self) -> JobStats {
+        let inner = self.state.lock();
+        let elapsed = if inner.is_done() { inner.stats.elapsed } else { self.state.submitted.elapsed() };
+        JobStats { elapsed, ..inner.stats }
+    }
+
+    /// Asks the engine to stop, within one step. Sampling jobs then finish with what they have; scoring jobs fail with
+    /// `Cancelled`.
     pub fn cancel(&self) {
         self.state.cancelled.store(true, Ordering::Relaxed);
     }
@@ -129,6 +241,16 @@ impl<T> Job<T> {
     /// Blocks until the job is done, at most for `timeout`. True if it is done.
     pub fn wait_timeout(&self, timeout: Duration) -> bool {
         self.state.wait_timeout(timeout)
+    }
+
+    /// The next piece of what is being sampled, of any answer, blocking at most for `timeout`. For requests with `stream`
+    /// set; others go straight to `Done` at their end.
+    pub fn next_chunk(&self, timeout: Duration) -> Streamed {
+        let next = |inner: &mut Inner| match inner.chunks.pop_front() {
+            Some(chunk) => Some(Streamed::Chunk(chunk)),
+            None => inner.is_done().then_some(Streamed::Done),
+        };
+        self.state.wait_for(timeout, next).unwrap_or(Streamed::Pending)
     }
 
     /// A watch on this job that another thread can keep.

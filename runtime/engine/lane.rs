@@ -1,13 +1,21 @@
 //! One model's sequences: who waits, who runs, and what goes into the next step.
+//!
+//! Waiting sequences start in the order of their jobs' priority, then of who has the fewest running. Of the running
+//! ones the older keep their KV blocks; where blocks run out the youngest gives up its own and is computed again later,
+//! with the same results, since nothing that is computed for a sequence depends on the others. The oldest always goes
+//! on, and any one sequence fits into the cache alone, so every sequence comes to its end.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use super::angles::Angles;
 use super::job::JobState;
-use super::kv::KvBlocks;
-use super::sequence::{Finish, Finished, NewSequence, Purpose, Sequence};
-use crate::backend::{Capacity, Executor, OutputRow, Step};
+use super::kv::{Follow, KvCache};
+use super::sequence::{Finish, Finished, NewSequence, Purpose, Role, Sequence};
+use super::stats::{ModelStats, Rows};
+use crate::backend::{Capacity, Executor, Output, OutputRow, Step, Want};
 use crate::error::{Error, ErrorKind};
 use crate::kernels::{KV_BLOCK, RowMeta};
 use crate::model::Rope;
@@ -16,11 +24,43 @@ pub(super) struct Lane {
     executor: Box<dyn Executor>,
     angles: Angles,
     max_rows: usize,
-    kv: KvBlocks,
-    waiting: VecDeque<Sequence>,
+    max_table_entries: usize,
+    version: u64,
+    kv: KvCache,
+    /// By number, which is the order of submission.
+    jobs: BTreeMap<u64, LaneJob>,
+    next_job: u64,
+    next_seniority: u64,
     running: Vec<Sequence>,
+    stats: ModelStats,
+    published: Arc<Mutex<ModelStats>>,
     /// After a lost device every further step would fail the same way.
     broken: Option<Error>,
+}
+
+struct LaneJob {
+    state: Arc<JobState>,
+    waiting: VecDeque<Sequence>,
+    running: usize,
+    /// Results that are still owed.
+    owed: usize,
+    /// What it counts for in the queue.
+    positions: usize,
+    started: bool,
+}
+
+/// What the lane is done with.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Released {
+    pub jobs: usize,
+    pub positions: usize,
+}
+
+impl std::ops::AddAssign for Released {
+    fn add_assign(&mut self, other: Self) {
+        self.jobs += other.jobs;
+        self.positions += other.positions;
+    }
 }
 
 /// A step being packed, and where its outputs go.
@@ -30,177 +70,567 @@ struct Packed {
     tables: Vec<u32>,
     cos_sin: Vec<f32>,
     outputs: Vec<OutputRow>,
-    /// For each output: index into `running`, position.
-    owners: Vec<(usize, usize)>,
+    owners: Vec<Owner>,
+    /// Rows by kind.
+    kinds: Rows,
+}
+
+/// Whose an output is.
+#[derive(Clone, Copy)]
+struct Owner {
+    /// In `Lane::running`.
+    sequence: usize,
+    position: usize,
+    /// Which of the siblings that begin at this position; 0: the sequence itself.
+    sibling: u32,
 }
 
 impl Lane {
-    pub(super) fn new(executor: Box<dyn Executor>, rope: Rope, capacity: Capacity) -> Self {
+    pub fn new(
+        executor: Box<dyn Executor>,
+        rope: Rope,
+        capacity: Capacity,
+        version: u64,
+        published: Arc<Mutex<ModelStats>>,
+    ) -> Self {
         Lane {
             executor,
             angles: Angles::new(rope),
             max_rows: capacity.max_rows,
-            kv: KvBlocks::new(capacity.kv_blocks),
-            waiting: VecDeque::new(),
+            max_table_entries: capacity.max_table_entries(),
+            version,
+            kv: KvCache::new(capacity.kv_blocks),
+            jobs: BTreeMap::new(),
+            next_job: 0,
+            next_seniority: 0,
             running: Vec::new(),
+            stats: ModelStats::default(),
+            published,
             broken: None,
         }
     }
 
-    pub(super) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+    pub fn is_idle(&self) -> bool {
+        self.jobs.is_empty()
     }
 
-    /// Takes sequences in, or fails their job if the device is gone; returns the queued tokens that are done with.
-    pub(super) fn enqueue(&mut self, job: &Arc<JobState>, sequences: Vec<NewSequence>) -> usize {
+    /// Takes a job in, or fails it if the device is gone.
+    pub fn enqueue(&mut self, state: Arc<JobState>, sequences: Vec<NewSequence>, positions: usize) -> Released {
+        let nothing = Released { jobs: 1, positions };
         if let Some(error) = &self.broken {
-            job.fail(error.clone());
-            return sequences.iter().map(NewSequence::positions).sum();
+            state.fail(error.clone());
+            return nothing;
         }
-        for (i, new) in sequences.into_iter().enumerate() {
+        let number = self.next_job;
+        self.next_job += 1;
+        let trained = self.angles.length_dependent_above();
+        let (mut waiting, mut owed, mut index) = (VecDeque::new(), 0, 0);
+        for new in sequences {
+            let results = new.results();
             // A text of one token has no log-prob to read.
             if matches!(&new.purpose, Purpose::Read(wants) if wants.is_empty()) {
-                job.finish(i, Finished::Read(Vec::new()));
+                state.finish(index, Finished::Read(Vec::new()));
             } else {
-                self.waiting.push_back(Sequence::new(job.clone(), i, new));
+                let path = self.kv.path(self.version);
+                waiting.push_back(Sequence::new(state.clone(), number, index, new, path, trained));
+                owed += results;
             }
+            index += results;
         }
-        0
+        if owed == 0 {
+            return nothing;
+        }
+        self.jobs.insert(number, LaneJob { state, waiting, running: 0, owed, positions, started: false });
+        Released::default()
     }
 
-    /// Runs one step if there is work. Returns the queued tokens that are done with.
-    pub(super) fn advance(&mut self) -> usize {
+    /// Runs one step if there is work.
+    pub fn advance(&mut self) -> Released {
+        let begin = Instant::now();
         let mut released = self.drop_stopped();
         self.admit();
         let packed = self.pack();
-        if packed.rows.is_empty() {
-            return released;
+        self.requeue_preempted();
+        released += self.run(packed);
+        if !self.running.is_empty() || released.jobs > 0 {
+            self.stats.step_time += begin.elapsed();
         }
-        let step =
-            Step { rows: &packed.rows, tables: &packed.tables, cos_sin: &packed.cos_sin, outputs: &packed.outputs };
-        log::trace!(
-            "step: {} rows, {} outputs, {} running",
-            packed.rows.len(),
-            packed.outputs.len(),
-            self.running.len()
-        );
-        match self.executor.step(&step) {
-            Ok(outputs) if outputs.len() == packed.owners.len() => {
-                for ((owner, position), output) in packed.owners.into_iter().zip(outputs) {
-                    let sequence = &mut self.running[owner];
-                    match sequence.accept(position, output) {
-                        Ok(Some(finished)) => {
-                            sequence.job.finish(sequence.index, finished);
-                            released += sequence.queued_tokens();
-                            self.kv.give_back(std::mem::take(&mut sequence.blocks));
-                        }
-                        Ok(None) => {}
-                        Err(error) => sequence.job.fail(error),
-                    }
-                }
-                // A running sequence holds blocks until it is finished.
-                self.running.retain(|s| !s.blocks.is_empty());
-            }
-            Ok(_) => released += self.fail_all(&Error::internal("the executor returned another number of outputs")),
-            Err(error) => {
-                if error.kind() == ErrorKind::DeviceLost {
-                    self.broken = Some(error.clone());
-                }
-                released += self.fail_all(&error);
-            }
-        }
+        self.publish();
         released
+    }
+
+    /// Executes a packed step and hands its outputs out.
+    fn run(&mut self, packed: Packed) -> Released {
+        let copies = self.kv.take_copies();
+        if packed.rows.is_empty() {
+            // Time goes on for those who wait for others, and copies must not be lost.
+            let copied = if copies.is_empty() { Ok(()) } else { self.executor.copy_blocks(&copies) };
+            self.kv.end_step();
+            return match copied {
+                Ok(()) => self.sweep(),
+                Err(error) => self.break_down(error),
+            };
+        }
+        let Packed { rows, tables, cos_sin, outputs, owners, kinds } = packed;
+        let step = Step { rows: &rows, tables: &tables, cos_sin: &cos_sin, outputs: &outputs };
+        let begin = Instant::now();
+        let results = self.executor.copy_blocks(&copies).and_then(|()| self.executor.step(&step));
+        match results {
+            Ok(results) if results.len() == owners.len() => {
+                self.stats.steps += 1;
+                self.stats.rows.add(kinds);
+                log::debug!(
+                    "step {}: {} rows (prefill {}, decode {}, drafted {}, again {}), {} outputs, {} running, {} of {} KV blocks used, {:.2} ms",
+                    self.stats.steps,
+                    rows.len(),
+                    kinds.prefill,
+                    kinds.decode,
+                    kinds.drafted,
+                    kinds.recomputed,
+                    outputs.len(),
+                    self.running.len(),
+                    self.kv.total() - self.kv.available(),
+                    self.kv.total(),
+                    begin.elapsed().as_secs_f64() * 1e3
+                );
+                self.hand_out(owners, results);
+                self.kv.end_step();
+                self.sweep()
+            }
+            Ok(_) => self.break_down(Error::internal("the executor returned another number of outputs")),
+            Err(error) => self.break_down(error),
+        }
+    }
+
+    /// A step failed: nobody knows what is in the cache.
+    fn break_down(&mut self, error: Error) -> Released {
+        if error.kind() == ErrorKind::DeviceLost {
+            self.broken = Some(error.clone());
+        }
+        self.fail_all(&error)
     }
 
     /// Ends every job with `error`.
-    pub(super) fn fail_all(&mut self, error: &Error) -> usize {
-        let mut released = 0;
-        for mut sequence in self.running.drain(..).chain(self.waiting.drain(..)) {
-            sequence.job.fail(error.clone());
-            released += sequence.queued_tokens();
-            self.kv.give_back(std::mem::take(&mut sequence.blocks));
+    pub fn fail_all(&mut self, error: &Error) -> Released {
+        let mut released = Released::default();
+        self.running.clear();
+        for (_, job) in std::mem::take(&mut self.jobs) {
+            job.state.fail(error.clone());
+            released += Released { jobs: 1, positions: job.positions };
+        }
+        self.kv.clear();
+        self.publish();
+        released
+    }
+
+    fn publish(&mut self) {
+        self.stats.jobs = self.jobs.len();
+        self.stats.running = self.running.len();
+        self.stats.waiting = self.jobs.values().map(|j| j.owed).sum::<usize>().saturating_sub(self.running.len());
+        self.stats.kv_blocks = self.kv.total();
+        self.stats.kv_used = self.kv.total() - self.kv.available();
+        self.stats.kv_cached = self.kv.idle();
+        self.stats.kv_evictions = self.kv.evictions;
+        self.stats.kv_copies = self.kv.copied;
+        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = self.stats;
+    }
+
+    /// Lets go of jobs that were cancelled, are late or have failed.
+    fn drop_stopped(&mut self) -> Released {
+        let mut released = Released::default();
+        let stopped: Vec<u64> = self.jobs.iter().filter(|(_, j)| j.state.is_stopped()).map(|(n, _)| *n).collect();
+        for number in stopped {
+            let Some(job) = self.jobs.remove(&number) else { continue };
+            released += Released { jobs: 1, positions: job.positions };
+            let (ours, others): (Vec<_>, Vec<_>) = self.running.drain(..).partition(|s| s.job_number == number);
+            self.running = others;
+            for mut sequence in ours.into_iter().chain(job.waiting) {
+                self.kv.release(&mut sequence.path);
+                if sequence.job.has_failed() {
+                    continue;
+                }
+                if let Role::Sample { .. } = sequence.role {
+                    sequence.finish_all(Finish::Cancelled);
+                } else {
+                    let why = if sequence.job.is_late() { "its deadline passed" } else { "it was cancelled" };
+                    sequence.job.fail(Error::new(ErrorKind::Cancelled, format!("the job did not finish: {why}")));
+                }
+            }
         }
         released
     }
 
-    /// Lets go of sequences whose job was cancelled or has failed.
-    fn drop_stopped(&mut self) -> usize {
-        let mut released = 0;
-        let mut stopped = |sequence: &mut Sequence| {
-            let (cancelled, failed) = (sequence.job.is_cancelled(), sequence.job.has_failed());
-            if !cancelled && !failed {
-                return false;
-            }
-            released += sequence.queued_tokens();
-            if cancelled && !failed && sequence.is_sampling() {
-                let partial = sequence.finish_sampling(Finish::Cancelled);
-                sequence.job.finish(sequence.index, partial);
-            } else {
-                sequence.job.fail(Error::new(ErrorKind::Cancelled, "the job was cancelled"));
-            }
-            true
-        };
-        let mut freed = Vec::new();
-        self.running.retain_mut(|s| {
-            let stop = stopped(s);
-            if stop {
-                freed.append(&mut s.blocks);
-            }
-            !stop
-        });
-        self.waiting.retain_mut(|s| !stopped(s));
-        self.kv.give_back(freed);
-        released
-    }
-
-    /// Starts waiting sequences, in order, while there are blocks and rows for them.
+    /// Starts waiting sequences while there are blocks and rows for them.
     fn admit(&mut self) {
-        while self.running.len() < self.max_rows
-            && let Some(first) = self.waiting.front()
-            && let Some(blocks) = self.kv.take(first.most_positions())
-        {
-            if let Some(mut sequence) = self.waiting.pop_front() {
-                sequence.start(blocks);
-                self.running.push(sequence);
+        // Blocks that running sequences are sure to take.
+        let sure = |s: &Sequence| KvCache::needed(s.tokens.ids.len()).saturating_sub(s.path.blocks.len());
+        let mut promised: usize = self.running.iter().map(sure).sum();
+        loop {
+            let order = |(number, job): &(&u64, &LaneJob)| {
+                (Reverse(job.state.options.scheduling.priority), job.running, **number)
+            };
+            let Some((&number, job)) = self.jobs.iter().filter(|(_, j)| !j.waiting.is_empty()).min_by_key(order) else {
+                return;
+            };
+            let priority = job.state.options.scheduling.priority;
+            let Some(first) = job.waiting.front() else { return };
+            let limit = first.cacheable();
+            let (there, unused) = self.kv.probe(self.version, |p| first.tokens.key(p), limit);
+            let needed = KvCache::needed(first.tokens.ids.len()) - there;
+            // Room for some of the running ones to grow; a sequence alone may have it all.
+            let spare = self.running.len().div_ceil(4);
+            let fits = needed + unused + promised + spare <= self.kv.available();
+            if self.running.len() >= self.max_rows || !(fits || self.running.is_empty()) {
+                if self.preempt_below(priority) {
+                    promised = self.running.iter().map(sure).sum();
+                    continue;
+                }
+                return;
+            }
+            promised += needed;
+            let seniority = self.next_seniority;
+            self.next_seniority += 1;
+            let Some(job) = self.jobs.get_mut(&number) else { return };
+            let Some(mut sequence) = job.waiting.pop_front() else { return };
+            job.running += 1;
+            sequence.start(seniority);
+            if let Some(started) = sequence.started() {
+                let waited = started - job.state.submitted;
+                self.stats.longest_wait = self.stats.longest_wait.max(waited);
+                if !job.started {
+                    job.started = true;
+                    job.state.count(|stats| stats.queued = waited);
+                }
+            }
+            self.running.push(sequence);
+        }
+    }
+
+    /// Makes the youngest running sequence of a lower priority wait again.
+    fn preempt_below(&mut self, priority: i32) -> bool {
+        let lower = |s: &&mut Sequence| s.job.options.scheduling.priority < priority;
+        let youngest = |s: &&mut Sequence| (Reverse(s.job.options.scheduling.priority), s.seniority);
+        let Some(victim) = self.running.iter_mut().filter(lower).max_by_key(youngest) else { return false };
+        victim.preempted = true;
+        self.kv.release(&mut victim.path);
+        self.requeue_preempted();
+        true
+    }
+
+    /// Puts sequences that lost their blocks back to the head of their job.
+    fn requeue_preempted(&mut self) {
+        if !self.running.iter().any(|s| s.preempted) {
+            return;
+        }
+        let (mut preempted, running): (Vec<_>, Vec<_>) = self.running.drain(..).partition(|s| s.preempted);
+        self.running = running;
+        // The oldest comes first again.
+        preempted.sort_by_key(|s| Reverse(s.seniority));
+        for mut sequence in preempted {
+            sequence.preempted = false;
+            self.stats.preemptions += 1;
+            sequence.job.count(|stats| stats.preemptions += 1);
+            if let Some(job) = self.jobs.get_mut(&sequence.job_number) {
+                job.running -= 1;
+                job.waiting.push_front(sequence);
             }
         }
     }
 
-    /// Fills a step: first a row for each sequence that needs just one, then chunks of the others, oldest first.
+    /// Fills a step: first a row for each sequence that decodes, with its guesses, then chunks of the others.
     fn pack(&mut self) -> Packed {
         let mut packed = Packed::default();
-        let left = |s: &Sequence| s.needed() - s.computed;
-        for single in [true, false] {
-            for i in 0..self.running.len() {
-                let room = self.max_rows - packed.rows.len();
-                let count = left(&self.running[i]);
-                if count > 0 && (count == 1) == single && room > 0 {
-                    self.pack_rows(i, count.min(room), &mut packed);
-                }
+        let mut order: Vec<usize> = (0..self.running.len()).collect();
+        order.sort_by_key(|&i| (Reverse(self.running[i].job.options.scheduling.priority), self.running[i].seniority));
+        self.running.iter_mut().for_each(|s| s.packed = false);
+        let decodes = |s: &Sequence| s.path.computed > 0 && s.needed() == s.path.computed + 1;
+        let (mut singles, others): (Vec<usize>, Vec<usize>) = order.iter().partition(|&&i| decodes(&self.running[i]));
+        let (decoding, total) = (singles.len(), order.len());
+        singles.extend(others);
+        for (turn, i) in singles.into_iter().enumerate() {
+            // Siblings have outputs without rows; a step has as many outputs as rows at most.
+            let room = self.max_rows - packed.rows.len().max(packed.outputs.len());
+            if room == 0 {
+                break;
+            }
+            // Guesses only take what rows of others leave.
+            let guesses = if turn < decoding { room.saturating_sub(total - turn) } else { 0 };
+            if let Err(error) = self.pack_sequence(i, room, guesses, &order, &mut packed) {
+                self.running[i].job.fail(error);
             }
         }
         packed
     }
 
-    fn pack_rows(&mut self, owner: usize, count: usize, packed: &mut Packed) {
-        let sequence = &mut self.running[owner];
-        let table = packed.tables.len();
-        packed.tables.extend_from_slice(&sequence.blocks);
-        for position in sequence.computed..sequence.computed + count {
-            if let Some(want) = sequence.want_at(position) {
-                packed.outputs.push(OutputRow { row: packed.rows.len() as u32, want });
-                packed.owners.push((owner, position));
+    /// Takes blocks away from the youngest sequence after `i` in `order` that has no rows in this step.
+    fn make_room(&mut self, i: usize, order: &[usize]) -> bool {
+        let younger = order.iter().rev().take_while(|&&j| j != i);
+        for &j in younger {
+            let victim = &mut self.running[j];
+            if !victim.packed && !victim.preempted && !victim.path.blocks.is_empty() {
+                victim.preempted = true;
+                self.kv.release(&mut victim.path);
+                return true;
             }
-            let block = sequence.blocks[position / KV_BLOCK] as usize;
-            // Rows, positions and slots are below 2^32: rows by max_rows, slots by the KV cache's size check.
-            packed.rows.push(RowMeta {
-                token: sequence.tokens[position],
-                position: position as u32,
-                slot: (block * KV_BLOCK + position % KV_BLOCK) as u32,
-                table: table as u32,
-            });
-            self.angles.push(position, sequence.forward_len_at(position), &mut packed.cos_sin);
         }
-        sequence.computed += count;
+        false
+    }
+
+    fn pack_sequence(
+        &mut self,
+        i: usize,
+        room: usize,
+        guesses: usize,
+        order: &[usize],
+        packed: &mut Packed,
+    ) -> Result<(), Error> {
+        if self.running[i].preempted || self.running[i].job.has_failed() {
+            return Ok(());
+        }
+        // 1. What others have computed.
+        loop {
+            let limit = self.running[i].cacheable();
+            let Sequence { tokens, path, job, .. } = &mut self.running[i];
+            let before = path.computed;
+            let follow = self.kv.follow(path, |p| tokens.key(p), limit);
+            let found = (path.computed - before) as u64;
+            if found > 0 {
+                job.count(|stats| stats.rows.cached += found);
+                self.stats.rows.cached += found;
+            }
+            match follow {
+                Follow::Compute => break,
+                Follow::Wait => return Ok(()),
+                Follow::Full if self.make_room(i, order) => {}
+                Follow::Full => return Ok(()),
+            }
+        }
+        // A step's tables are bounded; what does not fit goes into the next one.
+        let tables = KvCache::needed(self.running[i].needed() + guesses.min(KV_BLOCK));
+        if packed.tables.len() + tables > self.max_table_entries && !packed.tables.is_empty() {
+            return Ok(());
+        }
+        // 2. Blocks for its own rows, as far as there are any.
+        let start = self.running[i].path.computed;
+        let wanted = (self.running[i].needed() - start).min(room);
+        let mut count = 0;
+        while count < wanted {
+            if self.kv.reserve(&mut self.running[i].path, start + count) {
+                count += 1;
+            } else if !self.make_room(i, order) {
+                break;
+            }
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        // 3. What the last row draws from, and guesses beyond it, before anything is noted: either may fail.
+        let sequence = &mut self.running[i];
+        let needed = sequence.needed();
+        let (mut draws, mut drafts) = (Vec::new(), Vec::new());
+        if let Role::Sample { sampler, siblings } = &mut sequence.role
+            && start + count == needed
+        {
+            let most = u32::try_from(room - count).unwrap_or(u32::MAX);
+            match sampler.draws(needed, 1 + (*siblings).min(most))? {
+                Some(found) => draws = found,
+                None => {
+                    self.end(i, Finish::Blocked);
+                    return Ok(());
+                }
+            }
+            if *siblings == 0 && sampler.plan.speculate > 0 {
+                drafts = sampler.guess(&sequence.tokens.ids, guesses)?;
+                let room = (0..drafts.len()).take_while(|n| self.kv.reserve(&mut sequence.path, needed + n)).count();
+                drafts.truncate(room);
+                sampler.keep_guesses(room);
+            }
+        }
+        // Siblings for whom this step has no output draw from a row of their own later.
+        let sequence = &mut self.running[i];
+        if !draws.is_empty() && sequence.results() > draws.len() {
+            let path = self.kv.path(self.version);
+            let later = sequence.split(draws.len() as u32, path);
+            if let Some(job) = self.jobs.get_mut(&sequence.job_number) {
+                later.into_iter().for_each(|s| job.waiting.push_front(s));
+            }
+        }
+        // 4. The rows.
+        let table = packed.tables.len();
+        let mut kinds = Rows::default();
+        for position in start..start + count {
+            let sequence = &mut self.running[i];
+            if let Some(want) = sequence.read_at(position) {
+                packed.outputs.push(OutputRow { row: packed.rows.len() as u32, want });
+                packed.owners.push(Owner { sequence: i, position, sibling: 0 });
+            }
+            kinds.add(match position {
+                p if p < sequence.seen => Rows { recomputed: 1, ..Rows::default() },
+                p if p < sequence.prompt_len() => Rows { prefill: 1, ..Rows::default() },
+                _ => Rows { decode: 1, ..Rows::default() },
+            });
+            let (token, key) = (sequence.tokens.ids[position], sequence.tokens.key(position));
+            self.kv.pack(&mut sequence.path, position, key);
+            self.push_row(i, position, token, table, packed);
+        }
+        let sequence = &mut self.running[i];
+        sequence.seen = sequence.seen.max(start + count);
+        let last_row = (packed.rows.len() - 1) as u32;
+        // Siblings first: they begin from what the sequence is before it takes its own token.
+        for (sibling, sampling) in draws.into_iter().enumerate().rev() {
+            packed.outputs.push(OutputRow { row: last_row, want: Want::Sample(sampling) });
+            packed.owners.push(Owner { sequence: i, position: needed - 1, sibling: sibling as u32 });
+        }
+        for (n, (token, sampling)) in drafts.into_iter().enumerate() {
+            kinds.drafted += 1;
+            packed.outputs.push(OutputRow { row: packed.rows.len() as u32, want: Want::Sample(sampling) });
+            packed.owners.push(Owner { sequence: i, position: needed + n, sibling: 0 });
+            self.push_row(i, needed + n, token, table, packed);
+        }
+        // 5. What it will compute next, so that others wait for it.
+        let sequence = &mut self.running[i];
+        if sequence.path.computed < sequence.needed() {
+            let (tokens, known) = (&sequence.tokens, sequence.needed());
+            self.kv.plan(&mut sequence.path, known, |p| tokens.key(p));
+        }
+        packed.tables.extend_from_slice(&sequence.path.blocks);
+        sequence.packed = true;
+        sequence.job.count(|stats| stats.rows.add(kinds));
+        packed.kinds.add(kinds);
+        Ok(())
+    }
+
+    fn push_row(&mut self, i: usize, position: usize, token: u32, table: usize, packed: &mut Packed) {
+        let sequence = &self.running[i];
+        let block = sequence.path.blocks[position / KV_BLOCK] as usize;
+        // Rows, positions and slots are below 2^32: rows by max_rows, slots by the KV cache's size check.
+        packed.rows.push(RowMeta {
+            token,
+            position: position as u32,
+            slot: (block * KV_BLOCK + position % KV_BLOCK) as u32,
+            table: table as u32,
+        });
+        self.angles.push(position, sequence.tokens.forward_len(position), &mut packed.cos_sin);
+    }
+
+    /// Ends a sequence that samples, with its siblings.
+    fn end(&mut self, i: usize, finish: Finish) {
+        let sequence = &mut self.running[i];
+        let results = sequence.finish_all(finish);
+        sequence.ended = true;
+        self.kv.release(&mut sequence.path);
+        if let Some(job) = self.jobs.get_mut(&sequence.job_number) {
+            job.owed -= results;
+        }
+    }
+
+    /// Gives outputs to their sequences.
+    fn hand_out(&mut self, owners: Vec<Owner>, outputs: Vec<Output>) {
+        for (owner, output) in owners.into_iter().zip(outputs) {
+            let sequence = &mut self.running[owner.sequence];
+            if sequence.ended || sequence.job.has_failed() {
+                continue;
+            }
+            if owner.sibling > 0 {
+                self.begin_sibling(owner, output);
+                continue;
+            }
+            // After a guess that was wrong, what was computed from it is void.
+            let guessed = owner.position >= sequence.path.computed;
+            if guessed {
+                continue;
+            }
+            if let Role::Sample { siblings, .. } = &mut sequence.role {
+                *siblings = 0;
+            }
+            match sequence.accept(owner.position, output, self.version) {
+                Ok(finished) => {
+                    let is_sample = matches!(sequence.role, Role::Sample { .. });
+                    if let Role::Sample { sampler, .. } = &mut sequence.role
+                        && finished.is_none()
+                        && sampler.confirms(sequence.tokens.ids[owner.position + 1])
+                    {
+                        let position = owner.position + 1;
+                        self.kv.pack(&mut sequence.path, position, sequence.tokens.key(position));
+                        sequence.seen = sequence.seen.max(position + 1);
+                        sequence.job.count(|stats| stats.rows.accepted += 1);
+                        self.stats.rows.accepted += 1;
+                    }
+                    self.note_token(owner.sequence, is_sample, finished);
+                }
+                Err(error) => sequence.job.fail(error),
+            }
+        }
+        for sequence in self.running.iter_mut().filter(|s| s.packed && !s.ended) {
+            sequence.stream();
+        }
+    }
+
+    /// Counts a token and ends the sequence if it is finished.
+    fn note_token(&mut self, i: usize, is_sample: bool, finished: Option<Finished>) {
+        let sequence = &mut self.running[i];
+        if is_sample {
+            self.stats.sampled_tokens += 1;
+            sequence.job.count(|stats| stats.sampled_tokens += 1);
+        }
+        if let Some(finished) = finished {
+            sequence.job.finish(sequence.index, finished);
+            sequence.ended = true;
+            self.kv.release(&mut sequence.path);
+            if let Some(job) = self.jobs.get_mut(&sequence.job_number) {
+                job.owed -= 1;
+            }
+        }
+    }
+
+    /// Lets another sample part from the first one where both take their first token. Where there is no room for it, it
+    /// waits, and starts from what the cache still has then.
+    fn begin_sibling(&mut self, owner: Owner, output: Output) {
+        let first = &self.running[owner.sequence];
+        let has_slot = self.running.len() < self.max_rows;
+        let fork = if has_slot { self.kv.fork(&first.path) } else { None };
+        let runs = fork.is_some();
+        let path = fork.unwrap_or_else(|| self.kv.path(self.version));
+        let Some(mut sibling) = first.sibling(owner.sibling, path) else { return };
+        match sibling.accept(owner.position, output, self.version) {
+            Ok(finished) => {
+                let ended = finished.is_some();
+                if let Some(job) = self.jobs.get_mut(&sibling.job_number) {
+                    if runs || ended {
+                        job.running += 1;
+                    } else {
+                        sibling.stream();
+                        job.waiting.push_front(sibling);
+                        self.stats.sampled_tokens += 1;
+                        return;
+                    }
+                }
+                sibling.packed = true;
+                self.running.push(sibling);
+                self.note_token(self.running.len() - 1, true, finished);
+            }
+            Err(error) => {
+                self.kv.release(&mut sibling.path);
+                sibling.job.fail(error);
+            }
+        }
+    }
+
+    /// Removes sequences that ended, and jobs that owe nothing any more.
+    fn sweep(&mut self) -> Released {
+        let mut released = Released::default();
+        if !self.running.iter().any(|s| s.ended) {
+            return released;
+        }
+        for sequence in self.running.extract_if(.., |s| s.ended) {
+            if let Some(job) = self.jobs.get_mut(&sequence.job_number) {
+                job.running -= 1;
+                if job.owed == 0 {
+                    released += Released { jobs: 1, positions: job.positions };
+                    self.jobs.remove(&sequence.job_number);
+                }
+            }
+        }
+        released
     }
 }

@@ -4,10 +4,13 @@
 //! model into a step, runs it, and hands each row's output back. Which sequences share a step changes no result.
 
 mod angles;
+mod draft;
 mod job;
 mod kv;
 mod lane;
+mod sampler;
 mod sequence;
+mod stats;
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,24 +19,34 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-pub(crate) use job::JobState;
-pub use job::{Job, JobWatch};
-use lane::Lane;
-pub use sequence::{Finish, SampledToken};
-pub(crate) use sequence::{Finished, NewSequence, Purpose, SamplePlan};
+pub use job::{Chunk, Job, JobWatch, Scheduling, Streamed};
+pub(crate) use job::{JobOptions, JobState};
+use lane::{Lane, Released};
+pub(crate) use sampler::SamplePlan;
+pub use sequence::{Finish, SampledToken, Timing, VersionSpan};
+pub(crate) use sequence::{Finished, NewSequence, Purpose, Sampled};
+pub use stats::{JobStats, ModelStats, Rows, RuntimeStats};
 
 use crate::backend::{Capacity, Executor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::KV_BLOCK;
 use crate::model::Rope;
 
-/// Tokens that may wait or run at a time, over all jobs of a runtime.
-const MAX_QUEUED_TOKENS: usize = 1 << 26;
+/// Commands carried out between two steps: many at once, and no flood that keeps steps from running.
+const COMMANDS_A_TURN: usize = 1024;
+
+/// How much may wait or run at a time, over all jobs of a runtime.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueueLimits {
+    pub jobs: usize,
+    /// Positions that the jobs can come to.
+    pub tokens: usize,
+}
 
 enum Command {
     Add { model: u64, lane: Box<Lane> },
     Remove { model: u64 },
-    Submit { model: u64, job: Arc<JobState>, sequences: Vec<NewSequence> },
+    Submit { model: u64, job: Arc<JobState>, sequences: Vec<NewSequence>, positions: usize },
 }
 
 /// The engine's front door: cheap to share.
@@ -45,7 +58,11 @@ pub(crate) struct Engine {
 }
 
 struct Shared {
+    limits: QueueLimits,
+    jobs: AtomicUsize,
     queued_tokens: AtomicUsize,
+    submitted: AtomicU64,
+    refused: AtomicU64,
     poisoned: Mutex<Option<Error>>,
 }
 
@@ -56,9 +73,16 @@ impl Shared {
 }
 
 impl Engine {
-    pub(crate) fn start() -> Result<Self> {
+    pub(crate) fn start(limits: QueueLimits) -> Result<Self> {
         let (commands, inbox) = channel();
-        let shared = Arc::new(Shared { queued_tokens: AtomicUsize::new(0), poisoned: Mutex::new(None) });
+        let shared = Arc::new(Shared {
+            limits,
+            jobs: AtomicUsize::new(0),
+            queued_tokens: AtomicUsize::new(0),
+            submitted: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            poisoned: Mutex::new(None),
+        });
         let for_thread = shared.clone();
         let thread = std::thread::Builder::new()
             .name("rewardrt-engine".into())
@@ -67,13 +91,20 @@ impl Engine {
         Ok(Engine { commands, thread: Mutex::new(Some(thread)), shared, next_model: AtomicU64::new(1) })
     }
 
-    /// Takes over a loaded model; the number names it from now on.
-    pub(crate) fn add(&self, executor: Box<dyn Executor>, rope: Rope, capacity: Capacity) -> Result<u64> {
+    /// Takes over a loaded model whose weights have this version; the number names it from now on.
+    pub(crate) fn add(
+        &self,
+        executor: Box<dyn Executor>,
+        rope: Rope,
+        capacity: Capacity,
+        version: u64,
+        stats: Arc<Mutex<ModelStats>>,
+    ) -> Result<u64> {
         if let Some(error) = self.shared.poison() {
             return Err(error);
         }
         let model = self.next_model.fetch_add(1, Ordering::Relaxed);
-        let lane = Box::new(Lane::new(executor, rope, capacity));
+        let lane = Box::new(Lane::new(executor, rope, capacity, version, stats));
         self.send(Command::Add { model, lane })?;
         Ok(model)
     }
@@ -84,32 +115,57 @@ impl Engine {
     }
 
     /// Queues sequences as one job.
-    pub(crate) fn submit(&self, model: u64, kv_blocks: usize, sequences: Vec<NewSequence>) -> Result<Arc<JobState>> {
+    pub(crate) fn submit(
+        &self,
+        model: u64,
+        kv_blocks: usize,
+        sequences: Vec<NewSequence>,
+        options: JobOptions,
+    ) -> Result<Arc<JobState>> {
         if let Some(error) = self.shared.poison() {
             return Err(error);
         }
-        let mut tokens = 0usize;
+        let mut positions = 0usize;
         for (i, sequence) in sequences.iter().enumerate() {
-            let positions = sequence.positions();
-            if kv::KvBlocks::needed(positions) > kv_blocks {
+            let most = sequence.positions();
+            if kv::KvCache::needed(most) > kv_blocks {
                 return Err(Error::limit(format!(
-                    "sequence {i} needs {positions} positions in the KV cache, which has {}; load the model with more kv_tokens or memory",
+                    "sequence {i} needs {most} positions in the KV cache, which has {}; load the model with more kv_tokens or memory",
                     kv_blocks * KV_BLOCK
                 )));
             }
-            tokens = tokens.saturating_add(positions);
+            positions = positions.saturating_add(most.saturating_mul(sequence.results()));
         }
-        let queued = self.shared.queued_tokens.fetch_add(tokens, Ordering::Relaxed);
-        if queued > 0 && queued.saturating_add(tokens) > MAX_QUEUED_TOKENS {
-            self.shared.queued_tokens.fetch_sub(tokens, Ordering::Relaxed);
+        let Shared { limits, jobs, queued_tokens, submitted, refused, .. } = &*self.shared;
+        let queued = queued_tokens.fetch_add(positions, Ordering::Relaxed);
+        let others = jobs.fetch_add(1, Ordering::Relaxed);
+        // A job alone is taken whatever its size: the request's own limits bound it.
+        if others > 0 && (others >= limits.jobs || queued.saturating_add(positions) > limits.tokens) {
+            queued_tokens.fetch_sub(positions, Ordering::Relaxed);
+            jobs.fetch_sub(1, Ordering::Relaxed);
+            refused.fetch_add(1, Ordering::Relaxed);
             return Err(Error::new(
                 ErrorKind::Full,
-                format!("{queued} tokens are queued; retry when jobs have finished"),
+                format!(
+                    "{others} jobs with {queued} tokens are queued, and this one has {positions}; at most {} jobs and {} tokens are taken: retry when jobs have finished",
+                    limits.jobs, limits.tokens
+                ),
             ));
         }
-        let job = JobState::new(sequences.len());
-        self.send(Command::Submit { model, job: job.clone(), sequences })?;
+        submitted.fetch_add(1, Ordering::Relaxed);
+        let job = JobState::new(sequences.iter().map(NewSequence::results).sum(), options);
+        self.send(Command::Submit { model, job: job.clone(), sequences, positions })?;
         Ok(job)
+    }
+
+    pub(crate) fn stats(&self) -> RuntimeStats {
+        let Shared { jobs, queued_tokens, submitted, refused, .. } = &*self.shared;
+        RuntimeStats {
+            jobs: jobs.load(Ordering::Relaxed),
+            queued_tokens: queued_tokens.load(Ordering::Relaxed),
+            submitted: submitted.load(Ordering::Relaxed),
+            refused: refused.load(Ordering::Relaxed),
+        }
     }
 
     fn send(&self, command: Command) -> Result<()> {
@@ -132,9 +188,14 @@ impl Drop for Engine {
 
 fn run(inbox: Receiver<Command>, shared: &Shared) {
     let mut lanes: Vec<(u64, Box<Lane>)> = Vec::new();
+    let mut obeyed = 0;
     loop {
         let idle = lanes.iter().all(|(_, lane)| lane.is_idle());
-        let command = if idle { inbox.recv().map_err(|_| TryRecvError::Disconnected) } else { inbox.try_recv() };
+        let command = match idle {
+            true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
+            false if obeyed < COMMANDS_A_TURN => inbox.try_recv(),
+            false => Err(TryRecvError::Empty),
+        };
         if command.as_ref().is_err_and(|e| *e == TryRecvError::Disconnected) {
             break;
         }
@@ -143,13 +204,24 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
             Ok(Command::Submit { job, .. }) => Some(job.clone()),
             _ => None,
         };
-        let work = catch_unwind(AssertUnwindSafe(|| match command {
-            Ok(command) => obey(&mut lanes, command),
-            Err(_) => lanes.iter_mut().map(|(_, lane)| lane.advance()).sum(),
+        let work = catch_unwind(AssertUnwindSafe(|| {
+            let mut released = Released::default();
+            match command {
+                Ok(command) => {
+                    obeyed += 1;
+                    released += obey(&mut lanes, command);
+                }
+                Err(_) => {
+                    obeyed = 0;
+                    lanes.iter_mut().for_each(|(_, lane)| released += lane.advance());
+                }
+            }
+            released
         }));
         match work {
             Ok(released) => {
-                shared.queued_tokens.fetch_sub(released, Ordering::Relaxed);
+                shared.queued_tokens.fetch_sub(released.positions, Ordering::Relaxed);
+                shared.jobs.fetch_sub(released.jobs, Ordering::Relaxed);
             }
             Err(panic) => {
                 poison(shared, &*panic, &mut lanes, submitted);
@@ -183,25 +255,25 @@ fn poison(shared: &Shared, panic: &(dyn Any + Send), lanes: &mut [(u64, Box<Lane
     }
 }
 
-/// Carries out a command; returns the queued tokens that are done with.
-fn obey(lanes: &mut Vec<(u64, Box<Lane>)>, command: Command) -> usize {
+/// Carries out a command; says what is done with.
+fn obey(lanes: &mut Vec<(u64, Box<Lane>)>, command: Command) -> Released {
     match command {
         Command::Add { model, lane } => {
             lanes.push((model, lane));
-            0
+            Released::default()
         }
         Command::Remove { model } => match lanes.iter().position(|(id, _)| *id == model) {
             Some(i) => {
                 let (_, mut lane) = lanes.swap_remove(i);
                 lane.fail_all(&Error::new(ErrorKind::Cancelled, "the model was freed"))
             }
-            None => 0,
+            None => Released::default(),
         },
-        Command::Submit { model, job, sequences } => match lanes.iter_mut().find(|(id, _)| *id == model) {
-            Some((_, lane)) => lane.enqueue(&job, sequences),
+        Command::Submit { model, job, sequences, positions } => match lanes.iter_mut().find(|(id, _)| *id == model) {
+            Some((_, lane)) => lane.enqueue(job, sequences, positions),
             None => {
                 job.fail(Error::new(ErrorKind::NotFound, "the model was freed"));
-                sequences.iter().map(NewSequence::positions).sum()
+                Released { jobs: 1, positions }
             }
         },
     }

@@ -1,32 +1,36 @@
 //! One sequence on its way through the engine: what is known, what is computed, what is still wanted.
 
+use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::job::JobState;
+use super::kv::{Key, Path};
+use super::sampler::{SamplePlan, Sampler};
 use crate::backend::{Output, Want};
 use crate::error::{Error, ErrorKind, Result};
-use crate::kernels::philox::Draw;
-use crate::kernels::{sample, top_k};
-use crate::text::Tokenizer;
 
 /// Why a sampled sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// A stop token or a stop string.
+    /// A stop token, a stop string, or the guide allows nothing more.
     Stop,
     /// `max_tokens`, or the model's context is full.
     Length,
-    /// The job was cancelled.
+    /// The job was cancelled, or its deadline passed.
     Cancelled,
+    /// No token may come next: the guide and the sets of banned and allowed tokens leave none.
+    Blocked,
 }
 
 impl Finish {
-    /// `stop`, `length` or `cancelled`.
+    /// `stop`, `length`, `cancelled` or `blocked`.
     pub const fn name(self) -> &'static str {
         match self {
             Finish::Stop => "stop",
             Finish::Length => "length",
             Finish::Cancelled => "cancelled",
+            Finish::Blocked => "blocked",
         }
     }
 }
@@ -44,31 +48,42 @@ pub struct SampledToken {
     pub entropy: f32,
     /// Tokens that could have been drawn.
     pub kept: u32,
-    /// Smallest penalised logit / temperature among them.
+    /// Smallest (edited logit / temperature) among them. With `ceiling` it rebuilds the set: ties share a fate.
     pub threshold: f32,
+    /// Largest one among them; infinity unless `typical_p` cuts from above too.
+    pub ceiling: f32,
+    /// The tokens that could have been drawn, where they were asked for and no more than `kept_ids` of them.
+    pub kept_ids: Vec<u32>,
     /// The most likely tokens with their model log-probabilities, best first.
     pub top: Vec<(u32, f32)>,
 }
 
-/// What a sampling sequence needs to know.
-#[derive(Clone)]
-pub(crate) struct SamplePlan {
-    /// `uniform` and `seen_row` are set for each draw.
-    pub request: sample::Request,
-    pub seed: u64,
-    pub stream: u64,
-    pub sample: u32,
-    pub max_tokens: usize,
-    pub stop_ids: Arc<[u32]>,
-    pub stop_strings: Arc<[String]>,
-    pub tokenizer: Option<Arc<Tokenizer>>,
-    pub vocab_size: usize,
-    pub top: usize,
+/// Which weights sampled which tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VersionSpan {
+    /// First token, from 0.
+    pub start: usize,
+    /// One past the last token.
+    pub end: usize,
+    /// The version of the weights.
+    pub version: u64,
+}
+
+/// How long the parts of a sequence took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timing {
+    /// From submission to its first step.
+    pub queued: Duration,
+    /// From there to its first token.
+    pub prefill: Duration,
+    /// From there to its end.
+    pub decode: Duration,
 }
 
 /// What a sequence is for.
 pub(crate) enum Purpose {
-    Sample(Box<SamplePlan>),
+    /// `samples` answers, of which this is the first.
+    Sample { plan: Arc<SamplePlan>, stream: u64, samples: u32, max_tokens: usize },
     /// Positions in rising order, each with what it wants.
     Read(Vec<(usize, Want)>),
 }
@@ -76,17 +91,23 @@ pub(crate) enum Purpose {
 /// A sequence as the caller hands it over.
 pub(crate) struct NewSequence {
     pub tokens: Vec<u32>,
-    /// Positions below this are one forward in the reference implementation (it matters to dynamic rope alone).
-    pub forward_len: usize,
+    /// Stretches of positions that are one forward in the reference implementation (it matters to dynamic rope alone);
+    /// every other position is a forward of its own.
+    pub forwards: Vec<Range<usize>>,
     pub purpose: Purpose,
 }
 
 impl NewSequence {
-    /// Positions it can grow to.
+    /// Results it has.
+    pub(crate) fn results(&self) -> usize {
+        if let Purpose::Sample { samples, .. } = self.purpose { samples as usize } else { 1 }
+    }
+
+    /// Positions that each of its samples can grow to.
     pub(crate) fn positions(&self) -> usize {
         match &self.purpose {
             // The last token is sampled and not computed.
-            Purpose::Sample(plan) => self.tokens.len() + plan.max_tokens - 1,
+            Purpose::Sample { max_tokens, .. } => self.tokens.len() + max_tokens - 1,
             // Nothing to compute.
             Purpose::Read(wants) if wants.is_empty() => 0,
             Purpose::Read(_) => self.tokens.len(),
@@ -94,197 +115,243 @@ impl NewSequence {
     }
 }
 
+/// A finished sample.
+pub(crate) struct Sampled {
+    pub tokens: Vec<SampledToken>,
+    pub finish: Finish,
+    pub text: Option<String>,
+    pub versions: Vec<VersionSpan>,
+    pub timing: Timing,
+}
+
 /// A sequence's result.
 pub(crate) enum Finished {
-    Sampled { tokens: Vec<SampledToken>, finish: Finish, text: Option<String> },
+    Sampled(Sampled),
     Read(Vec<Output>),
+}
+
+/// A sequence's tokens, with what their keys in the cache depend on.
+pub(super) struct Tokens {
+    pub ids: Vec<u32>,
+    forwards: Vec<Range<usize>>,
+    /// From which length of a forward on its angles depend on it.
+    length_dependent_above: Option<usize>,
+}
+
+impl Tokens {
+    /// The length of the forward that position `p` belongs to.
+    pub fn forward_len(&self, p: usize) -> usize {
+        self.forwards.iter().find(|f| f.contains(&p)).map_or(p + 1, |f| f.end)
+    }
+
+    pub fn key(&self, p: usize) -> Key {
+        let length = self.length_dependent_above.map(|trained| (self.forward_len(p), trained));
+        // Lengths are below 2^31 (config limits).
+        (self.ids[p], length.filter(|(len, trained)| len > trained).map_or(0, |(len, _)| len as u32))
+    }
+}
+
+pub(super) enum Role {
+    Sample {
+        sampler: Box<Sampler>,
+        /// Answers to the same prompt that begin where this one samples its first token.
+        siblings: u32,
+    },
+    Read {
+        wants: Vec<(usize, Want)>,
+        outputs: Vec<Output>,
+    },
 }
 
 pub(super) struct Sequence {
     pub job: Arc<JobState>,
+    /// The job's number in its lane.
+    pub job_number: u64,
+    /// Of its (first) result in the job.
     pub index: usize,
-    pub tokens: Vec<u32>,
-    pub forward_len: usize,
-    /// Positions whose keys and values are in the cache.
-    pub computed: usize,
-    pub blocks: Vec<u32>,
-    purpose: Purpose,
-    queued_tokens: usize,
+    /// Order of first admission: the older one keeps its blocks.
+    pub seniority: u64,
+    pub tokens: Tokens,
+    pub path: Path,
+    pub role: Role,
     prompt_len: usize,
-    sampled: Vec<SampledToken>,
-    seen: Vec<u32>,
-    outputs: Vec<Output>,
+    started: Option<Instant>,
+    /// Positions that were computed at least once.
+    pub seen: usize,
+    /// It gave up its blocks while the step at hand was being packed.
+    pub preempted: bool,
+    /// It has rows in the step at hand.
+    pub packed: bool,
+    /// Its result was handed over.
+    pub ended: bool,
 }
 
 impl Sequence {
-    pub(super) fn new(job: Arc<JobState>, index: usize, new: NewSequence) -> Self {
-        let queued_tokens = new.positions();
-        let NewSequence { tokens, forward_len, purpose } = new;
+    pub fn new(
+        job: Arc<JobState>,
+        job_number: u64,
+        index: usize,
+        new: NewSequence,
+        path: Path,
+        length_dependent_above: Option<usize>,
+    ) -> Self {
+        let role = match new.purpose {
+            Purpose::Sample { plan, stream, samples, max_tokens } => {
+                Role::Sample { sampler: Box::new(Sampler::new(plan, stream, 0, max_tokens)), siblings: samples - 1 }
+            }
+            Purpose::Read(wants) => Role::Read { wants, outputs: Vec::new() },
+        };
         Sequence {
             job,
+            job_number,
             index,
-            queued_tokens,
-            prompt_len: tokens.len(),
-            tokens,
-            forward_len,
-            computed: 0,
-            blocks: Vec::new(),
-            purpose,
-            sampled: Vec::new(),
-            seen: Vec::new(),
-            outputs: Vec::new(),
+            seniority: 0,
+            prompt_len: new.tokens.len(),
+            tokens: Tokens { ids: new.tokens, forwards: new.forwards, length_dependent_above },
+            path,
+            role,
+            started: None,
+            seen: 0,
+            preempted: false,
+            packed: false,
+            ended: false,
         }
     }
 
-    /// Gives it its KV blocks; what a running sequence needs beyond them is allocated now, not while it waits.
-    pub(super) fn start(&mut self, blocks: Vec<u32>) {
-        self.blocks = blocks;
-        if let Purpose::Sample(plan) = &self.purpose
-            && plan.request.repetition_penalty != 1.0
+    /// Lets it run for the first time, or again.
+    pub fn start(&mut self, seniority: u64) {
+        if self.started.is_none() {
+            self.started = Some(Instant::now());
+            self.seniority = seniority;
+            if let Role::Sample { sampler, .. } = &mut self.role {
+                sampler.start(&self.tokens.ids);
+            }
+        }
+    }
+
+    /// Another answer to the same prompt, before either has a token.
+    pub fn sibling(&self, number: u32, path: Path) -> Option<Self> {
+        let Role::Sample { sampler, .. } = &self.role else { return None };
+        Some(Sequence {
+            job: self.job.clone(),
+            index: self.index + number as usize,
+            tokens: Tokens { ids: self.tokens.ids.clone(), forwards: self.tokens.forwards.clone(), ..self.tokens },
+            path,
+            role: Role::Sample { sampler: Box::new(sampler.sibling(sampler.sample + number)), siblings: 0 },
+            ..*self
+        })
+    }
+
+    /// Leaves itself `count` answers and gives the others to a sequence of their own.
+    pub fn split(&mut self, count: u32, path: Path) -> Option<Self> {
+        let mut later = self.sibling(count, path)?;
+        if let (Role::Sample { siblings, .. }, Role::Sample { siblings: theirs, .. }) =
+            (&mut self.role, &mut later.role)
         {
-            self.seen.resize(plan.vocab_size.div_ceil(32), 0);
-            self.tokens.iter().for_each(|t| mark(&mut self.seen, *t));
+            *theirs = *siblings - count;
+            *siblings = count - 1;
         }
+        Some(later)
     }
 
-    /// Positions it can ever put into the cache.
-    pub(super) fn most_positions(&self) -> usize {
-        match &self.purpose {
-            Purpose::Sample(plan) => self.prompt_len + plan.max_tokens - 1,
-            Purpose::Read(_) => self.needed(),
-        }
+    /// When it first ran.
+    pub fn started(&self) -> Option<Instant> {
+        self.started
     }
 
-    /// What it counts for in the queue.
-    pub(super) fn queued_tokens(&self) -> usize {
-        self.queued_tokens
+    /// Results that it still owes.
+    pub fn results(&self) -> usize {
+        if let Role::Sample { siblings, .. } = self.role { 1 + siblings as usize } else { 1 }
     }
 
     /// Positions that must be computed before the next result.
-    pub(super) fn needed(&self) -> usize {
-        match &self.purpose {
-            Purpose::Sample(_) => self.tokens.len(),
-            Purpose::Read(wants) => wants.last().map_or(0, |(position, _)| position + 1),
+    pub fn needed(&self) -> usize {
+        match &self.role {
+            Role::Sample { .. } => self.tokens.ids.len(),
+            Role::Read { wants, .. } => wants.last().map_or(0, |(position, _)| position + 1),
         }
     }
 
-    /// The length of the forward that position `p` belongs to.
-    pub(super) fn forward_len_at(&self, p: usize) -> usize {
-        if p < self.forward_len { self.forward_len } else { p + 1 }
-    }
-
-    /// What position `p` wants, when it is computed.
-    pub(super) fn want_at(&self, p: usize) -> Option<Want> {
-        match &self.purpose {
-            Purpose::Sample(plan) => (p + 1 == self.tokens.len()).then(|| self.draw(plan, p + 1)),
-            Purpose::Read(wants) => {
-                let i = wants.binary_search_by_key(&p, |(position, _)| *position).ok()?;
-                Some(wants[i].1.clone())
-            }
+    /// Positions that may come from the cache: the next one has an output, so it must be computed.
+    pub fn cacheable(&self) -> usize {
+        match &self.role {
+            Role::Sample { .. } => self.tokens.ids.len() - 1,
+            Role::Read { wants, outputs } => wants.get(outputs.len()).map_or(0, |(position, _)| *position),
         }
     }
 
-    fn draw(&self, plan: &SamplePlan, position: usize) -> Want {
-        // Positions are below 2^31 (config limits).
-        let draw = Draw { seed: plan.seed, stream: plan.stream, sample: plan.sample, position: position as u32 };
-        let seen = (!self.seen.is_empty()).then(|| self.seen.as_slice().into());
-        let request = sample::Request { uniform: draw.uniform(), ..plan.request };
-        Want::Sample { request, seen, top: plan.top }
+    /// Positions of the prompt, or of the text that is read.
+    pub fn prompt_len(&self) -> usize {
+        self.prompt_len
     }
 
-    /// Takes an output of the row at `position`; `Some` when the sequence is finished.
-    pub(super) fn accept(&mut self, position: usize, output: Output) -> Result<Option<Finished>> {
-        let nonfinite = |what: &str| {
-            Error::new(
-                ErrorKind::NonFinite,
-                format!("sequence {}: {what} at position {position} is not finite", self.index),
-            )
-        };
-        match (&self.purpose, output) {
-            (Purpose::Sample(plan), Output::Sampled { drawn, stats }) => {
-                if drawn.token == top_k::NO_TOKEN || !stats.logprob.is_finite() {
-                    return Err(nonfinite("the distribution of the next token"));
-                }
-                let request = &plan.request;
-                let unchanged = request.inverse_temperature == 1.0
-                    && request.repetition_penalty == 1.0
-                    && drawn.threshold == f32::NEG_INFINITY;
-                self.tokens.push(drawn.token);
-                if !self.seen.is_empty() {
-                    mark(&mut self.seen, drawn.token);
-                }
-                self.sampled.push(SampledToken {
-                    id: drawn.token,
-                    // The same distribution: the same number, to the bit.
-                    logprob: if unchanged { stats.logprob } else { drawn.logprob },
-                    model_logprob: stats.logprob,
-                    entropy: stats.entropy,
-                    kept: drawn.kept,
-                    threshold: drawn.threshold,
-                    top: stats.top,
-                });
-                Ok(self.stop_reason().map(|finish| self.finish_sampling(finish)))
+    /// What position `p` of a text wants, if it has not got it yet.
+    pub fn read_at(&self, p: usize) -> Option<Want> {
+        let Role::Read { wants, outputs } = &self.role else { return None };
+        let i = wants.binary_search_by_key(&p, |(position, _)| *position).ok()?;
+        (i >= outputs.len()).then(|| wants[i].1.clone())
+    }
+
+    /// Takes an output of a row at `position` under weights of `version`; the result when it is finished.
+    pub fn accept(&mut self, position: usize, output: Output, version: u64) -> Result<Option<Finished>> {
+        let place = |e: Error| e.at(format!("sequence {}, position {position}", self.index));
+        match (&mut self.role, output) {
+            (Role::Sample { sampler, .. }, Output::Sampled { drawn, stats, kept_ids }) => {
+                let finish = sampler.accept(drawn, stats, kept_ids, version).map_err(place)?;
+                self.tokens.ids.push(drawn.token);
+                Ok(finish.map(|finish| self.finish_sampling(finish)))
             }
-            (Purpose::Read(wants), output) => {
+            (Role::Read { wants, outputs }, output) => {
                 let finite = match &output {
                     Output::Logits(logits) => logits.iter().all(|l| l.is_finite()),
                     Output::Logprob(stats) => !stats.logprob.is_nan() && stats.logprob != f32::INFINITY,
                     Output::Sampled { .. } => true,
                 };
                 if !finite {
-                    return Err(nonfinite("the result"));
+                    return Err(place(Error::new(ErrorKind::NonFinite, "the result is not finite")));
                 }
-                let count = wants.len();
-                self.outputs.push(output);
-                Ok((self.outputs.len() == count).then(|| Finished::Read(std::mem::take(&mut self.outputs))))
+                outputs.push(output);
+                Ok((outputs.len() == wants.len()).then(|| Finished::Read(std::mem::take(outputs))))
             }
             _ => Err(Error::internal("an output of another kind than was asked for")),
         }
     }
 
-    fn stop_reason(&self) -> Option<Finish> {
-        let Purpose::Sample(plan) = &self.purpose else { return None };
-        let last = self.sampled.last()?;
-        if plan.stop_ids.contains(&last.id) || self.stop_string_hit(plan) {
-            return Some(Finish::Stop);
+    /// Hands what was sampled since the last time to a job that streams.
+    pub fn stream(&mut self) {
+        if let Role::Sample { sampler, .. } = &mut self.role
+            && sampler.plan.stream
+        {
+            let text = sampler.take_text();
+            self.job.stream(self.index, sampler.streamed, &sampler.tokens[sampler.streamed..], text, None);
+            sampler.streamed = sampler.tokens.len();
         }
-        (self.sampled.len() >= plan.max_tokens).then_some(Finish::Length)
     }
 
-    /// Looks for a stop string in the text of the last tokens, enough of them to hold the longest one.
-    fn stop_string_hit(&self, plan: &SamplePlan) -> bool {
-        let Some(tokenizer) = plan.tokenizer.as_ref().filter(|_| !plan.stop_strings.is_empty()) else { return false };
-        let longest = plan.stop_strings.iter().map(String::len).max().unwrap_or(0);
-        let generated = &self.tokens[self.prompt_len..];
-        let hit = |ids: &[u32]| {
-            let text = tokenizer.decode_sampled(ids).unwrap_or_default();
-            plan.stop_strings.iter().any(|s| text.contains(s.as_str()))
-        };
-        // Every token but a special one is at least a byte; the rest is room for those.
-        hit(&generated[generated.len().saturating_sub(longest + 16)..]) && hit(generated)
+    /// Hands over what a sampling sequence has, and its siblings that have nothing; how many results these were.
+    pub fn finish_all(&mut self, finish: Finish) -> usize {
+        let results = self.results();
+        for _ in 0..results {
+            let result = self.finish_sampling(finish);
+            self.job.finish(self.index, result);
+            self.index += 1;
+        }
+        results
     }
 
     /// Ends a sampling sequence with what it has.
-    pub(super) fn finish_sampling(&mut self, finish: Finish) -> Finished {
-        let text = match &self.purpose {
-            Purpose::Sample(plan) => plan.tokenizer.as_ref().and_then(|tokenizer| {
-                let mut text = tokenizer.decode_sampled(&self.tokens[self.prompt_len..]).ok()?;
-                let cut = plan.stop_strings.iter().filter_map(|s| text.find(s.as_str())).min();
-                text.truncate(cut.unwrap_or(text.len()));
-                Some(text)
-            }),
-            Purpose::Read(_) => None,
-        };
-        Finished::Sampled { tokens: std::mem::take(&mut self.sampled), finish, text }
-    }
-
-    pub(super) fn is_sampling(&self) -> bool {
-        matches!(self.purpose, Purpose::Sample(_))
-    }
-}
-
-fn mark(seen: &mut [u32], token: u32) {
-    if let Some(word) = seen.get_mut(token as usize / 32) {
-        *word |= 1 << (token % 32);
+    fn finish_sampling(&mut self, finish: Finish) -> Finished {
+        let (submitted, started) = (self.job.submitted, self.started);
+        let Role::Sample { sampler, .. } = &mut self.role else { return Finished::Read(Vec::new()) };
+        let (text, rest) = sampler.finish_text();
+        let new = &sampler.tokens[sampler.streamed..];
+        self.job.stream(self.index, sampler.streamed, new, rest, Some(finish));
+        Finished::Sampled(Sampled {
+            text,
+            finish,
+            versions: sampler.take_versions(),
+            timing: sampler.timing(submitted, started),
+            tokens: std::mem::take(&mut sampler.tokens),
+        })
     }
 }

@@ -1,6 +1,7 @@
 //! The kernels: one file each (`linear` is a folder), with its parameters, its dispatch rule and its CPU twin. The shader of the same stem
 //! is under `shaders/`. Letters in comments are those of `shaders/README.md`.
 
+pub mod adjust_logits;
 pub mod attention;
 pub mod embed;
 pub mod gather_rows;
@@ -57,7 +58,8 @@ pub struct Kernel {
 }
 
 /// Every kernel, for the table of pipelines and for the test that walks `shaders/`.
-pub const ALL: [&Kernel; 11] = [
+pub const ALL: [&Kernel; 12] = [
+    &adjust_logits::KERNEL,
     &attention::KERNEL,
     &embed::KERNEL,
     &gather_rows::KERNEL,

@@ -1,14 +1,18 @@
-//! Draws one token from a row of logits.
+//! Draws one token from a row of logits, which [`adjust_logits`](super::adjust_logits) may have changed.
 //!
-//! In transformers' order: repetition penalty, temperature, top-k, top-p, min-p. With z = penalised logit / T and
-//! w = e^(z − max z), the kept set is every token whose z reaches a threshold, the largest of
+//! In transformers' order: temperature, top-k, top-p, min-p, typical-p. With z = logit / T and w = e^(z − max z), the
+//! kept set is every token whose z reaches a threshold, the largest of
 //! - the k-th largest z (top-k),
 //! - the largest z such that the tokens at or above it hold at least top_p of the mass that top-k left (top-p),
 //! - max z + ln(min_p) (min-p).
 //!
-//! Equal values share a fate, so count and threshold are enough to rebuild the set. The draw inverts the cumulative
-//! distribution over the kept tokens in the order of their ids. At temperature 0 the largest z wins, of equals the
-//! smallest id.
+//! Typical-p then keeps, of these, the tokens whose surprise −ln p is closest to the entropy H of what is left: the
+//! smallest deviations d = |−ln p − H| that together hold typical_p of the mass. Since ln p rises with z, they are a band
+//! of z, from the threshold to a ceiling.
+//!
+//! Equal values share a fate, so count, threshold and ceiling are enough to rebuild the set. What is −∞ is never kept. The
+//! draw inverts the cumulative distribution over the kept tokens in the order of their ids. At temperature 0 the
+//! largest z wins, of equals the smallest id.
 
 use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
 use super::log_sum_exp::CHUNK;
@@ -21,11 +25,19 @@ pub struct Params {
     pub rows: u32,
     /// V.
     pub vocab: u32,
-    /// Words of a row of `seen`.
-    pub seen_words: u32,
 }
 
-super::kernel!("sample", Params, [("logits", Read), ("requests", Read), ("seen", Read), ("drawn", Write)]);
+super::kernel!(
+    "sample",
+    Params,
+    [("logits", Read), ("requests", Read), ("edits", Read), ("drawn", Write), ("kept_ids", Write)]
+);
+
+/// In [`Request::mask_row`]: every token may be drawn.
+pub const NO_MASK: u32 = u32::MAX;
+
+/// Most ids of a kept set that are reported.
+pub const MAX_KEPT_IDS: usize = 1024;
 
 /// What one row asks for.
 #[repr(C)]
@@ -41,12 +53,37 @@ pub struct Request {
     pub top_p: f32,
     /// 0: off.
     pub min_p: f32,
-    /// 1: off. Positive logits of seen tokens are divided by it, others multiplied.
-    pub repetition_penalty: f32,
-    /// Row of `seen` with the tokens of the sequence so far, one bit each.
-    pub seen_row: u32,
+    /// 1: off.
+    pub typical_p: f32,
+    /// Where the row's edits begin; filled in by the backend, which also sets the next two.
+    pub first_edit: u32,
+    /// How many edits it has.
+    pub edit_count: u32,
+    /// Its row of the masks, or [`NO_MASK`].
+    pub mask_row: u32,
+    /// Report the ids of the kept set where it has no more than this many; at most [`MAX_KEPT_IDS`].
+    pub kept_ids: u32,
     /// 1 if the row asks for a sample; 0: skip it.
     pub active: u32,
+}
+
+impl Default for Request {
+    /// Temperature 1, nothing cut.
+    fn default() -> Self {
+        Request {
+            uniform: 0.0,
+            inverse_temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            typical_p: 1.0,
+            first_edit: 0,
+            edit_count: 0,
+            mask_row: NO_MASK,
+            kept_ids: 0,
+            active: 1,
+        }
+    }
 }
 
 /// What a row got.
@@ -57,30 +94,20 @@ pub struct Drawn {
     pub token: u32,
     /// Tokens in the kept set.
     pub kept: u32,
-    /// Smallest z in the kept set.
+    /// Smallest z in the kept set; −∞ if nothing cuts from below, the smallest finite number if only a mask does.
     pub threshold: f32,
+    /// Largest z in the kept set; +∞ unless typical-p is on.
+    pub ceiling: f32,
     /// Log-probability of the token in the distribution it was drawn from.
     pub logprob: f32,
     /// The token's logit as the model gave it.
     pub logit: f32,
 }
 
-/// The logit of `token` after the repetition penalty.
-#[inline(always)]
-fn penalised(logit: f32, token: usize, penalty: f32, seen: &[u32]) -> f32 {
-    if penalty == 1.0 || seen[token / 32] >> (token % 32) & 1 == 0 {
-        logit
-    } else if logit > 0.0 {
-        logit / penalty
-    } else {
-        logit * penalty
-    }
-}
-
 /// Memory that the CPU twin keeps from row to row.
 #[derive(Default)]
 pub struct Scratch {
-    /// Penalised logit / T.
+    /// logit / T.
     z: Vec<f32>,
     /// e^(z − max z); zero outside the kept set, but for chunks whose sum is zero.
     weights: Vec<f32>,
@@ -93,13 +120,12 @@ pub struct Scratch {
 }
 
 for_each_isa! {
-    /// The CPU twin for one row. `seen` has a bit a token (unused where the penalty is 1).
-    pub fn sample(logits: &[f32], request: &Request, seen: &[u32], scratch: &mut Scratch) -> Drawn = body
+    /// The CPU twin for one row; the caller knows the raw logit, which stays as the row has it.
+    pub fn sample(logits: &[f32], request: &Request, scratch: &mut Scratch) -> Drawn = body
 }
 
 #[inline(always)]
-fn body<L: Lanes>(logits: &[f32], request: &Request, seen: &[u32], scratch: &mut Scratch) -> Drawn {
-    let penalty = request.repetition_penalty;
+fn body<L: Lanes>(logits: &[f32], request: &Request, scratch: &mut Scratch) -> Drawn {
     let greedy = request.inverse_temperature < 0.0;
     let factor = if greedy { 1.0 } else { request.inverse_temperature };
     let len = logits.len();
@@ -109,16 +135,15 @@ fn body<L: Lanes>(logits: &[f32], request: &Request, seen: &[u32], scratch: &mut
     z.resize(len, 0.0);
     largest.clear();
     let mut trap = L::zero();
-    for (c, (z, logits)) in z.chunks_mut(CHUNK).zip(logits.chunks(CHUNK)).enumerate() {
-        if penalty == 1.0 {
+    for (z, logits) in z.chunks_mut(CHUNK).zip(logits.chunks(CHUNK)) {
+        if factor > 0.0 {
             for_lanes!(L, z.len(), |i, n| {
                 // SAFETY: i + n ≤ the length of both.
                 unsafe { store(load::<L>(logits, i, n).mul(L::splat(factor)), z, i, n) };
             });
         } else {
-            for (i, (z, l)) in z.iter_mut().zip(logits).enumerate() {
-                *z = penalised(*l, c * CHUNK + i, penalty, seen) * factor;
-            }
+            // An infinite temperature makes all alike but what is masked.
+            z.iter_mut().zip(logits).for_each(|(z, l)| *z = if *l == f32::NEG_INFINITY { *l } else { l * 0.0 });
         }
         let mut max = L::splat(f32::NEG_INFINITY);
         let whole = z.len() - z.len() % L::N;
@@ -136,12 +161,13 @@ fn body<L: Lanes>(logits: &[f32], request: &Request, seen: &[u32], scratch: &mut
     let broken = trap.sum().is_nan() && z.iter().any(|z| z.is_nan());
     if broken || !max.is_finite() {
         let token = super::top_k::NO_TOKEN;
-        return Drawn { token, kept: 0, threshold: f32::NAN, logprob: f32::NAN, logit: f32::NAN };
+        return Drawn { token, kept: 0, threshold: f32::NAN, ceiling: f32::NAN, logprob: f32::NAN, logit: f32::NAN };
     }
     let chunk_of_best = largest.iter().position(|l| *l == max).unwrap_or(0) * CHUNK;
     let best = chunk_of_best + z[chunk_of_best..].iter().position(|z| *z == max).unwrap_or(0);
     if greedy {
-        return Drawn { token: best as u32, kept: 1, threshold: max, logprob: 0.0, logit: logits[best] };
+        let (token, logit) = (best as u32, logits[best]);
+        return Drawn { token, kept: 1, threshold: max, ceiling: f32::INFINITY, logprob: 0.0, logit };
     }
 
     // 2. Weights.
@@ -160,40 +186,15 @@ fn body<L: Lanes>(logits: &[f32], request: &Request, seen: &[u32], scratch: &mut
     }
 
     // 3. The kept set.
-    let threshold = threshold::<L>(z, weights, largest, members, max, request);
+    let mut threshold = threshold::<L>(z, weights, largest, members, max, request);
+    let mut ceiling = f32::INFINITY;
     let mut kept = len as u32;
     if threshold > f32::NEG_INFINITY {
-        kept = 0;
-        let chunks = z.chunks(CHUNK).zip(weights.chunks_mut(CHUNK)).zip(&*largest).zip(&mut *sums);
-        for (((z, weights), largest), kept_sum) in chunks {
-            if *largest < threshold {
-                *kept_sum = 0.0;
-                continue;
-            }
-            let (mut sum, mut count) = (L::zero(), L::zero());
-            let whole = z.len() - z.len() % L::N;
-            for_lanes!(L, whole, |i, n| {
-                // SAFETY: i + n ≤ the length of both.
-                unsafe {
-                    let v = load::<L>(z, i, n);
-                    let weight = load::<L>(weights, i, n).zero_below(v, threshold);
-                    store(weight, weights, i, n);
-                    sum = sum.add(weight);
-                    count = count.add(L::splat(1.0).zero_below(v, threshold));
-                }
-            });
-            let (mut sum, mut count) = (sum.sum(), count.sum() as u32);
-            for (z, weight) in z[whole..].iter().zip(&mut weights[whole..]) {
-                if *z >= threshold {
-                    sum += *weight;
-                    count += 1;
-                } else {
-                    *weight = 0.0;
-                }
-            }
-            *kept_sum = sum;
-            kept += count;
-        }
+        kept = keep_from::<L>(z, weights, largest, sums, threshold);
+    }
+    if request.typical_p < 1.0 {
+        (threshold, ceiling) = typical_band(z, weights, sums, members, max, threshold, request.typical_p);
+        kept = keep_band(z, weights, sums, threshold, ceiling);
     }
 
     // 4. The token: first its chunk, then its place there.
@@ -219,8 +220,104 @@ fn body<L: Lanes>(logits: &[f32], request: &Request, seen: &[u32], scratch: &mut
         }
         break;
     }
-    let logprob = (z[token] - max) - total.ln();
-    Drawn { token: token as u32, kept, threshold, logprob, logit: logits[token] }
+    // One token alone is certain, whatever rounding says.
+    let logprob = if kept == 1 { 0.0 } else { (z[token] - max) - total.ln() };
+    Drawn { token: token as u32, kept, threshold, ceiling, logprob, logit: logits[token] }
+}
+
+/// Zeroes the weights of tokens whose z is below `threshold`; how many are left, with the chunks' sums anew.
+#[inline(always)]
+fn keep_from<L: Lanes>(z: &[f32], weights: &mut [f32], largest: &[f32], sums: &mut [f32], threshold: f32) -> u32 {
+    let mut kept = 0;
+    let chunks = z.chunks(CHUNK).zip(weights.chunks_mut(CHUNK)).zip(largest).zip(sums);
+    for (((z, weights), largest), kept_sum) in chunks {
+        if *largest < threshold {
+            *kept_sum = 0.0;
+            continue;
+        }
+        let (mut sum, mut count) = (L::zero(), L::zero());
+        let whole = z.len() - z.len() % L::N;
+        for_lanes!(L, whole, |i, n| {
+            // SAFETY: i + n ≤ the length of both.
+            unsafe {
+                let v = load::<L>(z, i, n);
+                let weight = load::<L>(weights, i, n).zero_below(v, threshold);
+                store(weight, weights, i, n);
+                sum = sum.add(weight);
+                count = count.add(L::splat(1.0).zero_below(v, threshold));
+            }
+        });
+        let (mut sum, mut count) = (sum.sum(), count.sum() as u32);
+        for (z, weight) in z[whole..].iter().zip(&mut weights[whole..]) {
+            if *z >= threshold {
+                sum += *weight;
+                count += 1;
+            } else {
+                *weight = 0.0;
+            }
+        }
+        *kept_sum = sum;
+        kept += count;
+    }
+    kept
+}
+
+/// The same for a band of z.
+fn keep_band(z: &[f32], weights: &mut [f32], sums: &mut [f32], threshold: f32, ceiling: f32) -> u32 {
+    let mut kept = 0;
+    for ((z, weights), kept_sum) in z.chunks(CHUNK).zip(weights.chunks_mut(CHUNK)).zip(sums) {
+        *kept_sum = 0.0;
+        for (z, weight) in z.iter().zip(weights) {
+            if (threshold..=ceiling).contains(z) {
+                *kept_sum += *weight;
+                kept += 1;
+            } else {
+                *weight = 0.0;
+            }
+        }
+    }
+    kept
+}
+
+/// The smallest and the largest z that typical-p keeps of the tokens from `floor` on. The weights of chunks whose sum is
+/// zero do not count.
+fn typical_band(
+    z: &[f32],
+    weights: &[f32],
+    sums: &[f32],
+    members: &mut Vec<(f32, f32)>,
+    max: f32,
+    floor: f32,
+    typical_p: f32,
+) -> (f32, f32) {
+    let floor = floor.max(f32::MIN);
+    let kept = || {
+        let chunks = z.chunks(CHUNK).zip(weights.chunks(CHUNK)).zip(sums).filter(|(_, sum)| **sum > 0.0);
+        chunks.flat_map(|((z, w), _)| z.iter().zip(w)).filter(|(z, w)| **z >= floor && **w > 0.0)
+    };
+    let total: f64 = kept().map(|(_, w)| f64::from(*w)).sum();
+    let log_total = total.ln();
+    // H = ln S − Σ w (z − max) / S, and −ln p = ln S − (z − max).
+    let mean: f64 = kept().map(|(z, w)| f64::from(*w) * f64::from(z - max)).sum::<f64>() / total;
+    let entropy = (log_total - mean) as f32;
+    let deviation = |z: f32| ((log_total as f32 - (z - max)) - entropy).abs();
+    members.clear();
+    members.extend(kept().map(|(z, w)| (-deviation(*z), *w)));
+    let most = -reach(members, 0.0, f64::from(typical_p) * total).unwrap_or(f32::NEG_INFINITY);
+    let band = kept().filter(|(z, _)| deviation(**z) <= most);
+    band.fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), (z, _)| (low.min(*z), high.max(*z)))
+}
+
+/// The ids of a kept set, rising, where there are no more than `most`.
+pub fn kept_ids(logits: &[f32], request: &Request, drawn: &Drawn, scratch: &Scratch) -> Vec<u32> {
+    if drawn.kept == 0 || drawn.kept > request.kept_ids {
+        return Vec::new();
+    }
+    if request.inverse_temperature < 0.0 {
+        return vec![drawn.token];
+    }
+    let z = scratch.z[..logits.len()].iter().enumerate();
+    z.filter(|(_, z)| (drawn.threshold..=drawn.ceiling).contains(*z)).map(|(v, _)| v as u32).collect()
 }
 
 /// The smallest z that is kept.
@@ -233,10 +330,11 @@ fn threshold<L: Lanes>(
     max: f32,
     request: &Request,
 ) -> f32 {
-    let mut threshold = f32::NEG_INFINITY;
+    // What is masked is never kept.
+    let mut threshold = if request.mask_row == NO_MASK { f32::NEG_INFINITY } else { f32::MIN };
     let top_k = request.top_k as usize;
     if top_k > 0 && top_k < z.len() {
-        threshold = kth_largest(z, largest, top_k);
+        threshold = threshold.max(kth_largest(z, largest, top_k));
     }
     if request.top_p < 1.0 {
         threshold = threshold.max(top_p_threshold::<L>(z, weights, largest, members, max, threshold, request.top_p));

@@ -2,7 +2,9 @@
 
 mod chat;
 mod check;
+mod stream;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Message};
+pub(crate) use stream::TextStream;
 pub use tokenizer::{EncodeOptions, Tokenizer};

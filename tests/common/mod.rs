@@ -63,7 +63,8 @@ pub fn isas() -> Vec<Isa> {
 
 pub fn open(device: &str, threads: usize) -> Runtime {
     prepare();
-    Runtime::open(&RuntimeOptions { device: device.into(), threads: Some(threads) }).unwrap()
+    Runtime::open(&RuntimeOptions { device: device.into(), threads: Some(threads), ..RuntimeOptions::default() })
+        .unwrap()
 }
 
 /// Options for the small golden models.

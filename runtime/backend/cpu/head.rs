@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use super::CpuExecutor;
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, logit_rows, top_logprobs};
 use crate::error::{Result, try_vec};
+use crate::kernels::adjust_logits::{adjust_logits, raw_logit};
 use crate::kernels::linear::{self, Arithmetic, Hint, ROW_BLOCK, Source};
 use crate::kernels::log_sum_exp::{CHUNK, Stats, log_sum_exp};
 use crate::kernels::{Isa, SharedMut, sample, top_k};
@@ -28,7 +29,7 @@ pub(super) struct Order {
 }
 
 fn keeps_logits(want: &Want) -> bool {
-    matches!(want, Want::Sample { .. }) || want.top() > 0
+    matches!(want, Want::Sample(_)) || want.top() > 0
 }
 
 impl Order {
@@ -142,10 +143,12 @@ impl CpuExecutor {
         let isa = self.options.isa;
         // A row is a pass over the vocabulary where it samples, and a sum over the chunks otherwise.
         let cost = if keep { vocab } else { 16 * chunks };
+        let all_logits = SharedMut::new(&mut logits);
         self.options.pool.over_rows(count, cost, &|rows| {
             for r in rows {
                 let chunk_stats = &stats[r * chunks..(r + 1) * chunks];
-                let row = if keep { &logits[r * vocab..(r + 1) * vocab] } else { &[] };
+                // SAFETY: a row belongs to one task.
+                let row = if keep { unsafe { all_logits.slice(r * vocab..(r + 1) * vocab) } } else { &mut [] };
                 let output = read_row(isa, row, target_logits[r], chunk_stats, wants[r]);
                 *outputs[r].lock().unwrap_or_else(|e| e.into_inner()) = output;
             }
@@ -190,8 +193,8 @@ impl CpuExecutor {
     }
 }
 
-/// Reads what a row wants off its logits and their statistics.
-fn read_row(isa: Isa, logits: &[f32], target: f32, chunks: &[Stats], want: &Want) -> Option<Output> {
+/// Reads what a row wants off its logits, which sampling may change, and their statistics.
+fn read_row(isa: Isa, logits: &mut [f32], target: f32, chunks: &[Stats], want: &Want) -> Option<Output> {
     let stats = Stats::join(chunks);
     let best = if want.top() > 0 { top_k::top_k(logits, want.top()) } else { Vec::new() };
     let of = |logit: f32| TokenStats {
@@ -201,11 +204,22 @@ fn read_row(isa: Isa, logits: &[f32], target: f32, chunks: &[Stats], want: &Want
     };
     match want {
         Want::Logprob { .. } => Some(Output::Logprob(of(target))),
-        Want::Sample { request, seen, .. } => {
-            let seen = seen.as_deref().unwrap_or_default();
-            let drawn = SCRATCH.with_borrow_mut(|scratch| sample::sample(isa, logits, request, seen, scratch));
+        Want::Sample(sampling) => {
+            let mut request = sampling.request;
+            let mut edits = sampling.edits.clone();
+            if sampling.mask.is_some() {
+                request.mask_row = 0;
+            }
+            adjust_logits(&mut edits, sampling.mask.as_deref(), logits);
+            let (mut drawn, kept_ids) = SCRATCH.with_borrow_mut(|scratch| {
+                let drawn = sample::sample(isa, logits, &request, scratch);
+                (drawn, sample::kept_ids(logits, &request, &drawn, scratch))
+            });
             // NaN where nothing could be drawn.
-            Some(Output::Sampled { drawn, stats: of(drawn.logit) })
+            if drawn.token != top_k::NO_TOKEN {
+                drawn.logit = raw_logit(&edits, logits, drawn.token);
+            }
+            Some(Output::Sampled { stats: of(drawn.logit), drawn, kept_ids })
         }
         _ => None,
     }

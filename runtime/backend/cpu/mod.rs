@@ -10,7 +10,7 @@ use cores::Cores;
 pub use pool::Pool;
 pub(crate) use pool::SMALL;
 
-use super::{Capacity, Executor, Memory, Output, Step};
+use super::{BlockCopy, Capacity, Executor, Memory, Output, Step};
 use crate::error::{Error, ErrorKind, Result, checked_size, try_vec};
 use crate::kernels::attention::{self, MAX_HEAD_DIM};
 use crate::kernels::kv_write::{self, Cache};
@@ -313,6 +313,17 @@ impl Executor for CpuExecutor {
             self.execute(op, plan.first_weight(i + 1), step, &order.rows);
         }
         self.head(step, &order)
+    }
+
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
+        let size = KV_BLOCK * self.spec.kv_width();
+        for cache in self.kv.iter_mut().flat_map(|(keys, values)| [keys, values]) {
+            for copy in copies {
+                let from = copy.from as usize * size;
+                cache.copy_within(from..from + size, copy.to as usize * size);
+            }
+        }
+        Ok(())
     }
 
     fn memory(&self) -> Memory {

@@ -8,7 +8,7 @@ use super::device::Gpu;
 use super::pipelines::{Flags, Pipelines};
 use super::upload::Matrix;
 use crate::backend::cpu::Pool;
-use crate::backend::{Capacity, Executor, Memory, Output, Step, logit_rows};
+use crate::backend::{BlockCopy, Capacity, Executor, Memory, Output, Step, logit_rows};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::linear::Int8Matrix;
@@ -74,6 +74,10 @@ pub struct GpuExecutor {
     pub(super) buffers: Buffers,
     calls: Vec<Call>,
     pub(super) head: super::head::Head,
+    /// Keys and values of each layer.
+    kv: Vec<(wgpu::Buffer, wgpu::Buffer)>,
+    /// A block of every layer, on its way to another block: a buffer cannot be copied onto itself.
+    passing: wgpu::Buffer,
     capacity: Capacity,
     memory: Memory,
 }
@@ -188,8 +192,11 @@ impl GpuExecutor {
         let per_layer = bytes("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width(), 4])?;
         let mut kv = Vec::new();
         for _ in 0..spec.layers {
-            kv.push((gpu.buffer("keys", per_layer, storage)?, gpu.buffer("values", per_layer, storage)?));
+            let usage = storage | wgpu::BufferUsages::COPY_SRC;
+            kv.push((gpu.buffer("keys", per_layer, usage)?, gpu.buffer("values", per_layer, usage)?));
         }
+        let block = bytes("a KV block", &[2, spec.layers, KV_BLOCK, spec.kv_width(), 4])?;
+        let passing = gpu.buffer("a KV block", block, wgpu::BufferUsages::COPY_SRC)?;
         // An op is at most a norm, its products, and one more dispatch.
         let slices = matrices.iter().chain(tables.iter().map(|(_, t)| t)).map(|m| m.slices.len()).sum::<usize>();
         let slots = 3 * plan.ops.len() + 2 * slices + super::head::SLOTS;
@@ -197,7 +204,7 @@ impl GpuExecutor {
         let buffers = Buffers {
             params: gpu.buffer("params", slots as u64 * SLOT, wgpu::BufferUsages::UNIFORM)?,
             rows: gpu.buffer("rows", rows * size_of::<RowMeta>() as u64, storage)?,
-            tables: gpu.buffer("tables", capacity.kv_blocks as u64 * 4, storage)?,
+            tables: gpu.buffer("tables", capacity.max_table_entries() as u64 * 4, storage)?,
             cos_sin: gpu.buffer("cos_sin", rows * spec.head_dim as u64 * 4, storage)?,
             picked: gpu.buffer("picked", rows * 4, storage)?,
             activations,
@@ -221,7 +228,7 @@ impl GpuExecutor {
             kv_cache: 2 * per_layer * spec.layers as u64,
             scratch: scratch_bytes(&spec, capacity.max_rows),
         };
-        Ok(GpuExecutor { spec, calls, head, capacity, memory, buffers, gpu })
+        Ok(GpuExecutor { spec, calls, head, kv, passing, capacity, memory, buffers, gpu })
     }
 
     /// Encodes and submits the calls of a step, in submissions of bounded cost.
@@ -275,8 +282,9 @@ impl GpuExecutor {
 impl Executor for GpuExecutor {
     fn step(&mut self, step: &Step) -> Result<Vec<Output>> {
         let (t, m) = (step.rows.len(), step.outputs.len());
-        if t > self.capacity.max_rows || step.tables.len() > self.capacity.kv_blocks {
-            return Err(Error::internal(format!("a step of {t} rows, built for {}", self.capacity.max_rows)));
+        let Capacity { max_rows, .. } = self.capacity;
+        if t > max_rows || m > max_rows || step.tables.len() > self.capacity.max_table_entries() {
+            return Err(Error::internal(format!("a step of {t} rows and {m} outputs, built for {max_rows}")));
         }
         let order = super::head::order(step.outputs);
         let picked: Vec<u32> = order.iter().map(|&i| step.outputs[i].row).collect();
@@ -290,6 +298,28 @@ impl Executor for GpuExecutor {
         let keys = step.rows.iter().map(|r| seen(r).min(window)).sum();
         self.run_calls(t as u32, m as u32, keys)?;
         self.run_head(step, &order)
+    }
+
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
+        if copies.is_empty() {
+            return Ok(());
+        }
+        let size = 4 * (KV_BLOCK * self.spec.kv_width()) as u64;
+        self.gpu.checked("copying KV blocks", || {
+            let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            let caches = || self.kv.iter().flat_map(|(keys, values)| [keys, values]).zip(0u64..);
+            for copy in copies {
+                let (from, to) = (u64::from(copy.from) * size, u64::from(copy.to) * size);
+                for (cache, i) in caches() {
+                    encoder.copy_buffer_to_buffer(cache, from, &self.passing, i * size, size);
+                }
+                for (cache, i) in caches() {
+                    encoder.copy_buffer_to_buffer(&self.passing, i * size, cache, to, size);
+                }
+            }
+            self.gpu.queue.submit([encoder.finish()])
+        })?;
+        Ok(())
     }
 
     fn memory(&self) -> Memory {
@@ -429,12 +459,15 @@ fn build_calls(builder: &mut Builder, model: &Model, op: &Op, list: &mut Vec<Cal
 }
 
 /// Activations for steps of up to `max_rows` rows with what an op keeps between its dispatches, and the bounded block of
-/// logits with its copy for the host.
+/// logits with its copy for the host; block tables, a KV block on its way, and what sampling reads and writes.
 pub(crate) fn scratch_bytes(spec: &ModelSpec, max_rows: usize) -> u64 {
     let widths: usize = Buf::ALL.iter().map(|b| b.width(spec)).sum();
     let between = spec.hidden_size + spec.intermediate_size + spec.head_dim;
     let logits = 2 * logit_rows(spec.vocab_size) * spec.vocab_size;
-    4 * ((widths + between) as u64 * max_rows as u64 + logits as u64)
+    let passing = 2 * spec.layers * KV_BLOCK * spec.kv_width();
+    // Of each row, 64 entries of block tables.
+    4 * ((widths + between + 64) as u64 * max_rows as u64 + (logits + passing) as u64)
+        + super::head::sampling_bytes(spec.vocab_size)
 }
 
 /// Parameters of a product with one slice of a matrix, for all of its rows.

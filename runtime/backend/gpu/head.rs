@@ -5,17 +5,28 @@ use bytemuck::{bytes_of, pod_collect_to_vec};
 use super::executor::{Builder, GpuExecutor, SLOT, block_rows, fold, linear_shape, slice_params};
 use super::pipelines::Flags;
 use super::upload::Matrix;
-use crate::backend::{Output, OutputRow, Step, TokenStats, Want, top_logprobs};
+use crate::backend::{Output, OutputRow, Step, TokenStats, Want, logit_rows, top_logprobs};
 use crate::error::{Error, Result};
+use crate::kernels::adjust_logits::Edit;
 use crate::kernels::log_sum_exp::RowStats;
 use crate::kernels::top_k::{Candidate, MAX_K, NO_TOKEN};
-use crate::kernels::{linear, log_sum_exp, sample, top_k};
+use crate::kernels::{adjust_logits, linear, log_sum_exp, sample, top_k};
 use crate::model::{Buf, ModelSpec};
 
 /// Parameter slots that the head needs beyond one per slice of its matrix.
-pub(super) const SLOTS: usize = 3 + TOKEN_SLOTS;
+pub(super) const SLOTS: usize = 4 + TOKEN_SLOTS;
 /// Different tokens whose rows of the head are multiplied one by one; with more, the whole head is.
 const TOKEN_SLOTS: usize = 64;
+/// Edits of logits in a block of rows at most; a row has at most V.
+fn most_edits(vocab: usize) -> usize {
+    vocab.max(1 << 16)
+}
+
+/// Edits, masks and kept ids of a block of rows.
+pub(super) fn sampling_bytes(vocab: usize) -> u64 {
+    let row = vocab.div_ceil(32) * 4 + 2 * sample::MAX_KEPT_IDS * 4;
+    (most_edits(vocab) * size_of::<Edit>() + logit_rows(vocab) * row) as u64
+}
 
 type Bound = (wgpu::ComputePipeline, wgpu::BindGroup);
 /// What is bound (owned or borrowed), the bytes of its parameters, and its workgroups.
@@ -33,11 +44,14 @@ pub(super) struct Head {
     slices: Vec<HeadSlice>,
     log_sum_exp: Bound,
     top_k: Bound,
+    adjust_logits: Bound,
     sample: Bound,
     first_slot: usize,
     targets: wgpu::Buffer,
     requests: wgpu::Buffer,
-    seen: wgpu::Buffer,
+    edits: wgpu::Buffer,
+    masks: wgpu::Buffer,
+    kept_ids: wgpu::Buffer,
     logits: wgpu::Buffer,
     stats: wgpu::Buffer,
     best: wgpu::Buffer,
@@ -72,14 +86,16 @@ impl Head {
         let logits = size("logits", width * 4, storage | copy)?;
         let targets = size("targets", 4, storage)?;
         let requests = size("requests", size_of::<sample::Request>(), storage)?;
-        let seen = size("seen", spec.vocab_size.div_ceil(32) * 4, storage)?;
+        let edits = gpu.buffer("edits", (most_edits(spec.vocab_size) * size_of::<Edit>()) as u64, storage)?;
+        let masks = size("masks", spec.vocab_size.div_ceil(32) * 4, storage)?;
+        let kept_ids = size("kept ids", sample::MAX_KEPT_IDS * 4, storage | copy)?;
         let stats = size("stats", size_of::<RowStats>(), storage | copy)?;
         let best = size("best", MAX_K * size_of::<Candidate>(), storage | copy)?;
         let drawn = size("drawn", size_of::<sample::Drawn>(), storage | copy)?;
         // The logits themselves are read back for score heads and single tokens only.
         let readback = gpu.buffer(
             "readback",
-            stats.size() + best.size() + drawn.size() + logits.size(),
+            stats.size() + best.size() + drawn.size() + kept_ids.size() + logits.size(),
             wgpu::BufferUsages::MAP_READ,
         )?;
         let mut slices = Vec::new();
@@ -97,16 +113,22 @@ impl Head {
         let plain = Flags::default();
         let log_sum_exp = builder.bind(&log_sum_exp::KERNEL, plain, &[&logits, &targets, &stats], slot)?;
         let top_k = builder.bind(&top_k::KERNEL, plain, &[&logits, &best], slot + 1)?;
-        let sample = builder.bind(&sample::KERNEL, plain, &[&logits, &requests, &seen, &drawn], slot + 2)?;
+        let adjusted = [&requests, &masks, &edits, &logits];
+        let adjust_logits = builder.bind(&adjust_logits::KERNEL, plain, &adjusted, slot + 2)?;
+        let sampled = [&logits, &requests, &edits, &drawn, &kept_ids];
+        let sample = builder.bind(&sample::KERNEL, plain, &sampled, slot + 3)?;
         Ok(Head {
             slices,
             log_sum_exp,
             top_k,
+            adjust_logits,
             sample,
             first_slot,
             targets,
             requests,
-            seen,
+            edits,
+            masks,
+            kept_ids,
             logits,
             stats,
             best,
@@ -126,7 +148,14 @@ impl GpuExecutor {
         let mut start = 0;
         while start < wants.len() {
             let limit = if start < vocabulary { vocabulary } else { wants.len() };
-            let end = limit.min(start + self.head.block);
+            let mut end = limit.min(start + self.head.block);
+            // As many rows as their edits have room for; one row always has.
+            let mut edits = 0;
+            let fits = |want: &&&Want| {
+                edits += if let Want::Sample(sampling) = **want { sampling.edits.len() } else { 0 };
+                edits <= most_edits(self.spec.vocab_size)
+            };
+            end = end.min(start + wants[start..end].iter().take_while(fits).count().max(1));
             let outputs = if start < vocabulary {
                 self.vocabulary_block(start, &wants[start..end])?
             } else {
@@ -152,41 +181,61 @@ impl GpuExecutor {
         let vocab = head.width as u32;
         let words = self.spec.vocab_size.div_ceil(32);
         let k = wants.iter().map(|w| w.top()).max().unwrap_or(0);
-        let (mut targets, mut requests, mut seen) = (Vec::new(), Vec::new(), Vec::<u32>::new());
+        let (mut targets, mut requests) = (Vec::new(), Vec::new());
+        let (mut edits, mut masks) = (Vec::<Edit>::new(), Vec::<u32>::new());
         for want in wants {
             targets.push(if let Want::Logprob { target, .. } = want { *target } else { NO_TOKEN });
-            let mut request = bytemuck::Zeroable::zeroed();
-            if let Want::Sample { request: asked, seen: mask, .. } = want {
-                request = *asked;
-                if let Some(mask) = mask {
-                    request.seen_row = (seen.len() / words) as u32;
-                    seen.extend_from_slice(mask);
+            let mut request = sample::Request { active: 0, ..sample::Request::default() };
+            if let Want::Sample(sampling) = want {
+                // Both are bounded by the buffers' sizes, which are below 2^32.
+                request = sample::Request {
+                    first_edit: edits.len() as u32,
+                    edit_count: sampling.edits.len() as u32,
+                    ..sampling.request
+                };
+                edits.extend_from_slice(&sampling.edits);
+                if let Some(mask) = &sampling.mask {
+                    request.mask_row = (masks.len() / words) as u32;
+                    masks.extend_from_slice(mask);
                 }
             }
             requests.push(request);
         }
-        let samples = requests.iter().any(|r: &sample::Request| r.active == 1);
+        let samples = requests.iter().any(|r| r.active == 1);
+        let changes = !edits.is_empty() || !masks.is_empty();
+        let reports = requests.iter().any(|r| r.kept_ids > 0);
         self.write(&head.targets, bytemuck::cast_slice(&targets))?;
         self.write(&head.requests, bytemuck::cast_slice(&requests))?;
-        self.write(&head.seen, bytemuck::cast_slice(&seen))?;
+        self.write(&head.edits, bytemuck::cast_slice(&edits))?;
+        self.write(&head.masks, bytemuck::cast_slice(&masks))?;
 
         let mut dispatches = self.head_products(start, rows);
+        let groups = |needed: bool| fold(if needed { rows } else { 0 });
         let stats = log_sum_exp::Params { rows, vocab };
         dispatches.push((&head.log_sum_exp, bytes_of(&stats).to_vec(), fold(rows)));
         let best = top_k::Params { rows, vocab, k: k as u32 };
-        dispatches.push((&head.top_k, bytes_of(&best).to_vec(), fold(if k > 0 { rows } else { 0 })));
-        let draw = sample::Params { rows, vocab, seen_words: words as u32 };
-        dispatches.push((&head.sample, bytes_of(&draw).to_vec(), fold(if samples { rows } else { 0 })));
+        dispatches.push((&head.top_k, bytes_of(&best).to_vec(), groups(k > 0)));
+        let adjust = adjust_logits::Params { rows, vocab };
+        dispatches.push((&head.adjust_logits, bytes_of(&adjust).to_vec(), groups(changes)));
+        let draw = sample::Params { rows, vocab };
+        dispatches.push((&head.sample, bytes_of(&draw).to_vec(), groups(samples)));
 
         let sizes = [
             (&head.stats, wants.len() * size_of::<RowStats>()),
             (&head.best, wants.len() * k * size_of::<Candidate>()),
             (&head.drawn, if samples { wants.len() * size_of::<sample::Drawn>() } else { 0 }),
+            (&head.kept_ids, if reports { wants.len() * sample::MAX_KEPT_IDS * 4 } else { 0 }),
         ];
-        let [stats, best, drawn] = self.submit_and_read(dispatches, sizes)?;
+        let [stats, best, drawn, kept_ids] = self.submit_and_read(dispatches, sizes)?;
         let stats: Vec<RowStats> = pod_collect_to_vec(&stats);
         let best: Vec<Candidate> = pod_collect_to_vec(&best);
         let drawn: Vec<sample::Drawn> = pod_collect_to_vec(&drawn);
+        let kept_ids: Vec<u32> = pod_collect_to_vec(&kept_ids);
+        let kept = |i: usize| match (drawn[i].kept, requests[i]) {
+            (kept, request) if kept == 0 || kept > request.kept_ids => Vec::new(),
+            (_, request) if request.inverse_temperature < 0.0 => vec![drawn[i].token],
+            (kept, _) => kept_ids[i * sample::MAX_KEPT_IDS..][..kept as usize].to_vec(),
+        };
         let read = |(i, want): (usize, &&Want)| {
             let RowStats { stats, target_logit } = stats[i];
             let best = &best[i * k..i * k + want.top()];
@@ -196,7 +245,7 @@ impl GpuExecutor {
                 top: top_logprobs(best, |l| stats.logprob(l)),
             };
             match want {
-                Want::Sample { .. } => Output::Sampled { drawn: drawn[i], stats: of(drawn[i].logit) },
+                Want::Sample(_) => Output::Sampled { drawn: drawn[i], stats: of(drawn[i].logit), kept_ids: kept(i) },
                 _ => Output::Logprob(of(target_logit)),
             }
         };
@@ -223,7 +272,7 @@ impl GpuExecutor {
             (self.head_products(start, rows), self.head.width)
         };
         let nothing = (&self.head.stats, 0);
-        let sizes = [(&self.head.logits, wants.len() * width * 4), nothing, nothing];
+        let sizes = [(&self.head.logits, wants.len() * width * 4), nothing, nothing, nothing];
         let [logits, ..] = self.submit_and_read(dispatches, sizes)?;
         let logits: Vec<f32> = pod_collect_to_vec(&logits);
         let column = |token: &u32| if few { tokens.binary_search(token).unwrap_or(0) } else { *token as usize };
@@ -290,12 +339,12 @@ impl GpuExecutor {
             .collect()
     }
 
-    /// Runs the head's dispatches, which take its slots in order, and reads the given lengths of three buffers.
+    /// Runs the head's dispatches, which take its slots in order, and reads the given lengths of four buffers.
     fn submit_and_read(
         &self,
         dispatches: Vec<Dispatch<&Bound>>,
-        sizes: [(&wgpu::Buffer, usize); 3],
-    ) -> Result<[Vec<u8>; 3]> {
+        sizes: [(&wgpu::Buffer, usize); 4],
+    ) -> Result<[Vec<u8>; 4]> {
         let mut params = vec![0u8; dispatches.len() * SLOT as usize];
         for (slot, (_, bytes, _)) in params.chunks_exact_mut(SLOT as usize).zip(&dispatches) {
             slot[..bytes.len()].copy_from_slice(bytes);
@@ -325,7 +374,7 @@ impl GpuExecutor {
         })?;
         let bytes = self.gpu.read(&self.head.readback, padded.iter().sum(), submission)?;
         let mut at = 0;
-        let mut parts = [Vec::new(), Vec::new(), Vec::new()];
+        let mut parts = [const { Vec::new() }; 4];
         for (part, ((_, len), padded)) in parts.iter_mut().zip(sizes.iter().zip(padded)) {
             let end = at + len;
             part.extend_from_slice(bytes.get(at..end).ok_or_else(|| Error::internal("a short read-back"))?);
