@@ -478,12 +478,12 @@ impl Lane {
         let last_row = (packed.rows.len() - 1) as u32;
         // Siblings first: they begin from what the sequence is before it takes its own token.
         for (sibling, sampling) in draws.into_iter().enumerate().rev() {
-            packed.outputs.push(OutputRow { row: last_row, want: Want::Sample(sampling) });
+            packed.outputs.push(OutputRow { row: last_row, want: Want::Sample(Box::new(sampling)) });
             packed.owners.push(Owner { sequence: i, position: needed - 1, sibling: sibling as u32 });
         }
         for (n, (token, sampling)) in drafts.into_iter().enumerate() {
             kinds.drafted += 1;
-            packed.outputs.push(OutputRow { row: packed.rows.len() as u32, want: Want::Sample(sampling) });
+            packed.outputs.push(OutputRow { row: packed.rows.len() as u32, want: Want::Sample(Box::new(sampling)) });
             packed.owners.push(Owner { sequence: i, position: needed + n, sibling: 0 });
             self.push_row(i, needed + n, token, table, packed);
         }

@@ -151,7 +151,7 @@ impl Sampler {
     /// What the draw of the token at `position` needs; `None` if no token may come there.
     ///
     /// `siblings`: how many samples draw there, with the numbers from this one's on.
-    pub fn draws(&mut self, position: usize, siblings: u32) -> Result<Option<Vec<Box<Sampling>>>> {
+    pub fn draws(&mut self, position: usize, siblings: u32) -> Result<Option<Vec<Sampling>>> {
         let mask = self.mask(0)?;
         if is_empty(&mask) {
             return Ok(None);
@@ -161,16 +161,16 @@ impl Sampler {
         Ok(Some((0..siblings).map(draw).collect()))
     }
 
-    fn sampling(&self, position: usize, sample: u32, edits: Vec<Edit>, mask: Option<Arc<[u32]>>) -> Box<Sampling> {
+    fn sampling(&self, position: usize, sample: u32, edits: Vec<Edit>, mask: Option<Arc<[u32]>>) -> Sampling {
         // Positions are below 2^31 (config limits).
         let draw = Draw { seed: self.plan.seed, stream: self.stream, sample, position: position as u32 };
         let request = sample::Request { uniform: draw.uniform(), ..self.plan.request };
-        Box::new(Sampling { request, edits, mask, top: self.plan.top })
+        Sampling { request, edits, mask, top: self.plan.top }
     }
 
     /// Guesses for the places after the next one, at most `room`, and what drawing at each of the places after them
     /// needs. `known` are all tokens of the sequence.
-    pub fn guess(&mut self, known: &[u32], room: usize) -> Result<Vec<(u32, Box<Sampling>)>> {
+    pub fn guess(&mut self, known: &[u32], room: usize) -> Result<Vec<(u32, Sampling)>> {
         let most = self.plan.speculate.min(room).min(self.max_tokens - self.tokens.len() - 1);
         let mut guesses = Vec::new();
         let mut counts = self.counts.clone();

@@ -34,8 +34,13 @@ pub(crate) struct Prompt<'a> {
 impl<'a> Prompt<'a> {
     /// A prompt that is read at once.
     pub(crate) fn whole(tokens: &'a [u32]) -> Self {
-        Prompt { tokens, forwards: vec![0..tokens.len()] }
+        Prompt { tokens, forwards: once(tokens.len()) }
     }
+}
+
+/// The first `length` positions as one forward.
+fn once(length: usize) -> Vec<Range<usize>> {
+    std::iter::once(0..length).collect()
 }
 
 /// What a request is checked against.
@@ -270,7 +275,7 @@ impl Checker<'_> {
             Ok(NewSequence {
                 tokens: tokens.clone(),
                 // A prompt and its completion are computed the way sampling computes them.
-                forwards: vec![0..if prompt_len > 0 { prompt_len } else { tokens.len() }],
+                forwards: once(if prompt_len > 0 { prompt_len } else { tokens.len() }),
                 purpose: Purpose::Read((prompt_len.max(1)..tokens.len()).map(want).collect()),
             })
         };
@@ -283,7 +288,7 @@ impl Checker<'_> {
         let sequence = |(i, tokens): (usize, &Vec<u32>)| {
             self.tokens("sequence", i, tokens, self.max_context)?;
             let purpose = Purpose::Read(rule.wants(tokens));
-            Ok(NewSequence { tokens: tokens.clone(), forwards: vec![0..tokens.len()], purpose })
+            Ok(NewSequence { tokens: tokens.clone(), forwards: once(tokens.len()), purpose })
         };
         r.sequences.iter().enumerate().map(sequence).collect()
     }

@@ -90,6 +90,11 @@ impl Tokenizer {
         Ok(Tokenizer { trusted, plain, special, chat: None })
     }
 
+    /// The tokenizer as tokenizer.json has it, tidied by the checks.
+    pub(crate) fn to_json(&self) -> Result<serde_json::Value> {
+        serde_json::to_value(&self.trusted).map_err(|e| Error::internal(format!("tokenizer.json: {e}")))
+    }
+
     /// Encodes text.
     ///
     /// # Errors
@@ -142,6 +147,11 @@ impl Tokenizer {
     pub(crate) fn decode_sampled(&self, ids: &[u32]) -> Result<String> {
         let known: Vec<u32> = ids.iter().copied().filter(|id| self.trusted.id_to_token(*id).is_some()).collect();
         self.decode(&known, true)
+    }
+
+    /// False for ids that [`Tokenizer::decode_sampled`] leaves out.
+    pub(crate) fn has_text(&self, id: u32) -> bool {
+        !self.special.contains_key(&id) && self.trusted.id_to_token(id).is_some()
     }
 
     /// The id of a token by its exact spelling in the vocabulary.
