@@ -34,6 +34,8 @@ pub(super) struct Lane {
     running: Vec<Sequence>,
     stats: ModelStats,
     published: Arc<Mutex<ModelStats>>,
+    /// Results that are handed over once the books are closed: who has waited for a job finds it counted as done.
+    results: Vec<(Arc<JobState>, usize, Finished)>,
     /// After a lost device every further step would fail the same way.
     broken: Option<Error>,
 }
@@ -106,6 +108,7 @@ impl Lane {
             running: Vec::new(),
             stats: ModelStats::default(),
             published,
+            results: Vec::new(),
             broken: None,
         }
     }
@@ -129,7 +132,7 @@ impl Lane {
             let results = new.results();
             // A text of one token has no log-prob to read.
             if matches!(&new.purpose, Purpose::Read(wants) if wants.is_empty()) {
-                state.finish(index, Finished::Read(Vec::new()));
+                self.results.push((state.clone(), index, Finished::Read(Vec::new())));
             } else {
                 let path = self.kv.path(self.version);
                 waiting.push_back(Sequence::new(state.clone(), number, index, new, path, trained));
@@ -150,13 +153,21 @@ impl Lane {
         let mut released = self.drop_stopped();
         self.admit();
         let packed = self.pack();
-        self.requeue_preempted();
         released += self.run(packed);
+        // Not before: outputs go by places in `running`.
+        self.requeue_preempted();
         if !self.running.is_empty() || released.jobs > 0 {
             self.stats.step_time += begin.elapsed();
         }
         self.publish();
         released
+    }
+
+    /// Hands results over.
+    pub fn deliver(&mut self) {
+        for (job, index, result) in self.results.drain(..) {
+            job.finish(index, result);
+        }
     }
 
     /// Executes a packed step and hands its outputs out.
@@ -250,7 +261,7 @@ impl Lane {
                     continue;
                 }
                 if let Role::Sample { .. } = sequence.role {
-                    sequence.finish_all(Finish::Cancelled);
+                    sequence.finish_all(Finish::Cancelled, &mut self.results);
                 } else {
                     let why = if sequence.job.is_late() { "its deadline passed" } else { "it was cancelled" };
                     sequence.job.fail(Error::new(ErrorKind::Cancelled, format!("the job did not finish: {why}")));
@@ -516,7 +527,7 @@ impl Lane {
     /// Ends a sequence that samples, with its siblings.
     fn end(&mut self, i: usize, finish: Finish) {
         let sequence = &mut self.running[i];
-        let results = sequence.finish_all(finish);
+        let results = sequence.finish_all(finish, &mut self.results);
         sequence.ended = true;
         self.kv.release(&mut sequence.path);
         if let Some(job) = self.jobs.get_mut(&sequence.job_number) {
@@ -574,7 +585,7 @@ impl Lane {
             sequence.job.count(|stats| stats.sampled_tokens += 1);
         }
         if let Some(finished) = finished {
-            sequence.job.finish(sequence.index, finished);
+            self.results.push((sequence.job.clone(), sequence.index, finished));
             sequence.ended = true;
             self.kv.release(&mut sequence.path);
             if let Some(job) = self.jobs.get_mut(&sequence.job_number) {

@@ -222,6 +222,7 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
             Ok(released) => {
                 shared.queued_tokens.fetch_sub(released.positions, Ordering::Relaxed);
                 shared.jobs.fetch_sub(released.jobs, Ordering::Relaxed);
+                lanes.iter_mut().for_each(|(_, lane)| lane.deliver());
             }
             Err(panic) => {
                 poison(shared, &*panic, &mut lanes, submitted);
@@ -265,6 +266,7 @@ fn obey(lanes: &mut Vec<(u64, Box<Lane>)>, command: Command) -> Released {
         Command::Remove { model } => match lanes.iter().position(|(id, _)| *id == model) {
             Some(i) => {
                 let (_, mut lane) = lanes.swap_remove(i);
+                lane.deliver();
                 lane.fail_all(&Error::new(ErrorKind::Cancelled, "the model was freed"))
             }
             None => Released::default(),

@@ -328,15 +328,15 @@ impl Sequence {
         }
     }
 
-    /// Hands over what a sampling sequence has, and its siblings that have nothing; how many results these were.
-    pub fn finish_all(&mut self, finish: Finish) -> usize {
-        let results = self.results();
-        for _ in 0..results {
+    /// Ends a sampling sequence with what it has, and its siblings with nothing; how many results these are.
+    pub fn finish_all(&mut self, finish: Finish, results: &mut Vec<(Arc<JobState>, usize, Finished)>) -> usize {
+        let count = self.results();
+        for _ in 0..count {
             let result = self.finish_sampling(finish);
-            self.job.finish(self.index, result);
+            results.push((self.job.clone(), self.index, result));
             self.index += 1;
         }
-        results
+        count
     }
 
     /// Ends a sampling sequence with what it has.
