@@ -127,7 +127,10 @@ fn sessions_compute_what_is_new() {
         let error = session.append(&[101]).unwrap_err();
         assert!(error.to_string().contains("101 is not below"), "{error}");
         assert_eq!(session.append(&ids(600, 0)).unwrap_err().kind(), ErrorKind::Limit);
-        assert_eq!(session.sample(&SampleRequest { n: 2, ..turn }).map(|_| ()).unwrap_err().kind(), ErrorKind::Argument);
+        assert_eq!(
+            session.sample(&SampleRequest { n: 2, ..turn }).map(|_| ()).unwrap_err().kind(),
+            ErrorKind::Argument
+        );
     }
 }
 
@@ -374,7 +377,8 @@ fn guided_samples_are_valid() {
     for (got, want) in model.sample(&two).unwrap().wait().unwrap().iter().zip(&answers) {
         assert_eq!(got.tokens, want.tokens);
     }
-    let regex = SampleRequest { guide: Some(Guide::Regex("(yes|no), because [a-z ]{4,20}\\.".into())), n: 4, ..asked.clone() };
+    let regex =
+        SampleRequest { guide: Some(Guide::Regex("(yes|no), because [a-z ]{4,20}\\.".into())), n: 4, ..asked.clone() };
     for answer in model.sample(&regex).unwrap().wait().unwrap() {
         let text = answer.text.unwrap();
         assert!(text.ends_with('.') && text.contains(", because ") && answer.finish == Finish::Stop, "{text}");
@@ -387,6 +391,7 @@ fn guided_samples_are_valid() {
     for answer in model.sample(&blocked).unwrap().wait().unwrap() {
         assert_eq!((answer.finish, answer.tokens.len()), (Finish::Blocked, 0));
     }
-    let error = model.sample(&SampleRequest { guide: Some(Guide::Regex("(".into())), ..asked }).map(|_| ()).unwrap_err();
+    let error =
+        model.sample(&SampleRequest { guide: Some(Guide::Regex("(".into())), ..asked }).map(|_| ()).unwrap_err();
     assert!(error.kind() == ErrorKind::Argument && error.to_string().contains("regular expression"), "{error}");
 }

@@ -194,3 +194,47 @@ fn one_prompt_on_the_shaders() {
         assert_eq!(again[0].logprobs, sampled);
     }
 }
+
+/// Greedy answers under every control, and all of them together (tests/real/make_controls.py): the same ids, the same
+/// end, the same text.
+#[test]
+fn controls_choose_what_transformers_chooses() {
+    let Some(model) = load("cpu", Precision::F32) else { return };
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/real/controls.json");
+    let json: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    let cases = json["cases"].as_array().unwrap();
+    assert!(cases.len() >= 80);
+    let number = |v: &Value| v.as_f64().unwrap() as f32;
+    let jobs: Vec<_> = cases
+        .iter()
+        .map(|case| {
+            let set = &case["controls"];
+            let or = |name: &str, off: f32| set.get(name).map_or(off, number);
+            let bias = set["logit_bias"].as_array().into_iter().flatten();
+            let request = SampleRequest {
+                prompts: vec![ids(&case["prompt_ids"])],
+                max_tokens: case["max_tokens"].as_u64().unwrap() as usize,
+                temperature: 0.0,
+                repetition_penalty: or("repetition_penalty", 1.0),
+                presence_penalty: or("presence_penalty", 0.0),
+                frequency_penalty: or("frequency_penalty", 0.0),
+                min_tokens: or("min_tokens", 0.0) as usize,
+                logit_bias: bias.map(|b| (b[0].as_u64().unwrap() as u32, number(&b[1]))).collect(),
+                banned_ids: set.get("banned_ids").map(ids).unwrap_or_default(),
+                allowed_ids: set.get("allowed_ids").map(ids),
+                stop: serde_json::from_value(set.get("stop").cloned().unwrap_or(Value::Array(Vec::new()))).unwrap(),
+                ..SampleRequest::default()
+            };
+            // All at once: the company must not matter.
+            model.sample(&request).unwrap()
+        })
+        .collect();
+    for (case, job) in cases.iter().zip(jobs) {
+        let answer = job.wait().unwrap().remove(0);
+        let name = &case["name"];
+        let got: Vec<u32> = answer.tokens.iter().map(|t| t.id).collect();
+        assert_eq!(got, ids(&case["completion_ids"]), "{name}");
+        assert_eq!(answer.finish.name(), case["finish"].as_str().unwrap(), "{name}");
+        assert_eq!(answer.text.as_deref(), case["text"].as_str(), "{name}");
+    }
+}

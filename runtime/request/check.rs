@@ -177,6 +177,11 @@ impl Checker<'_> {
         self.ids("banned_ids", r.banned_ids.iter().copied())?;
         self.ids("allowed_ids", r.allowed_ids.iter().flatten().copied())?;
         let banned: Vec<u32> = r.logit_bias.iter().filter(|(_, b)| *b == f32::NEG_INFINITY).map(|(t, _)| *t).collect();
+        let masked = r.allowed_ids.is_some() || !r.banned_ids.is_empty() || !banned.is_empty();
+        let holds_back = r.min_tokens > 0 && !stop_ids.is_empty();
+        if !masked && !holds_back {
+            return Ok((None, None));
+        }
         let mut bits = vec![0u32; vocab.div_ceil(32)];
         match &r.allowed_ids {
             Some(allowed) => allowed.iter().for_each(|t| bits[*t as usize / 32] |= 1 << (t % 32)),
@@ -193,15 +198,12 @@ impl Checker<'_> {
             false => Err(Error::argument(format!("allowed_ids, banned_ids and logit_bias leave no token{what}"))),
         };
         some(&bits, "")?;
-        let masked = r.allowed_ids.is_some() || !r.banned_ids.is_empty() || !banned.is_empty();
         let mut early = bits.clone();
-        let holds_back = r.min_tokens > 0 && !stop_ids.is_empty();
         if holds_back {
             stop_ids.iter().for_each(|t| clear(&mut early, *t));
             some(&early, " that min_tokens allows before the end")?;
         }
-        let early = (masked || holds_back).then(|| early.into());
-        Ok((masked.then(|| bits.into()), early))
+        Ok((masked.then(|| bits.into()), Some(early.into())))
     }
 
     pub(crate) fn sample(
