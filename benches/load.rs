@@ -219,16 +219,14 @@ fn main() {
     // `cargo bench` passes flags of criterion's; a name chooses what runs.
     let only: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let Some(model) = open() else { return };
-    let parts: [(&str, fn(&Model)); 5] = [
-        ("shared", shared_prompts),
-        ("guides", guides),
-        ("guesses", guesses),
-        ("mixed", mixed_load),
-        ("queue", long_queue),
-    ];
-    for (name, part) in parts {
-        if only.is_empty() || only.iter().any(|o| o == name) {
-            part(&model);
+    let chosen = |name: &str| only.is_empty() || only.iter().any(|o| o == name);
+    for name in ["shared", "guides", "guesses", "mixed", "queue"].into_iter().filter(|name| chosen(name)) {
+        match name {
+            "shared" => shared_prompts(&model),
+            "guides" => guides(&model),
+            "guesses" => guesses(&model),
+            "mixed" => mixed_load(&model),
+            _ => long_queue(&model),
         }
     }
 }

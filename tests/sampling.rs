@@ -83,7 +83,7 @@ fn a_million_draws_of_the_kernel() {
     // Bias, penalties and a mask change the row first; here all of them, under top-p and a temperature.
     let edit = |v: usize| Edit {
         token: v as u32,
-        bias: if v % 4 == 0 { 1.0 } else { 0.0 },
+        bias: if v.is_multiple_of(4) { 1.0 } else { 0.0 },
         penalty: 1.3,
         subtract: 0.25 * (v % 3) as f32,
         raw: 0.0,
@@ -144,7 +144,7 @@ fn ten_thousand_draws_of_every_control_through_the_engine() {
         let above = |v: usize| (0..101).filter(|o| z[*o] > z[v]).map(|o| plain[o]).sum::<f64>();
         let top = z.iter().copied().fold(f64::MIN, f64::max);
         let hot: Vec<f64> = z.iter().map(|z| z / 1.5).collect();
-        let biased = |v: usize| z[v] + if v % 10 == 0 { 1.5 } else { 0.0 };
+        let biased = |v: usize| z[v] + if v.is_multiple_of(10) { 1.5 } else { 0.0 };
         let bias: Vec<f64> = (0..101).map(biased).collect();
         // (The repetition penalty needs a logit's sign, which log-probs do not have: tests/real.rs has it.)
         let cases = [

@@ -93,6 +93,8 @@ pub(super) struct Sampler {
     pub first_token: Option<Instant>,
     /// Guesses in the step at hand that are not refuted yet.
     drafts: Vec<u32>,
+    /// The next token comes from a row that was computed from a guess.
+    after_guess: bool,
 }
 
 impl Sampler {
@@ -109,6 +111,7 @@ impl Sampler {
             versions: Vec::new(),
             first_token: None,
             drafts: Vec::new(),
+            after_guess: false,
             plan,
         }
     }
@@ -136,11 +139,10 @@ impl Sampler {
         }
     }
 
-    /// Tokens that can be drawn at the next place but `ahead`. `None` if nothing is masked.
-    fn mask(&mut self, ahead: usize) -> Result<Option<Arc<[u32]>>> {
-        let early = self.tokens.len() + ahead < self.plan.min_tokens;
-        let fixed = if early { &self.plan.early_mask } else { &self.plan.mask };
-        let Some(guide) = &mut self.guide else { return Ok(fixed.clone()) };
+    /// Tokens that can be drawn where `generated` tokens are before, under the guide that stands there. `None`: all.
+    fn mask(plan: &SamplePlan, guide: Option<&mut GuideState>, generated: usize) -> Result<Option<Arc<[u32]>>> {
+        let fixed = if generated < plan.min_tokens { &plan.early_mask } else { &plan.mask };
+        let Some(guide) = guide else { return Ok(fixed.clone()) };
         let mut mask = guide.mask()?;
         for (word, fixed) in mask.iter_mut().zip(fixed.iter().flat_map(|f| f.iter())) {
             *word &= fixed;
@@ -152,7 +154,7 @@ impl Sampler {
     ///
     /// `siblings`: how many samples draw there, with the numbers from this one's on.
     pub fn draws(&mut self, position: usize, siblings: u32) -> Result<Option<Vec<Sampling>>> {
-        let mask = self.mask(0)?;
+        let mask = Self::mask(&self.plan, self.guide.as_mut(), self.tokens.len())?;
         if is_empty(&mask) {
             return Ok(None);
         }
@@ -174,31 +176,31 @@ impl Sampler {
         let most = self.plan.speculate.min(room).min(self.max_tokens - self.tokens.len() - 1);
         let mut guesses = Vec::new();
         let mut counts = self.counts.clone();
+        // A copy: what a parser has seen must not depend on guesses.
+        let guided = self.plan.guide.is_some() && most > 0;
+        let mut guide = if guided { self.guide.clone() } else { None };
+        let mut mask = Self::mask(&self.plan, guide.as_mut(), self.tokens.len())?;
         for &token in prompt_lookup(known, most) {
             // A token that cannot be drawn, or ends the sequence, is no use.
-            let allowed = self.mask(guesses.len())?.is_none_or(|m| m[token as usize / 32] >> (token % 32) & 1 == 1);
+            let allowed = mask.as_ref().is_none_or(|m| m[token as usize / 32] >> (token % 32) & 1 == 1);
             if !allowed || self.plan.stop_ids.contains(&token) {
                 break;
             }
-            if let Some(guide) = &mut self.guide {
+            if let Some(guide) = &mut guide {
                 guide.accept(token)?;
+                if guide.is_finished() {
+                    break;
+                }
             }
             if self.plan.counts_tokens() {
                 counts.generated(token);
             }
-            let mask = self.mask(guesses.len() + 1)?;
-            let position = known.len() + guesses.len() + 1;
-            guesses.push((token, self.sampling(position, self.sample, counts.edits(&self.plan), mask.clone())));
+            mask = Self::mask(&self.plan, guide.as_mut(), self.tokens.len() + guesses.len() + 1)?;
             if is_empty(&mask) {
-                guesses.pop();
-                if let Some(guide) = &mut self.guide {
-                    guide.rollback(1)?;
-                }
                 break;
             }
-        }
-        if let Some(guide) = self.guide.as_mut().filter(|_| !guesses.is_empty()) {
-            guide.rollback(guesses.len())?;
+            let position = known.len() + guesses.len() + 1;
+            guesses.push((token, self.sampling(position, self.sample, counts.edits(&self.plan), mask.clone())));
         }
         self.drafts = guesses.iter().rev().map(|(token, _)| *token).collect();
         Ok(guesses)
@@ -211,11 +213,11 @@ impl Sampler {
 
     /// True if `token`, just sampled, was the next guess: the row after it is already computed.
     pub fn confirms(&mut self, token: u32) -> bool {
-        if self.drafts.pop() == Some(token) {
-            return true;
+        self.after_guess = self.drafts.pop() == Some(token);
+        if !self.after_guess {
+            self.drafts.clear();
         }
-        self.drafts.clear();
-        false
+        self.after_guess
     }
 
     /// Takes a drawn token; why the sequence ends, if it does.
@@ -252,6 +254,10 @@ impl Sampler {
         }
         self.first_token.get_or_insert_with(Instant::now);
         if let Some(guide) = &mut self.guide {
+            if self.after_guess {
+                // Each token has its allowance of work from the mask before it.
+                guide.mask()?;
+            }
             guide.accept(drawn.token)?;
         }
         let stopped = match &mut self.text {

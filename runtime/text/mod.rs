@@ -2,6 +2,8 @@
 
 mod chat;
 mod check;
+#[cfg(test)]
+pub(crate) mod samples;
 mod stream;
 mod tokenizer;
 

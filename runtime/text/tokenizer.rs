@@ -90,11 +90,6 @@ impl Tokenizer {
         Ok(Tokenizer { trusted, plain, special, chat: None })
     }
 
-    /// The tokenizer as tokenizer.json has it, tidied by the checks.
-    pub(crate) fn to_json(&self) -> Result<serde_json::Value> {
-        serde_json::to_value(&self.trusted).map_err(|e| Error::internal(format!("tokenizer.json: {e}")))
-    }
-
     /// Encodes text.
     ///
     /// # Errors
@@ -149,9 +144,15 @@ impl Tokenizer {
         self.decode(&known, true)
     }
 
-    /// False for ids that [`Tokenizer::decode_sampled`] leaves out.
-    pub(crate) fn has_text(&self, id: u32) -> bool {
+    /// Whether decoding gives an id its place in the text: it is known and not special.
+    pub(crate) fn is_text(&self, id: u32) -> bool {
         !self.special.contains_key(&id) && self.trusted.id_to_token(id).is_some()
+    }
+
+    /// The tokenizer.json that this tokenizer is.
+    pub(crate) fn to_json(&self) -> Result<serde_json::Value> {
+        let text = caught(|| self.trusted.to_string(false))?;
+        serde_json::from_str(&text).map_err(|e| Error::internal(format!("tokenizer.json: {e}")))
     }
 
     /// The id of a token by its exact spelling in the vocabulary.
