@@ -97,6 +97,74 @@ fn sample_then_logprobs() {
 }
 
 #[test]
+fn controls_of_sample() {
+    let (folder, model) = (tempfile::tempdir().unwrap(), path_of("llama-gqa-9-3"));
+    let prompts =
+        write(folder.path(), "prompts.jsonl", &[json!({"prompt_ids": [5, 6, 7]}), json!({"prompt_ids": [9]})]);
+    let base = ["sample", "--model", &model, "--device", "cpu", "--prompts", &prompts, "--max-tokens", "6"];
+    let ids = |line: &Value| serde_json::from_value::<Vec<u32>>(line["completion_ids"].clone()).unwrap();
+    let all = lines(
+        &[
+            &base[..],
+            &["--allow", "10,11,12", "--ban", "11", "--logit-bias", "12=-1.5", "--typical-p", "0.95"],
+            &["--presence-penalty", "-0.5", "--frequency-penalty", "0.25", "--repetition-penalty", "1.1"],
+            &["--min-tokens", "2", "--stop-id", "12", "--kept", "2", "--entropy", "--timing", "--speculate", "4"],
+            &["-n", "2", "--best-of", "5", "--kv-tokens", "2048", "--deadline", "600"],
+        ]
+        .concat(),
+    );
+    assert_eq!(all.len(), 4);
+    for line in &all {
+        let got = ids(line);
+        assert!(got.len() >= 3 && got.iter().all(|t| [10, 12].contains(t)), "{got:?}");
+        assert_eq!(got.last() == Some(&12), line["finish"] == "stop");
+        for kept in line["kept"].as_array().unwrap() {
+            assert!(kept["count"].as_u64().unwrap() <= 2 && kept["ids"].as_array().unwrap().len() <= 2);
+        }
+        assert_eq!(line["entropy"].as_array().unwrap().len(), got.len());
+        assert!(line["timing"]["decode"].as_f64().unwrap() >= 0.0);
+    }
+    let banned = lines(&[&base[..], &["--logit-bias", "7=-inf", "--logit-bias", "8=3", "--temperature", "0"]].concat());
+    assert!(banned.iter().all(|line| !ids(line).contains(&7)));
+    let sample = |rest: &[&str], code, says: &str| fails(&[&base[..], rest].concat(), code, says);
+    sample(&["--logit-bias", "7"], 2, "ID=VALUE");
+    sample(&["--logit-bias", "7=inf"], 2, "logit_bias of token 7 is inf");
+    sample(&["--typical-p", "1.5"], 2, "typical_p is 1.5");
+    sample(&["--frequency-penalty", "inf"], 2, "frequency_penalty is inf");
+    sample(&["--ban", "200"], 2, "banned_ids: token id 200 is not below the vocabulary size 101");
+    sample(&["--allow", "7", "--ban", "7"], 2, "leave no token");
+    sample(&["--min-tokens", "7"], 2, "min_tokens is 7, it must be at most max_tokens, which is 6");
+    sample(&["-n", "3", "--best-of", "2"], 2, "best_of is 2, it must be at least n, which is 3");
+    sample(&["--speculate", "17"], 2, "speculate is 17, at most 16");
+    sample(&["--kept", "1025"], 2, "kept_ids is 1025");
+    sample(&["--deadline", "-1"], 2, "deadline");
+    sample(&["--regex", "a+"], 2, "tokenizer.json");
+    sample(&["--stream"], 2, "tokenizer.json");
+    sample(&["--json-schema", "/nowhere.json"], 2, "/nowhere.json");
+    sample(&["--regex", "a", "--grammar", "b"], 2, "cannot be used with");
+}
+
+#[test]
+fn guided_and_streamed_text() {
+    let Some(model) = smollm2() else { return };
+    let (folder, model) = (tempfile::tempdir().unwrap(), model.to_str().unwrap().to_owned());
+    let out = folder.path().join("out.jsonl");
+    let common = ["sample", "--model", &model, "--device", "cpu", "--prompt", "Is water wet?", "--max-tokens", "24"];
+    let args = [&common[..], &["-n", "2", "--stream", "--stop", "zzz", "--out", out.to_str().unwrap()]].concat();
+    let output = rewardrt(&args);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let texts: Vec<String> = std::fs::read_to_string(&out)
+        .unwrap()
+        .lines()
+        .map(|l| serde_json::from_str::<Value>(l).unwrap()["text"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{}\n\n{}\n", texts[0], texts[1]));
+    let guided = lines(&[&common[..], &["-n", "3", "--regex", " (Yes|No)\\."]].concat());
+    assert!(guided.iter().all(|l| [" Yes.", " No."].contains(&l["text"].as_str().unwrap()) && l["finish"] == "stop"));
+    fails(&[&common[..], &["--regex", "("]].concat(), 2, "regular expression");
+}
+
+#[test]
 fn score_with_one_and_three_labels() {
     let folder = tempfile::tempdir().unwrap();
     let input = write(

@@ -181,6 +181,28 @@ fn requests_out_of_range() {
         (SampleRequest { repetition_penalty: 0.0, ..good.clone() }, ErrorKind::Argument, "repetition_penalty"),
         (SampleRequest { top_logprobs: 129, ..good.clone() }, ErrorKind::Argument, "top_logprobs is 129"),
         (SampleRequest { streams: vec![1, 2], ..good.clone() }, ErrorKind::Argument, "2 streams for 1 prompts"),
+        (SampleRequest { typical_p: f32::NAN, ..good.clone() }, ErrorKind::Argument, "typical_p is NaN"),
+        (SampleRequest { presence_penalty: f32::NAN, ..good.clone() }, ErrorKind::Argument, "presence_penalty is NaN"),
+        (SampleRequest { logit_bias: vec![(3, f32::NAN)], ..good.clone() }, ErrorKind::Argument, "token 3 is NaN"),
+        (SampleRequest { logit_bias: vec![(3, 1.0), (3, 2.0)], ..good.clone() }, ErrorKind::Argument, "token 3 twice"),
+        (
+            SampleRequest { logit_bias: vec![(u32::MAX, 1.0)], ..good.clone() },
+            ErrorKind::Argument,
+            "logit_bias: token id",
+        ),
+        (SampleRequest { allowed_ids: Some(Vec::new()), ..good.clone() }, ErrorKind::Argument, "leave no token"),
+        (
+            SampleRequest { allowed_ids: Some(vec![9]), stop_ids: vec![9], min_tokens: 1, ..good.clone() },
+            ErrorKind::Argument,
+            "min_tokens",
+        ),
+        (SampleRequest { best_of: Some(usize::MAX), ..good.clone() }, ErrorKind::Limit, "samples"),
+        (SampleRequest { best_of: Some(0), ..good.clone() }, ErrorKind::Argument, "best_of is 0"),
+        (
+            SampleRequest { guide: Some(rewardrt::Guide::Regex("a".into())), ..good.clone() },
+            ErrorKind::Argument,
+            "tokenizer.json",
+        ),
         (SampleRequest { stop: vec!["x".into()], ..good.clone() }, ErrorKind::Argument, "tokenizer"),
     ];
     for (request, kind, says) in cases {

@@ -269,7 +269,7 @@ impl GuideArgs {
 #[derive(ClapArgs)]
 pub struct SchedulingArgs {
     /// Seconds that a job of up to 512 sequences may take; then its answers end with what they have.
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
     pub deadline: Option<f64>,
 }
 
