@@ -163,7 +163,9 @@ fn main(
     var broken = 0u;
     for (var v = from_token; v < to_token; v++) {
         let z = z_of(r, start, v);
-        if z != z {
+        // NaN and +Inf by their bits: compilers assume that there are none.
+        let bits = bitcast<u32>(logits[start + v]);
+        if z != z || bits == 0x7f800000u || (bits & 0x7fffffffu) > 0x7f800000u {
             broken = 1u;
         } else if my_best == NO_TOKEN || key_of(z) > my_key {
             my_key = key_of(z);

@@ -314,6 +314,8 @@ fn broken_rows() {
     let rows = [
         (vec![1.0, f32::NAN, 2.0], case(plain), true),
         (vec![1.0, f32::INFINITY, 2.0], case(plain), true),
+        (vec![1.0, f32::INFINITY, 2.0], case(sample::Request { inverse_temperature: 0.0, ..plain }), true),
+        (vec![1.0, f32::NAN, 2.0], case(sample::Request { inverse_temperature: 0.0, ..plain }), true),
         (vec![NOTHING; 3], case(plain), true),
         (vec![1.0, 2.0, 3.0], forbidden, true),
         (vec![NOTHING, 2.0, NOTHING], case(plain), false),
