@@ -131,6 +131,7 @@ fn controls_of_sample() {
     sample(&["--logit-bias", "7=inf"], 2, "logit_bias of token 7 is inf");
     sample(&["--typical-p", "1.5"], 2, "typical_p is 1.5");
     sample(&["--frequency-penalty", "inf"], 2, "frequency_penalty is inf");
+    sample(&["--stop-id", "101"], 2, "stop_ids: token id 101 is not below the vocabulary size 101");
     sample(&["--ban", "200"], 2, "banned_ids: token id 200 is not below the vocabulary size 101");
     sample(&["--allow", "7", "--ban", "7"], 2, "leave no token");
     sample(&["--min-tokens", "7"], 2, "min_tokens is 7, it must be at most max_tokens, which is 6");

@@ -15,7 +15,7 @@ use rewardrt::{
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,
-    /// Say on stderr what is loaded and how large it is.
+    /// Say on stderr what is loaded, how large it is, and what sampling cost.
     #[arg(long, short, global = true)]
     pub verbose: bool,
 }
@@ -143,13 +143,13 @@ pub struct Sample {
     /// Samples of each prompt.
     #[arg(short, default_value_t = 1)]
     pub n: usize,
-    /// Draw this many samples of each prompt and return the n with the highest mean model log-probability.
+    /// Draw this many samples of each prompt and return the n with the highest mean model log-probability, best first.
     #[arg(long, value_name = "N")]
     pub best_of: Option<usize>,
     /// Tokens to generate at most.
     #[arg(long, default_value_t = 128)]
     pub max_tokens: usize,
-    /// Until then nothing but a stop string ends an answer.
+    /// Until then nothing but a stop string, or a guide that has come to its end, ends an answer.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub min_tokens: usize,
     /// Key of the random numbers; sample j of prompt i draws from stream (seed, i, j).
@@ -168,7 +168,7 @@ pub struct Sample {
     /// Go on after the model's end-of-sequence token.
     #[arg(long)]
     pub ignore_eos: bool,
-    /// Guess up to K tokens ahead where the text repeats itself; the result is the same.
+    /// Guess up to K tokens ahead (at most 16) where the text repeats itself; the result is the same.
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub speculate: usize,
     /// Report the K most likely tokens at each place.
@@ -177,14 +177,15 @@ pub struct Sample {
     /// Report the entropy at each place.
     #[arg(long)]
     pub entropy: bool,
-    /// Report how many tokens could be drawn at each place, the limits of the set, and its ids where it has at most K.
+    /// Report how many tokens could be drawn at each place, the smallest and largest (logit / temperature) among them, and
+    /// their ids where there are at most K (1024 at most).
     #[arg(long, value_name = "K")]
     pub kept: Option<usize>,
     /// Report the time of each answer's parts.
     #[arg(long)]
     pub timing: bool,
     /// Print the answers' text as it is sampled; JSON goes to --out alone.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "best_of")]
     pub stream: bool,
     #[command(flatten)]
     pub scheduling: SchedulingArgs,

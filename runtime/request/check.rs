@@ -122,6 +122,7 @@ impl Checker<'_> {
             true => Ok(value),
             false => Err(Error::argument(format!("{name} is {value}, at most {most} are allowed"))),
         };
+        self.ids("stop_ids", r.stop_ids.iter().copied())?;
         let mut stop_ids = r.stop_ids.clone();
         if !r.ignore_eos {
             stop_ids.extend(&self.spec.eos_token_ids);

@@ -60,7 +60,7 @@ pub struct SampleRequest {
     /// Do not stop at the model's end-of-sequence tokens.
     pub ignore_eos: bool,
     /// Until there are this many tokens, those that end a sequence cannot be drawn. Stop strings end it all the same, as
-    /// in transformers.
+    /// in transformers, and so does a guide after which nothing can come.
     pub min_tokens: usize,
     /// Draw this many samples of each prompt and return the `n` with the highest mean model log-probability, best first;
     /// `None`: n.
