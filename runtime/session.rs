@@ -125,10 +125,15 @@ impl Session {
             Turn(self.state.clone())
         };
         let State { tokens, mut forwards, open, .. } = lock(&self.state).clone();
-        forwards.push(open..tokens.len());
+        if open < tokens.len() {
+            forwards.push(open..tokens.len());
+        }
         let prompts = [Prompt { tokens: &tokens, forwards: forwards.clone() }];
         self.model.sample_prompts(request, &prompts, move |results| {
             let mut state = lock(&turn.0);
+            if results.iter().all(|r| r.tokens.is_empty()) {
+                return;
+            }
             state.forwards = forwards.clone();
             state.tokens.extend(results.iter().flat_map(|r| r.tokens.iter().map(|t| t.id)));
             state.open = state.tokens.len();

@@ -220,8 +220,13 @@ fn too_long_for_the_cache_is_said_at_once() {
         let error = model.sample(&request(vec![ids(42, 0)])).map(|_| ()).unwrap_err();
         assert!(error.kind() == ErrorKind::Limit, "{error}");
         assert!(error.to_string().contains("sequence 0 needs 49 positions in the KV cache, which has 48"), "{error}");
-        // Exactly as long as the cache is possible.
-        model.sample(&request(vec![ids(41, 0)])).unwrap().wait().unwrap();
+        // Exactly as long as the cache is possible, and again when the cache is full of just that.
+        let first = model.sample(&request(vec![ids(41, 0)])).unwrap().wait().unwrap();
+        for _ in 0..2 {
+            let job = model.sample(&request(vec![ids(41, 0)])).unwrap();
+            wait_done(&job);
+            assert_eq!(job.wait().unwrap()[0].tokens, first[0].tokens, "{device}");
+        }
     }
 }
 

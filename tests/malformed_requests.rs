@@ -197,6 +197,11 @@ fn requests_out_of_range() {
             "min_tokens",
         ),
         (SampleRequest { best_of: Some(usize::MAX), ..good.clone() }, ErrorKind::Limit, "samples"),
+        (
+            SampleRequest { logit_bias: (0..1025).map(|t| (t, 1.0)).collect(), ..good.clone() },
+            ErrorKind::Argument,
+            "logit_bias names 1025 tokens",
+        ),
         (SampleRequest { best_of: Some(0), ..good.clone() }, ErrorKind::Argument, "best_of is 0"),
         (
             SampleRequest { guide: Some(rewardrt::Guide::Regex("a".into())), ..good.clone() },

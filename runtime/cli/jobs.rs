@@ -9,10 +9,12 @@ use rewardrt::{Job, Result};
 /// Sequences in a job.
 const PER_JOB: usize = 512;
 
-/// Submits `items` in order, `per_item` sequences each, and hands every result with its number to `each`.
+/// Submits `items` in order, each with `drawn` sequences of which `per_item` come back, and hands every result with its
+/// number to `each`.
 pub fn run<I, T>(
     items: &[I],
     per_item: usize,
+    drawn: usize,
     submit: impl Fn(usize, &[I]) -> Result<Job<Vec<T>>>,
     mut each: impl FnMut(usize, T) -> Result<()>,
 ) -> Result<()> {
@@ -21,7 +23,7 @@ pub fn run<I, T>(
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} sequences, {elapsed} (left: {eta})") {
         bar.set_style(style);
     }
-    let items_per_job = (PER_JOB / per_item.max(1)).max(1);
+    let items_per_job = (PER_JOB / drawn.max(1)).max(1);
     let mut pending: VecDeque<Job<Vec<T>>> = VecDeque::new();
     let mut done = 0;
     let mut chunks = items.chunks(items_per_job).enumerate();

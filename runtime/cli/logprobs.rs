@@ -45,6 +45,7 @@ pub fn run(args: &Logprobs) -> Result<()> {
     jobs::run(
         &items,
         1,
+        1,
         |_, chunk| model.logprobs(&request(chunk)),
         |number, result| {
             let item = &items[number];

@@ -116,6 +116,7 @@ pub fn run(args: &Sample) -> Result<()> {
     jobs::run(
         &prompts,
         args.n,
+        args.best_of.unwrap_or(args.n),
         |first, chunk| model.sample(&request(first, chunk)),
         |number, answer| {
             let (id, prompt_ids) = &prompts[number / args.n.max(1)];

@@ -40,6 +40,7 @@ pub fn run(args: &Score) -> Result<()> {
     jobs::run(
         &items,
         1,
+        1,
         |_, chunk| model.score(&request(chunk)),
         |number, result| {
             let by_label =

@@ -298,7 +298,7 @@ impl Lane {
                 }
                 return;
             }
-            promised += needed;
+            promised += needed + unused;
             let seniority = self.next_seniority;
             self.next_seniority += 1;
             let Some(job) = self.jobs.get_mut(&number) else { return };
@@ -355,17 +355,18 @@ impl Lane {
         order.sort_by_key(|&i| (Reverse(self.running[i].job.options.scheduling.priority), self.running[i].seniority));
         self.running.iter_mut().for_each(|s| s.packed = false);
         let decodes = |s: &Sequence| s.path.computed > 0 && s.needed() == s.path.computed + 1;
-        let (mut singles, others): (Vec<usize>, Vec<usize>) = order.iter().partition(|&&i| decodes(&self.running[i]));
-        let (decoding, total) = (singles.len(), order.len());
-        singles.extend(others);
-        for (turn, i) in singles.into_iter().enumerate() {
+        // Within a priority: a decoding sequence may take blocks before a prefill does, never before a more urgent one.
+        let mut turns = order.clone();
+        turns.sort_by_key(|&i| (Reverse(self.running[i].job.options.scheduling.priority), !decodes(&self.running[i])));
+        let total = turns.len();
+        for (turn, i) in turns.into_iter().enumerate() {
             // Siblings have outputs without rows; a step has as many outputs as rows at most.
             let room = self.max_rows - packed.rows.len().max(packed.outputs.len());
             if room == 0 {
                 break;
             }
             // Guesses only take what rows of others leave.
-            let guesses = if turn < decoding { room.saturating_sub(total - turn) } else { 0 };
+            let guesses = if decodes(&self.running[i]) { room.saturating_sub(total - turn) } else { 0 };
             if let Err(error) = self.pack_sequence(i, room, guesses, &order, &mut packed) {
                 self.running[i].job.fail(error);
             }
@@ -413,11 +414,14 @@ impl Lane {
                 Follow::Compute => break,
                 Follow::Wait => return Ok(()),
                 Follow::Full if self.make_room(i, order) => {}
-                Follow::Full => return Ok(()),
+                // No room beside the block it would be copied from: that block itself makes room, and its rows are
+                // computed again.
+                Follow::Full => break,
             }
         }
         // A step's tables are bounded; what does not fit goes into the next one.
-        let tables = KvCache::needed(self.running[i].needed() + guesses.min(KV_BLOCK));
+        let sequence = &self.running[i];
+        let tables = KvCache::needed(sequence.needed() + guesses.min(KV_BLOCK)).max(sequence.path.blocks.len());
         if packed.tables.len() + tables > self.max_table_entries && !packed.tables.is_empty() {
             return Ok(());
         }
@@ -611,6 +615,7 @@ impl Lane {
                         job.running += 1;
                     } else {
                         sibling.stream();
+                        sibling.job.count(|stats| stats.sampled_tokens += 1);
                         job.waiting.push_front(sibling);
                         self.stats.sampled_tokens += 1;
                         return;

@@ -249,6 +249,7 @@ fn poison(shared: &Shared, panic: &(dyn Any + Send), lanes: &mut [(u64, Box<Lane
     let poison = Error::new(ErrorKind::Poisoned, format!("the runtime is poisoned by an earlier {error}"));
     *shared.poisoned.lock().unwrap_or_else(PoisonError::into_inner) = Some(poison);
     for (_, lane) in lanes {
+        lane.deliver();
         lane.fail_all(&error);
     }
     if let Some(job) = submitted {

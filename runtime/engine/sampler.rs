@@ -177,27 +177,30 @@ impl Sampler {
         let mut guesses = Vec::new();
         let mut counts = self.counts.clone();
         // A copy: what a parser has seen must not depend on guesses.
-        let guided = self.plan.guide.is_some() && most > 0;
-        let mut guide = if guided { self.guide.clone() } else { None };
+        let likely = prompt_lookup(known, most);
+        if likely.is_empty() {
+            return Ok(guesses);
+        }
+        let mut guide = self.guide.clone();
         let mut mask = Self::mask(&self.plan, guide.as_mut(), self.tokens.len())?;
-        for &token in prompt_lookup(known, most) {
+        for &token in likely {
             // A token that cannot be drawn, or ends the sequence, is no use.
             let allowed = mask.as_ref().is_none_or(|m| m[token as usize / 32] >> (token % 32) & 1 == 1);
             if !allowed || self.plan.stop_ids.contains(&token) {
                 break;
             }
-            if let Some(guide) = &mut guide {
-                guide.accept(token)?;
-                if guide.is_finished() {
-                    break;
-                }
+            if let Some(guide) = &mut guide
+                && (guide.accept(token).is_err() || guide.is_finished())
+            {
+                break;
             }
             if self.plan.counts_tokens() {
                 counts.generated(token);
             }
-            mask = Self::mask(&self.plan, guide.as_mut(), self.tokens.len() + guesses.len() + 1)?;
-            if is_empty(&mask) {
-                break;
+            // What goes wrong after a guess goes wrong again, in its own place, if the guess is right.
+            match Self::mask(&self.plan, guide.as_mut(), self.tokens.len() + guesses.len() + 1) {
+                Ok(after) if !is_empty(&after) => mask = after,
+                _ => break,
             }
             let position = known.len() + guesses.len() + 1;
             guesses.push((token, self.sampling(position, self.sample, counts.edits(&self.plan), mask.clone())));

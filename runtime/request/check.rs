@@ -19,6 +19,8 @@ const MAX_TOKENS: usize = 1 << 24;
 /// Alternatives and kept ids (8 bytes each) in the results of one request.
 const MAX_ALTERNATIVES: usize = 1 << 26;
 const MAX_STOPS: usize = 64;
+/// Each row that samples carries them.
+const MAX_BIASES: usize = 1024;
 const MAX_SPECULATE: usize = 16;
 /// Below this a temperature is greedy: 1/T would lose the logits' differences to f32's range.
 const GREEDY_BELOW: f32 = 1e-5;
@@ -127,6 +129,12 @@ impl Checker<'_> {
         if !r.ignore_eos {
             stop_ids.extend(&self.spec.eos_token_ids);
         }
+        if r.logit_bias.len() > MAX_BIASES {
+            return Err(Error::argument(format!(
+                "logit_bias names {} tokens, at most {MAX_BIASES} are allowed; banned_ids and allowed_ids take any number",
+                r.logit_bias.len()
+            )));
+        }
         let mut bias = BTreeMap::new();
         for &(token, value) in &r.logit_bias {
             self.ids("logit_bias", [token])?;
@@ -213,6 +221,9 @@ impl Checker<'_> {
         prompts: &[Prompt],
         guide: Option<CompiledGuide>,
     ) -> Result<Vec<NewSequence>> {
+        if r.n == 0 {
+            return Err(Error::argument("n is 0, it must be at least 1: there would be no samples"));
+        }
         let samples = r.best_of.unwrap_or(r.n);
         if samples < r.n {
             return Err(Error::argument(format!("best_of is {samples}, it must be at least n, which is {}", r.n)));

@@ -40,7 +40,8 @@ pub struct SampleRequest {
     pub presence_penalty: f32,
     /// Subtracted once for each time this request generated the token; finite, 0: off.
     pub frequency_penalty: f32,
-    /// Added to the logits of tokens, before the penalties; −∞ bans a token. No token twice.
+    /// Added to the logits of tokens, before the penalties; −∞ bans a token. At most 1024, no token
+    /// twice.
     pub logit_bias: Vec<(u32, f32)>,
     /// Tokens that are never drawn.
     pub banned_ids: Vec<u32>,
