@@ -171,16 +171,16 @@ impl Gpu {
     /// Reads the first `bytes` of a MAP_READ buffer after `submission`.
     pub(super) fn read(&self, buffer: &wgpu::Buffer, bytes: u64, submission: wgpu::SubmissionIndex) -> Result<Vec<u8>> {
         let bytes = bytes.next_multiple_of(8);
-        let mapped = Arc::new(AtomicBool::new(false));
-        let flag = mapped.clone();
+        let (sender, mapped) = std::sync::mpsc::channel();
         self.checked("reading back", || {
-            buffer
-                .slice(0..bytes)
-                .map_async(wgpu::MapMode::Read, move |result| flag.store(result.is_ok(), Ordering::SeqCst));
+            buffer.slice(0..bytes).map_async(wgpu::MapMode::Read, move |result| {
+                // Who no longer waits does not want to know.
+                let _ = sender.send(result.is_ok());
+            });
         })?;
         let copy = self.wait(submission).and_then(|()| {
-            // The callback may never come after a loss: it is not waited for, the flag is read.
-            if !mapped.load(Ordering::SeqCst) {
+            // Another thread that polls the device may be the one to call back, a moment later. After a loss nobody does.
+            if mapped.recv_timeout(WAIT) != Ok(true) {
                 self.alive()?;
                 return Err(Error::gpu("reading back: the buffer was not mapped"));
             }
