@@ -5,19 +5,22 @@
 //! with the same results, since nothing that is computed for a sequence depends on the others. The oldest always goes
 //! on, and any one sequence fits into the cache alone, so every sequence comes to its end.
 
+mod pack;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use pack::{Owner, Packed};
+
 use super::angles::Angles;
 use super::job::JobState;
-use super::kv::{Follow, KvCache};
+use super::kv::KvCache;
 use super::sequence::{Finish, Finished, NewSequence, Purpose, Role, Sequence};
-use super::stats::{ModelStats, Rows};
-use crate::backend::{Capacity, Executor, Output, OutputRow, Step, Want};
+use super::stats::ModelStats;
+use crate::backend::{Capacity, Executor, Output, Step};
 use crate::error::{Error, ErrorKind};
-use crate::kernels::{KV_BLOCK, RowMeta};
 use crate::model::Rope;
 
 pub(super) struct Lane {
@@ -63,28 +66,6 @@ impl std::ops::AddAssign for Released {
         self.jobs += other.jobs;
         self.positions += other.positions;
     }
-}
-
-/// A step being packed, and where its outputs go.
-#[derive(Default)]
-struct Packed {
-    rows: Vec<RowMeta>,
-    tables: Vec<u32>,
-    cos_sin: Vec<f32>,
-    outputs: Vec<OutputRow>,
-    owners: Vec<Owner>,
-    /// Rows by kind.
-    kinds: Rows,
-}
-
-/// Whose an output is.
-#[derive(Clone, Copy)]
-struct Owner {
-    /// In `Lane::running`.
-    sequence: usize,
-    position: usize,
-    /// Which of the siblings that begin at this position; 0: the sequence itself.
-    sibling: u32,
 }
 
 impl Lane {
@@ -348,186 +329,6 @@ impl Lane {
         }
     }
 
-    /// Fills a step: first a row for each sequence that decodes, with its guesses, then chunks of the others.
-    fn pack(&mut self) -> Packed {
-        let mut packed = Packed::default();
-        let mut order: Vec<usize> = (0..self.running.len()).collect();
-        order.sort_by_key(|&i| (Reverse(self.running[i].job.options.scheduling.priority), self.running[i].seniority));
-        self.running.iter_mut().for_each(|s| s.packed = false);
-        let decodes = |s: &Sequence| s.path.computed > 0 && s.needed() == s.path.computed + 1;
-        // Within a priority: a decoding sequence may take blocks before a prefill does, never before a more urgent one.
-        let mut turns = order.clone();
-        turns.sort_by_key(|&i| (Reverse(self.running[i].job.options.scheduling.priority), !decodes(&self.running[i])));
-        let total = turns.len();
-        for (turn, i) in turns.into_iter().enumerate() {
-            // Siblings have outputs without rows; a step has as many outputs as rows at most.
-            let room = self.max_rows - packed.rows.len().max(packed.outputs.len());
-            if room == 0 {
-                break;
-            }
-            // Guesses only take what rows of others leave.
-            let guesses = if decodes(&self.running[i]) { room.saturating_sub(total - turn) } else { 0 };
-            if let Err(error) = self.pack_sequence(i, room, guesses, &order, &mut packed) {
-                self.running[i].job.fail(error);
-            }
-        }
-        packed
-    }
-
-    /// Takes blocks away from the youngest sequence after `i` in `order` that has no rows in this step.
-    fn make_room(&mut self, i: usize, order: &[usize]) -> bool {
-        let younger = order.iter().rev().take_while(|&&j| j != i);
-        for &j in younger {
-            let victim = &mut self.running[j];
-            if !victim.packed && !victim.preempted && !victim.path.blocks.is_empty() {
-                victim.preempted = true;
-                self.kv.release(&mut victim.path);
-                return true;
-            }
-        }
-        false
-    }
-
-    fn pack_sequence(
-        &mut self,
-        i: usize,
-        room: usize,
-        guesses: usize,
-        order: &[usize],
-        packed: &mut Packed,
-    ) -> Result<(), Error> {
-        if self.running[i].preempted || self.running[i].job.has_failed() {
-            return Ok(());
-        }
-        // 1. What others have computed.
-        loop {
-            let limit = self.running[i].cacheable();
-            let Sequence { tokens, path, job, .. } = &mut self.running[i];
-            let before = path.computed;
-            let follow = self.kv.follow(path, |p| tokens.key(p), limit);
-            let found = (path.computed - before) as u64;
-            if found > 0 {
-                job.count(|stats| stats.rows.cached += found);
-                self.stats.rows.cached += found;
-            }
-            match follow {
-                Follow::Compute => break,
-                Follow::Wait => return Ok(()),
-                Follow::Full if self.make_room(i, order) => {}
-                // No room beside the block it would be copied from: that block itself makes room, and its rows are
-                // computed again.
-                Follow::Full => break,
-            }
-        }
-        // A step's tables are bounded; what does not fit goes into the next one.
-        let sequence = &self.running[i];
-        let tables = KvCache::needed(sequence.needed() + guesses.min(KV_BLOCK)).max(sequence.path.blocks.len());
-        if packed.tables.len() + tables > self.max_table_entries && !packed.tables.is_empty() {
-            return Ok(());
-        }
-        // 2. Blocks for its own rows, as far as there are any.
-        let start = self.running[i].path.computed;
-        let wanted = (self.running[i].needed() - start).min(room);
-        let mut count = 0;
-        while count < wanted {
-            if self.kv.reserve(&mut self.running[i].path, start + count) {
-                count += 1;
-            } else if !self.make_room(i, order) {
-                break;
-            }
-        }
-        if count == 0 {
-            return Ok(());
-        }
-        // 3. What the last row draws from, and guesses beyond it, before anything is noted: either may fail.
-        let sequence = &mut self.running[i];
-        let needed = sequence.needed();
-        let (mut draws, mut drafts) = (Vec::new(), Vec::new());
-        if let Role::Sample { sampler, siblings } = &mut sequence.role
-            && start + count == needed
-        {
-            let most = u32::try_from(room - count).unwrap_or(u32::MAX);
-            match sampler.draws(needed, 1 + (*siblings).min(most))? {
-                Some(found) => draws = found,
-                None => {
-                    self.end(i, Finish::Blocked);
-                    return Ok(());
-                }
-            }
-            if *siblings == 0 && sampler.plan.speculate > 0 {
-                drafts = sampler.guess(&sequence.tokens.ids, guesses)?;
-                let room = (0..drafts.len()).take_while(|n| self.kv.reserve(&mut sequence.path, needed + n)).count();
-                drafts.truncate(room);
-                sampler.keep_guesses(room);
-            }
-        }
-        // Siblings for whom this step has no output draw from a row of their own later.
-        let sequence = &mut self.running[i];
-        if !draws.is_empty() && sequence.results() > draws.len() {
-            let path = self.kv.path(self.version);
-            let later = sequence.split(draws.len() as u32, path);
-            if let Some(job) = self.jobs.get_mut(&sequence.job_number) {
-                later.into_iter().for_each(|s| job.waiting.push_front(s));
-            }
-        }
-        // 4. The rows.
-        let table = packed.tables.len();
-        let mut kinds = Rows::default();
-        for position in start..start + count {
-            let sequence = &mut self.running[i];
-            if let Some(want) = sequence.read_at(position) {
-                packed.outputs.push(OutputRow { row: packed.rows.len() as u32, want });
-                packed.owners.push(Owner { sequence: i, position, sibling: 0 });
-            }
-            kinds.add(match position {
-                p if p < sequence.seen => Rows { recomputed: 1, ..Rows::default() },
-                p if p < sequence.prompt_len() => Rows { prefill: 1, ..Rows::default() },
-                _ => Rows { decode: 1, ..Rows::default() },
-            });
-            let (token, key) = (sequence.tokens.ids[position], sequence.tokens.key(position));
-            self.kv.pack(&mut sequence.path, position, key);
-            self.push_row(i, position, token, table, packed);
-        }
-        let sequence = &mut self.running[i];
-        sequence.seen = sequence.seen.max(start + count);
-        let last_row = (packed.rows.len() - 1) as u32;
-        // Siblings first: they begin from what the sequence is before it takes its own token.
-        for (sibling, sampling) in draws.into_iter().enumerate().rev() {
-            packed.outputs.push(OutputRow { row: last_row, want: Want::Sample(Box::new(sampling)) });
-            packed.owners.push(Owner { sequence: i, position: needed - 1, sibling: sibling as u32 });
-        }
-        for (n, (token, sampling)) in drafts.into_iter().enumerate() {
-            kinds.drafted += 1;
-            packed.outputs.push(OutputRow { row: packed.rows.len() as u32, want: Want::Sample(Box::new(sampling)) });
-            packed.owners.push(Owner { sequence: i, position: needed + n, sibling: 0 });
-            self.push_row(i, needed + n, token, table, packed);
-        }
-        // 5. What it will compute next, so that others wait for it.
-        let sequence = &mut self.running[i];
-        if sequence.path.computed < sequence.needed() {
-            let (tokens, known) = (&sequence.tokens, sequence.needed());
-            self.kv.plan(&mut sequence.path, known, |p| tokens.key(p));
-        }
-        packed.tables.extend_from_slice(&sequence.path.blocks);
-        sequence.packed = true;
-        sequence.job.count(|stats| stats.rows.add(kinds));
-        packed.kinds.add(kinds);
-        Ok(())
-    }
-
-    fn push_row(&mut self, i: usize, position: usize, token: u32, table: usize, packed: &mut Packed) {
-        let sequence = &self.running[i];
-        let block = sequence.path.blocks[position / KV_BLOCK] as usize;
-        // Rows, positions and slots are below 2^32: rows by max_rows, slots by the KV cache's size check.
-        packed.rows.push(RowMeta {
-            token,
-            position: position as u32,
-            slot: (block * KV_BLOCK + position % KV_BLOCK) as u32,
-            table: table as u32,
-        });
-        self.angles.push(position, sequence.tokens.forward_len(position), &mut packed.cos_sin);
-    }
-
     /// Ends a sequence that samples, with its siblings.
     fn end(&mut self, i: usize, finish: Finish) {
         let sequence = &mut self.running[i];
@@ -551,8 +352,7 @@ impl Lane {
                 continue;
             }
             // After a guess that was wrong, what was computed from it is void.
-            let guessed = owner.position >= sequence.path.computed;
-            if guessed {
+            if owner.position >= sequence.path.computed {
                 continue;
             }
             if let Role::Sample { siblings, .. } = &mut sequence.role {
@@ -560,7 +360,6 @@ impl Lane {
             }
             match sequence.accept(owner.position, output, self.version) {
                 Ok(finished) => {
-                    let is_sample = matches!(sequence.role, Role::Sample { .. });
                     if let Role::Sample { sampler, .. } = &mut sequence.role
                         && finished.is_none()
                         && sampler.confirms(sequence.tokens.ids[owner.position + 1])
@@ -571,7 +370,7 @@ impl Lane {
                         sequence.job.count(|stats| stats.rows.accepted += 1);
                         self.stats.rows.accepted += 1;
                     }
-                    self.note_token(owner.sequence, is_sample, finished);
+                    self.note_output(owner.sequence, finished);
                 }
                 Err(error) => sequence.job.fail(error),
             }
@@ -581,10 +380,10 @@ impl Lane {
         }
     }
 
-    /// Counts a token and ends the sequence if it is finished.
-    fn note_token(&mut self, i: usize, is_sample: bool, finished: Option<Finished>) {
+    /// Counts a token, if the output was one, and ends the sequence if it is finished.
+    fn note_output(&mut self, i: usize, finished: Option<Finished>) {
         let sequence = &mut self.running[i];
-        if is_sample {
+        if let Role::Sample { .. } = sequence.role {
             self.stats.sampled_tokens += 1;
             sequence.job.count(|stats| stats.sampled_tokens += 1);
         }
@@ -623,7 +422,7 @@ impl Lane {
                 }
                 sibling.packed = true;
                 self.running.push(sibling);
-                self.note_token(self.running.len() - 1, true, finished);
+                self.note_output(self.running.len() - 1, finished);
             }
             Err(error) => {
                 self.kv.release(&mut sibling.path);

@@ -43,7 +43,7 @@ impl SamplePlan {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 
-    /// True if the distribution at a place with this mask is the model's own.
+    /// True if only thresholds and masks can change the model's distribution.
     fn leaves_logits(&self) -> bool {
         !self.counts_tokens() && self.bias.is_empty() && self.request.inverse_temperature == 1.0
     }
@@ -90,7 +90,7 @@ pub(super) struct Sampler {
     /// Tokens that were streamed.
     pub streamed: usize,
     versions: Vec<VersionSpan>,
-    pub first_token: Option<Instant>,
+    first_token: Option<Instant>,
     /// Guesses in the step at hand that are not refuted yet.
     drafts: Vec<u32>,
     /// The next token comes from a row that was computed from a guess.
@@ -118,7 +118,8 @@ impl Sampler {
 
     /// What a sequence needs only once it runs.
     pub fn start(&mut self, prompt: &[u32]) {
-        if self.plan.counts_tokens() {
+        // Presence and frequency count what was generated alone.
+        if self.plan.repetition_penalty != 1.0 {
             self.counts.0.extend(prompt.iter().map(|t| (*t, 0)));
         }
         self.guide = self.plan.guide.as_ref().map(CompiledGuide::start);

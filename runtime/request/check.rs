@@ -228,7 +228,6 @@ impl Checker<'_> {
         if samples < r.n {
             return Err(Error::argument(format!("best_of is {samples}, it must be at least n, which is {}", r.n)));
         }
-        self.count("samples", prompts.len().saturating_mul(r.n.min(samples)))?;
         self.count("samples", prompts.len().saturating_mul(samples))?;
         if r.max_tokens == 0 {
             return Err(Error::argument("max_tokens is 0, it must be at least 1"));
