@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::backend::cpu::{self, CpuExecutor, CpuOptions, Pool};
-use crate::backend::gpu::{self, DeviceInfo, Gpu, GpuExecutor, Selection, list_devices};
+use crate::backend::gpu::{self, DeviceInfo, Gpu, GpuExecutor, GpuOptions, GpuWeights, Selection, list_devices};
 use crate::backend::{Capacity, Executor, Memory};
 use crate::engine::{Engine, Job, JobOptions, ModelStats, QueueLimits, RuntimeStats};
 use crate::error::{Error, Result};
@@ -41,11 +41,19 @@ pub struct RuntimeOptions {
     pub max_jobs: usize,
     /// Positions that these jobs may come to; more are refused with `Full`.
     pub max_queued_tokens: usize,
+    /// How a GPU is used.
+    pub gpu: GpuOptions,
 }
 
 impl Default for RuntimeOptions {
     fn default() -> Self {
-        RuntimeOptions { device: "auto".into(), threads: None, max_jobs: 1 << 16, max_queued_tokens: 1 << 26 }
+        RuntimeOptions {
+            device: "auto".into(),
+            threads: None,
+            max_jobs: 1 << 16,
+            max_queued_tokens: 1 << 26,
+            gpu: GpuOptions::default(),
+        }
     }
 }
 
@@ -124,7 +132,7 @@ impl Runtime {
             Some(n) => n,
             None => default_threads(),
         };
-        let device = match Gpu::select(&Selection::parse(&options.device)?)? {
+        let device = match Gpu::select(&Selection::parse(&options.device)?, &options.gpu)? {
             Some(gpu) => Device::Gpu(Arc::new(gpu)),
             None => Device::Cpu { isa: Isa::detect()?.permitted(), pool: Arc::new(Pool::new(threads)) },
         };
@@ -174,7 +182,8 @@ impl Runtime {
             }
             Device::Gpu(gpu) => {
                 let gpu = gpu.clone();
-                Box::new(GpuExecutor::new(gpu, spec.clone(), plan, &weights, options.weights, capacity)?)
+                let how = GpuWeights { format: options.weights, precision: options.precision };
+                Box::new(GpuExecutor::new(gpu, spec.clone(), &plan, &weights, how, capacity)?)
             }
         };
         let memory = executor.memory();

@@ -9,6 +9,7 @@
 struct Params {
     rows: u32,
     vocab: u32,
+    first: u32,
 }
 
 struct Request {
@@ -36,8 +37,8 @@ struct Edit {
 const LANES = 256u;
 const NO_MASK = 0xffffffffu;
 
-@group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> requests: array<Request>; // (M)
+var<immediate> p: Params;
+@group(0) @binding(1) var<storage, read> requests: array<Request>; // (first + M)
 @group(0) @binding(2) var<storage, read> masks: array<u32>; // (rows with a mask, ⌈V / 32⌉) one bit a token
 @group(0) @binding(3) var<storage, read_write> edits: array<Edit>; // (edits of all rows)
 @group(0) @binding(4) var<storage, read_write> logits: array<f32>; // (M, V)
@@ -49,7 +50,7 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let m = group.y * groups.x + group.x;
-    let r = requests[min(m, p.rows - 1u)];
+    let r = requests[p.first + min(m, p.rows - 1u)];
     let works = m < p.rows && r.is_active == 1u;
     let start = m * p.vocab;
 

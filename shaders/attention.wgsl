@@ -22,7 +22,7 @@ const KEYS = 64u;
 const OWNED = 8u;
 const LOWEST = -3.4028234e38;
 
-@group(0) @binding(0) var<uniform> p: Params;
+var<immediate> p: Params;
 @group(0) @binding(1) var<storage, read> rows: array<vec4<u32>>; // (T) token, position, slot, table
 @group(0) @binding(2) var<storage, read> tables: array<u32>; // (blocks of all sequences)
 @group(0) @binding(3) var<storage, read> q: array<f32>; // (T, H, E)

@@ -1,16 +1,17 @@
 // gather_rows: packs the rows that asked for an output.
 //
-//   out[m, d] = x[index[m], d]
+//   out[m, d] = x[index[first + m], d]
 //
 // A workgroup owns row m.
 
 struct Params {
     rows: u32,
     width: u32,
+    first: u32,
 }
 
-@group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> index: array<u32>; // (M)
+var<immediate> p: Params;
+@group(0) @binding(1) var<storage, read> index: array<u32>; // (first + M)
 @group(0) @binding(2) var<storage, read> x: array<f32>; // (T, D)
 @group(0) @binding(3) var<storage, read_write> out: array<f32>; // (M, D)
 
@@ -25,6 +26,6 @@ fn main(
         return;
     }
     for (var d = local; d < p.width; d += 64u) {
-        out[m * p.width + d] = x[index[m] * p.width + d];
+        out[m * p.width + d] = x[index[p.first + m] * p.width + d];
     }
 }

@@ -14,6 +14,7 @@
 struct Params {
     rows: u32,
     vocab: u32,
+    first: u32,
 }
 
 struct Request {
@@ -55,11 +56,11 @@ const LOWEST_KEY = 0x007fffffu;
 const NO_MASK = 0xffffffffu;
 const MAX_KEPT_IDS = 1024u;
 
-@group(0) @binding(0) var<uniform> p: Params;
+var<immediate> p: Params;
 @group(0) @binding(1) var<storage, read> logits: array<f32>; // (M, V)
-@group(0) @binding(2) var<storage, read> requests: array<Request>; // (M)
+@group(0) @binding(2) var<storage, read> requests: array<Request>; // (first + M)
 @group(0) @binding(3) var<storage, read> edits: array<Edit>; // (edits of all rows) rising tokens in a row
-@group(0) @binding(4) var<storage, read_write> drawn: array<Drawn>; // (M)
+@group(0) @binding(4) var<storage, read_write> drawn: array<Drawn>; // (first + M)
 @group(0) @binding(5) var<storage, read_write> kept_ids: array<u32>; // (M, MAX_KEPT_IDS)
 
 var<workgroup> floats: array<f32, LANES>;
@@ -151,7 +152,7 @@ fn main(
     let m = group.y * groups.x + group.x;
     let exists = m < p.rows;
     let row = min(m, p.rows - 1u);
-    let r = requests[row];
+    let r = requests[p.first + row];
     let start = row * p.vocab;
     let each = (p.vocab + LANES - 1u) / LANES;
     let from_token = min(lane * each, p.vocab);
@@ -349,6 +350,6 @@ fn main(
             }
             result.logit = raw_logit(r, start, result.token);
         }
-        drawn[m] = result;
+        drawn[p.first + m] = result;
     }
 }

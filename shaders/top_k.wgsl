@@ -20,7 +20,7 @@ const LANES = 256u;
 const NO_TOKEN = 0xffffffffu;
 const LOWEST = -3.4028234e38;
 
-@group(0) @binding(0) var<uniform> p: Params;
+var<immediate> p: Params;
 @group(0) @binding(1) var<storage, read> logits: array<f32>; // (M, V)
 @group(0) @binding(2) var<storage, read_write> best: array<Candidate>; // (M, K)
 

@@ -5,7 +5,8 @@ pub mod gpu;
 
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::kernels::embed::FROM_DRAW;
 use crate::kernels::{RowMeta, adjust_logits, sample, top_k};
 
 /// What a row asks for once its final hidden state is there.
@@ -122,6 +123,56 @@ pub trait Executor: Send {
     /// `DeviceLost`, `DeviceMemory`, `HostMemory` or `Gpu`.
     fn step(&mut self, step: &Step) -> Result<Vec<Output>>;
 
+    /// Executes steps one after the other, all with the same block tables. The token of a row may be [`FROM_DRAW`] with the
+    /// number of an output of the step before: the token that was drawn there. All of their outputs are draws that
+    /// [`feeds`](Executor::feeds) allows; together they have at most [`Capacity::max_rows`] rows.
+    ///
+    /// [`FROM_DRAW`]: crate::kernels::embed::FROM_DRAW
+    ///
+    /// # Errors
+    /// As [`Executor::step`], for all of them.
+    fn steps(&mut self, steps: &[Step]) -> Result<Vec<Vec<Output>>> {
+        let mut results: Vec<Vec<Output>> = Vec::new();
+        for step in steps {
+            let mut rows = step.rows.to_vec();
+            for row in rows.iter_mut().filter(|r| r.token >= FROM_DRAW) {
+                row.token = match results.last().and_then(|r| r.get((row.token - FROM_DRAW) as usize)) {
+                    // What follows a row without a draw ends in that row's error.
+                    Some(Output::Sampled { drawn, .. }) if drawn.token == top_k::NO_TOKEN => 0,
+                    Some(Output::Sampled { drawn, .. }) => drawn.token,
+                    _ => return Err(Error::internal("a token from something that is not a draw")),
+                };
+            }
+            results.push(self.step(&Step { rows: &rows, ..*step })?);
+        }
+        Ok(results)
+    }
+
+    /// How many decode steps are best computed before their results are read.
+    fn steps_ahead(&self) -> usize {
+        1
+    }
+
+    /// True if what this wants may be drawn in [`steps`](Executor::steps) that follow one another.
+    fn feeds(&self, want: &Want) -> bool {
+        matches!(want, Want::Sample(_))
+    }
+
+    /// Begins to measure what each kernel costs, from zero; or ends it.
+    ///
+    /// # Errors
+    /// `Unsupported` if the device has no timestamps.
+    fn set_profiling(&mut self, on: bool) -> Result<()>;
+
+    /// What was measured since the last time.
+    fn take_profile(&mut self) -> Vec<KernelTime>;
+
+    /// What the device can do at best, measured now.
+    ///
+    /// # Errors
+    /// As [`Executor::step`].
+    fn limits(&mut self) -> Result<Limits>;
+
     /// Copies whole KV blocks in every layer, one pair after the other, before the next step.
     ///
     /// # Errors
@@ -130,6 +181,30 @@ pub trait Executor: Send {
 
     /// Bytes held for weights, KV cache and activations.
     fn memory(&self) -> Memory;
+}
+
+/// What a kernel cost over some steps.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct KernelTime {
+    /// The kernel.
+    pub name: String,
+    /// How often it ran.
+    pub calls: u64,
+    /// How long.
+    pub seconds: f64,
+    /// Bytes that it must move: weights, activations, keys and values.
+    pub bytes: u64,
+    /// Floating point operations, two a multiply-add.
+    pub flops: u64,
+}
+
+/// What a device can do at best.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Bytes read and written a second.
+    pub bytes_per_second: f64,
+    /// Floating point operations a second in a product.
+    pub flops: f64,
 }
 
 /// Bytes a loaded model holds. Weights that are memory-mapped count under `mapped`, not `weights`.

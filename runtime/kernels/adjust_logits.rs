@@ -12,6 +12,8 @@ pub struct Params {
     pub rows: u32,
     /// V.
     pub vocab: u32,
+    /// The step's first request.
+    pub first: u32,
 }
 
 super::kernel!("adjust_logits", Params, [("requests", Read), ("masks", Read), ("edits", Write), ("logits", Write)]);

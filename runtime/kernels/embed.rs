@@ -16,9 +16,20 @@ pub struct Params {
     pub first: u32,
     /// Table rows in the slice; other tokens are left alone.
     pub count: u32,
+    /// First row of the step in the table of rows.
+    pub first_meta: u32,
+    /// First draw of the step before.
+    pub first_drawn: u32,
 }
 
-super::kernel!("embed", Params, [("rows", Read), ("table", Read), ("out", Write)]);
+super::kernel!(
+    "embed",
+    Params,
+    [("rows", Read), ("drawn", Read), ("table", Read), ("out", Write)]
+);
+
+/// In [`RowMeta::token`]: the rest is the number of the output of the step before whose draw is the token.
+pub const FROM_DRAW: u32 = 1 << 31;
 
 /// The CPU twin, for the rows in `rows`; `out` is [rows, D].
 ///

@@ -8,6 +8,8 @@ pub struct Params {
     pub rows: u32,
     /// D.
     pub width: u32,
+    /// First row of the step in the list of indices.
+    pub first: u32,
 }
 
 super::kernel!("gather_rows", Params, [("index", Read), ("x", Read), ("out", Write)]);

@@ -1,22 +1,9 @@
 //! Puts each row's key and value into its slot of the paged cache.
 //!
 //! Keys lie [block, G, E, P], so that attention reads P keys side by side; values lie [block, G, P, E].
+//! The GPU does it where they are made ([`super::linear_qkv`]).
 
 use super::{KV_BLOCK, RowMeta, SharedMut};
-
-/// Parameters of the shader.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct Params {
-    /// T.
-    pub rows: u32,
-    /// G.
-    pub kv_heads: u32,
-    /// E.
-    pub head_dim: u32,
-}
-
-super::kernel!("kv_write", Params, [("rows", Read), ("k", Read), ("v", Read), ("keys", Write), ("values", Write)]);
 
 /// Where a layer's keys and values are, and how they are laid out.
 #[derive(Clone, Copy)]

@@ -12,19 +12,21 @@ use super::lanes::{Lanes, for_each_isa, for_lanes, load};
 pub struct Params {
     /// M.
     pub rows: u32,
-    /// V.
-    pub vocab: u32,
+    /// Tiles of the vocabulary.
+    pub tiles: u32,
+    /// The first row that is written.
+    pub first: u32,
 }
 
-super::kernel!("log_sum_exp", Params, [("logits", Read), ("targets", Read), ("stats", Write)]);
+super::kernel!("log_sum_exp", Params, [("stats", Read), ("joined", Write)]);
 
-/// What the shader writes for a row: it has all of V at hand, so it reads the target's logit on the way.
+/// What the shaders keep of a tile of tokens, and of the whole row: the pass that makes the logits sees the target's.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct RowStats {
-    /// Of the whole row.
+    /// Of the tile or the row.
     pub stats: Stats,
-    /// The logit of the row's target; 0 where the target is not a token.
+    /// The logit of the row's target; 0 where it is not among these tokens.
     pub target_logit: f32,
 }
 

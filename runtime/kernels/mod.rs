@@ -5,9 +5,12 @@ pub mod adjust_logits;
 pub mod attention;
 pub mod embed;
 pub mod gather_rows;
+pub mod head;
 pub mod kv_write;
 pub(crate) mod lanes;
 pub mod linear;
+pub mod linear_gated;
+pub mod linear_qkv;
 pub mod log_sum_exp;
 pub mod philox;
 pub mod rms_norm;
@@ -44,7 +47,7 @@ pub enum Access {
     Write,
 }
 
-/// A shader and what it binds: the parameter struct at binding 0 (uniform), then the storage buffers in order.
+/// A shader and what it binds: the parameter struct as immediates, and the storage buffers from binding 1 on, in order.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernel {
     /// The stem of the shader and of the twin.
@@ -63,13 +66,13 @@ pub const ALL: [&Kernel; 12] = [
     &attention::KERNEL,
     &embed::KERNEL,
     &gather_rows::KERNEL,
-    &kv_write::KERNEL,
+    &head::KERNEL,
     &linear::KERNEL,
+    &linear_gated::KERNEL,
+    &linear_qkv::KERNEL,
     &log_sum_exp::KERNEL,
     &rms_norm::KERNEL,
-    &rope::KERNEL,
     &sample::KERNEL,
-    &silu_mul::KERNEL,
     &top_k::KERNEL,
 ];
 

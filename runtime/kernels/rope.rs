@@ -1,22 +1,9 @@
 //! Rotates each head of x by its position: (a, b) ← (a·cos − b·sin, b·cos + a·sin) for the pairs (i, i + E/2).
 //!
 //! cos and sin come as a table [T, E/2], computed once a step on the host: both backends rotate by the same angles.
+//! The GPU does it where queries and keys are made ([`super::linear_qkv`]).
 
 use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
-
-/// Parameters of the shader.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct Params {
-    /// T.
-    pub rows: u32,
-    /// H or G.
-    pub heads: u32,
-    /// E / 2.
-    pub half: u32,
-}
-
-super::kernel!("rope", Params, [("cos_sin", Read), ("x", Write)]);
 
 for_each_isa! {
     /// The CPU twin; `x` is [rows, heads · E], `cos_sin` is [rows, 2, E/2].

@@ -25,6 +25,8 @@ pub struct Params {
     pub rows: u32,
     /// V.
     pub vocab: u32,
+    /// The step's first request and draw.
+    pub first: u32,
 }
 
 super::kernel!(

@@ -1,19 +1,6 @@
-//! up ← silu(gate) · up with silu(x) = x / (1 + e^(−x)).
+//! up ← silu(gate) · up with silu(x) = x / (1 + e^(−x)). The GPU does it in [`super::linear_gated`].
 
 use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
-
-/// Parameters of the shader.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct Params {
-    /// T · F.
-    pub len: u32,
-}
-
-super::kernel!("silu_mul", Params, [("gate", Read), ("up", Write)]);
-
-/// Elements a workgroup handles.
-pub const ELEMENTS_PER_WORKGROUP: u32 = 256;
 
 for_each_isa! {
     /// The CPU twin, element by element.

@@ -1,10 +1,13 @@
 //! An open device: buffers, submissions and waits, with every way they fail turned into an error.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::cache::ShaderCache;
+use super::pipelines::Flags;
 use super::select::{DeviceInfo, Selection, describe, find};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::KV_BLOCK;
@@ -14,6 +17,29 @@ const SUBMISSION_LIMIT: Duration = Duration::from_secs(120);
 /// One wait, so that a lost device is noticed in between.
 const WAIT: Duration = Duration::from_millis(500);
 
+/// Whether products use a GPU's matrix units (cooperative matrices: f16 inputs, f32 sums).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MatrixUnits {
+    /// Where the adapter has them, the weights are 16-bit floats, and the precision allows it.
+    #[default]
+    Auto,
+    /// Never: nothing is rounded.
+    Off,
+    /// Computed by ordinary instructions with the same indices: slow, to test them on adapters that have none.
+    Emulated,
+}
+
+/// How a GPU is used.
+#[derive(Clone, Debug, Default)]
+pub struct GpuOptions {
+    /// Keeps compiled shaders in this folder; `None`: they are compiled at each start.
+    pub shader_cache: Option<PathBuf>,
+    /// Whether products use matrix units.
+    pub matrix_units: MatrixUnits,
+    /// Compiles shaders with checks of every index and loop: for tests, at a cost.
+    pub shader_checks: bool,
+}
+
 /// An open GPU.
 pub struct Gpu {
     info: DeviceInfo,
@@ -22,6 +48,14 @@ pub struct Gpu {
     pub(super) limits: wgpu::Limits,
     pub(super) subgroups: bool,
     pub(super) f16: bool,
+    pub(super) timestamps: bool,
+    pub(super) shader_checks: bool,
+    pub(super) cache: Mutex<Option<ShaderCache>>,
+    matrix_units: MatrixUnits,
+    /// Rows of the square tiles that the matrix units multiply.
+    tile: Option<u32>,
+    /// What the test of the matrix units found.
+    tested: OnceLock<Option<u32>>,
     lost: Arc<AtomicBool>,
     /// First error that no scope caught.
     uncaptured: Arc<Mutex<Option<String>>>,
@@ -32,24 +66,49 @@ impl Gpu {
     ///
     /// # Errors
     /// `NoDevice` if nothing matches, `Gpu` if it cannot be opened.
-    pub fn select(selection: &Selection) -> Result<Option<Gpu>> {
+    pub fn select(selection: &Selection, options: &GpuOptions) -> Result<Option<Gpu>> {
         match find(selection)? {
-            Some(adapter) => caught("opening the device", || Self::open(&adapter))?.map(Some),
+            Some(adapter) => caught("opening the device", || Self::open(&adapter, options))?.map(Some),
             None => Ok(None),
         }
     }
 
-    fn open(adapter: &wgpu::Adapter) -> Result<Gpu> {
+    fn open(adapter: &wgpu::Adapter, options: &GpuOptions) -> Result<Gpu> {
         let info = describe(adapter);
         let limits = adapter.limits();
-        let wanted = wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16;
-        let features = adapter.features() & wanted;
+        let mut wanted = wgpu::Features::SUBGROUP
+            | wgpu::Features::SHADER_F16
+            | wgpu::Features::PIPELINE_CACHE
+            | wgpu::Features::TIMESTAMP_QUERY;
+        let has_f16 = adapter.features().contains(wgpu::Features::SHADER_F16);
+        let tile = match options.matrix_units {
+            MatrixUnits::Auto if has_f16 => matrix_tile(adapter),
+            MatrixUnits::Emulated if has_f16 => Some(16),
+            MatrixUnits::Emulated => {
+                return Err(Error::unsupported(format!("{}: matrix units are emulated in f16, which it lacks", info.name)));
+            }
+            _ => None,
+        };
+        let mut experimental = wgpu::ExperimentalFeatures::disabled();
+        if options.matrix_units == MatrixUnits::Auto && tile.is_some() {
+            wanted |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+            // SAFETY: what they compute is tested before it is used.
+            experimental = unsafe { wgpu::ExperimentalFeatures::enabled() };
+        }
+        if !adapter.features().contains(wgpu::Features::IMMEDIATES) || limits.max_immediate_size < MOST_PARAMS {
+            return Err(Error::unsupported(format!(
+                "{}: {} bytes of immediates, {MOST_PARAMS} are needed",
+                info.name, limits.max_immediate_size
+            )));
+        }
+        let features = (adapter.features() & wanted) | wgpu::Features::IMMEDIATES;
         // Shuffles over eight lanes need eight lanes.
         let subgroups = features.contains(wgpu::Features::SUBGROUP) && adapter.get_info().subgroup_min_size >= 8;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("rewardrt"),
             required_features: features,
             required_limits: limits.clone(),
+            experimental_features: experimental,
             ..wgpu::DeviceDescriptor::default()
         };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
@@ -67,7 +126,59 @@ impl Gpu {
             flag.store(true, Ordering::SeqCst);
         });
         let f16 = features.contains(wgpu::Features::SHADER_F16);
-        Ok(Gpu { info, device, queue, limits, subgroups, f16, lost, uncaptured })
+        let cache = match &options.shader_cache {
+            Some(folder) if features.contains(wgpu::Features::PIPELINE_CACHE) => {
+                ShaderCache::open(&device, &adapter.get_info(), folder)
+            }
+            _ => None,
+        };
+        Ok(Gpu {
+            info,
+            device,
+            queue,
+            limits,
+            subgroups,
+            f16,
+            timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            shader_checks: options.shader_checks,
+            cache: Mutex::new(cache),
+            matrix_units: options.matrix_units,
+            tile,
+            tested: OnceLock::new(),
+            lost,
+            uncaptured,
+        })
+    }
+
+    /// Rows of the tiles that matrix units multiply here, if they were tested and found right.
+    pub fn matrix_tile(&self) -> Option<u32> {
+        *self.tested.get_or_init(|| {
+            let tile = self.tile?;
+            match super::self_test::matrix_units(self, tile) {
+                Ok(()) => Some(tile),
+                Err(error) => {
+                    log::warn!("{}: matrix units are not used: {error}", self.info.name);
+                    None
+                }
+            }
+        })
+    }
+
+    /// True if a shader of this variant computes itself what matrix units would.
+    pub(super) fn emulates(&self, variant: Flags) -> bool {
+        variant.is_tiled() && self.matrix_units == MatrixUnits::Emulated
+    }
+
+    /// True for llvmpipe and its like, whose submissions take seconds.
+    pub(super) fn is_software(&self) -> bool {
+        self.info.device_type == super::select::DeviceType::Software
+    }
+
+    /// Keeps what was compiled for the next start.
+    pub(super) fn save_shaders(&self) {
+        if let Some(cache) = &mut *self.cache.lock().unwrap_or_else(PoisonError::into_inner) {
+            cache.save();
+        }
     }
 
     /// What the device is.
@@ -168,6 +279,16 @@ impl Gpu {
         }
     }
 
+    /// Waits for the answer to `map_async` after the submission it waited for is done.
+    pub(super) fn mapped(&self, answer: &std::sync::mpsc::Receiver<bool>) -> Result<()> {
+        // Another thread that polls the device may be the one to call back, a moment later. After a loss nobody does.
+        if answer.recv_timeout(WAIT) != Ok(true) {
+            self.alive()?;
+            return Err(Error::gpu("the buffer was not mapped"));
+        }
+        Ok(())
+    }
+
     /// Reads the first `bytes` of a MAP_READ buffer after `submission`.
     pub(super) fn read(&self, buffer: &wgpu::Buffer, bytes: u64, submission: wgpu::SubmissionIndex) -> Result<Vec<u8>> {
         let bytes = bytes.next_multiple_of(8);
@@ -179,11 +300,7 @@ impl Gpu {
             });
         })?;
         let copy = self.wait(submission).and_then(|()| {
-            // Another thread that polls the device may be the one to call back, a moment later. After a loss nobody does.
-            if mapped.recv_timeout(WAIT) != Ok(true) {
-                self.alive()?;
-                return Err(Error::gpu("reading back: the buffer was not mapped"));
-            }
+            self.mapped(&mapped)?;
             let view = buffer.slice(0..bytes).get_mapped_range();
             view.map(|v| v.to_vec()).map_err(|e| Error::gpu(format!("reading back: {e}")))
         });
@@ -191,6 +308,21 @@ impl Gpu {
         caught("unmapping", || buffer.unmap())?;
         copy
     }
+}
+
+/// Bytes of immediates that the largest parameter struct needs.
+pub(super) const MOST_PARAMS: u32 = 64;
+
+/// Rows of the square tiles that an adapter multiplies with f16 inputs and f32 sums.
+fn matrix_tile(adapter: &wgpu::Adapter) -> Option<u32> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    if !adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        return None;
+    }
+    let properties = adapter.cooperative_matrix_properties();
+    let usable = properties.iter().filter(|p| (p.ab_type, p.cr_type) == (F16, F32));
+    let square = usable.filter(|p| p.m_size == p.n_size && p.n_size == p.k_size).map(|p| p.m_size);
+    square.filter(|tile| [8, 16].contains(tile)).max()
 }
 
 /// Turns a panic inside the graphics API into an error.

@@ -1,71 +1,31 @@
-//! A model on the GPU: buffers and bind groups made once, parameters and row tables written each step.
+//! A model on the GPU: buffers, pipelines and bind groups made once; a step uploads its row tables and encodes.
 
 use std::sync::Arc;
-
-use bytemuck::bytes_of;
+use std::time::Instant;
 
 use super::device::Gpu;
-use super::pipelines::{Flags, Pipelines};
-use super::upload::Matrix;
+use super::head::{self, Head};
+use super::layers::{Buffers, Builder, Call, Dims, can_tile};
+use super::pipelines::Pipelines;
+use super::record::{Profile, Recorder};
+use super::upload::Uploader;
 use crate::backend::cpu::Pool;
-use crate::backend::{BlockCopy, Capacity, Executor, Memory, Output, Step, logit_rows};
+use crate::backend::{BlockCopy, Capacity, Executor, KernelTime, Limits, Memory, Output, Step, Want};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
-use crate::kernels::linear::Int8Matrix;
-use crate::kernels::{
-    KV_BLOCK, Kernel, MatrixView, RowMeta, attention, embed, gather_rows, kv_write, linear, rms_norm, rope, silu_mul,
-};
-use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
+use crate::kernels::embed::FROM_DRAW;
+use crate::kernels::linear::{Int8Matrix, Precision};
+use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, sample};
+use crate::model::{Buf, MatrixId, ModelSpec, Plan};
 use crate::weights::{WeightFormat, Weights};
 
-/// Multiply-adds in a submission at most: seconds on a software adapter, milliseconds on a GPU.
-const SUBMISSION_COST: u64 = 4_000_000_000;
-/// Room for a parameter struct, and the largest alignment that WebGPU asks of a uniform offset.
-pub(super) const SLOT: u64 = 256;
-const PER_DIMENSION: u32 = 65_535;
-
-/// Workgroups, and the parameter bytes of a dispatch, for T rows and M outputs.
-type Shape = Box<dyn Fn(u32, u32) -> (Vec<u8>, [u32; 3]) + Send>;
-
-/// Multiply-adds of a dispatch.
-#[derive(Clone, Copy)]
-enum Cost {
-    PerRow(u64),
-    /// For each key that a row sees.
-    PerKey(u64),
-}
-
-const CHEAP: Cost = Cost::PerRow(0);
-
-/// A dispatch whose bindings never change.
-pub(super) struct Call {
-    pub pipeline: wgpu::ComputePipeline,
-    pub bind_group: wgpu::BindGroup,
-    shape: Shape,
-    cost: Cost,
-}
-
-/// The buffers of a model that do not belong to one op.
-pub(super) struct Buffers {
-    pub params: wgpu::Buffer,
-    rows: wgpu::Buffer,
-    tables: wgpu::Buffer,
-    cos_sin: wgpu::Buffer,
-    picked: wgpu::Buffer,
-    activations: Vec<wgpu::Buffer>,
-    /// A norm's output [T, D], between the two dispatches of an op that begins with one.
-    normed: wgpu::Buffer,
-    /// The gate's product [T, F], on its way into silu.
-    gate: wgpu::Buffer,
-    /// Bound where a product has no bias or no scales.
-    pub nothing: wgpu::Buffer,
-}
-
-impl Buffers {
-    pub(super) fn activation(&self, buf: Buf) -> &wgpu::Buffer {
-        &self.activations[buf as usize]
-    }
-}
+/// Multiply-adds in a submission at most: a second or two on a software adapter, some ten milliseconds on a GPU.
+const SOFTWARE_SUBMISSION: u64 = 4_000_000_000;
+const SUBMISSION: u64 = 4_000_000_000_000;
+/// Decode steps that are computed before their results are read.
+const STEPS_AHEAD: usize = 8;
+/// Rows of x that products on matrix units read together at most: buffers end on a multiple of it.
+const ROW_TILE: usize = 64;
 
 /// A model on a GPU.
 pub struct GpuExecutor {
@@ -73,51 +33,29 @@ pub struct GpuExecutor {
     pub(super) spec: ModelSpec,
     pub(super) buffers: Buffers,
     calls: Vec<Call>,
-    pub(super) head: super::head::Head,
-    /// Keys and values of each layer.
-    kv: Vec<(wgpu::Buffer, wgpu::Buffer)>,
+    pub(super) head: Head,
     /// A block of every layer, on its way to another block: a buffer cannot be copied onto itself.
     passing: wgpu::Buffer,
-    capacity: Capacity,
+    pub(super) capacity: Capacity,
+    kv_element: u64,
     memory: Memory,
+    pub(super) profile: Option<Profile>,
 }
 
-/// What building the calls needs.
-pub(super) struct Builder<'a> {
-    pub gpu: &'a Gpu,
-    pub pipelines: Pipelines,
-    pub buffers: &'a Buffers,
+/// A matrix of the checkpoint as it is stored.
+pub(super) fn stored<'a>(plan: &Plan, weights: &'a Weights, id: MatrixId) -> Result<MatrixView<'a>> {
+    let expected = &plan.matrices[id.0];
+    let tensor = weights.get(&expected.name)?;
+    Ok(MatrixView::new(tensor.dtype(), tensor.bytes(), expected.shape[0], expected.shape[1]))
 }
 
-impl Builder<'_> {
-    /// A pipeline with `storage` bound to it, and its parameters in `slot`.
-    pub(super) fn bind(
-        &mut self,
-        kernel: &Kernel,
-        variant: Flags,
-        storage: &[&wgpu::Buffer],
-        slot: usize,
-    ) -> Result<(wgpu::ComputePipeline, wgpu::BindGroup)> {
-        let built = self.pipelines.get(self.gpu, kernel, variant)?;
-        let params = wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-            buffer: &self.buffers.params,
-            offset: slot as u64 * SLOT,
-            size: std::num::NonZeroU64::new(SLOT),
-        });
-        let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: params }];
-        for (i, buffer) in storage.iter().enumerate() {
-            entries.push(wgpu::BindGroupEntry { binding: i as u32 + 1, resource: buffer.as_entire_binding() });
-        }
-        let descriptor =
-            wgpu::BindGroupDescriptor { label: Some(kernel.name), layout: &built.layout, entries: &entries };
-        let group = self.gpu.checked(kernel.name, || self.gpu.device.create_bind_group(&descriptor))?;
-        Ok((built.pipeline.clone(), group))
-    }
-}
-
-/// `groups` workgroups over the first two dimensions.
-pub(super) fn fold(groups: u32) -> [u32; 3] {
-    if groups <= PER_DIMENSION { [groups, 1, 1] } else { [PER_DIMENSION, groups.div_ceil(PER_DIMENSION), 1] }
+/// How the weights of a model are used on a GPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GpuWeights {
+    /// How they are held.
+    pub format: WeightFormat,
+    /// Whether inputs of products may be rounded to f16.
+    pub precision: Precision,
 }
 
 impl GpuExecutor {
@@ -129,185 +67,259 @@ impl GpuExecutor {
     pub fn new(
         gpu: Arc<Gpu>,
         spec: ModelSpec,
-        plan: Arc<Plan>,
+        plan: &Plan,
         weights: &Weights,
-        format: WeightFormat,
+        how: GpuWeights,
         capacity: Capacity,
     ) -> Result<Self> {
         if spec.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
         }
-        if capacity.max_rows > PER_DIMENSION as usize {
-            return Err(Error::limit(format!(
-                "max_batch_tokens is {}, a GPU takes {PER_DIMENSION}",
-                capacity.max_rows
-            )));
+        if capacity.max_rows > 65_535 {
+            return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
         }
-        let storage = wgpu::BufferUsages::STORAGE;
-        let quantised = if format == WeightFormat::Int8 { plan.quantisable(&spec) } else { Vec::new() };
+        let quantised = if how.format == WeightFormat::Stored { Vec::new() } else { plan.quantisable(&spec) };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let pool = Pool::new(if quantised.is_empty() { 1 } else { cores });
-        let mut matrices = Vec::new();
-        for (i, m) in plan.matrices.iter().enumerate() {
-            let tensor = weights.get(&m.name)?;
-            let view = MatrixView::new(tensor.dtype(), tensor.bytes(), m.shape[0], m.shape[1]);
-            matrices.push(if quantised.contains(&MatrixId(i)) {
-                let int8 = Int8Matrix::quantise(view, &pool).map_err(|e| e.at(format!("tensor {:?}", m.name)))?;
-                Matrix::upload_int8(&gpu, &m.name, int8.view())?
-            } else {
-                Matrix::upload(&gpu, &m.name, view)?
-            });
+        let pool = Pool::new(cores);
+        let mut integers: Vec<Option<Int8Matrix>> = plan.matrices.iter().map(|_| None).collect();
+        for id in &quantised {
+            let view = stored(plan, weights, *id)?;
+            let matrix = Int8Matrix::quantise(view, &pool);
+            integers[id.0] = Some(matrix.map_err(|e| e.at(format!("tensor {:?}", plan.matrices[id.0].name)))?);
         }
-        // A tied table is needed as stored where it embeds.
-        let mut tables = Vec::new();
-        for op in &plan.ops {
-            if let Op::Embed { table, .. } = op
-                && quantised.contains(table)
-            {
-                let tensor = weights.get(&plan.matrices[table.0].name)?;
-                let shape = tensor.shape();
-                let view = MatrixView::new(tensor.dtype(), tensor.bytes(), shape[0], shape[1]);
-                tables.push((*table, Matrix::upload(&gpu, "embedding table", view)?));
+        let tile = match gpu.matrix_tile() {
+            Some(tile) if how.precision == Precision::Auto && quantised.is_empty() => {
+                can_tile(&spec, plan, weights, tile)?.then_some(tile)
             }
+            _ => None,
+        };
+        let build = |tile| Self::build(gpu.clone(), spec.clone(), plan, weights, &integers, &pool, tile, capacity);
+        match build(tile) {
+            // Something is too large for f16: nothing is rounded then.
+            Err(error) if tile.is_some() && error.kind() == crate::error::ErrorKind::Unsupported => {
+                log::warn!("matrix units are not used: {error}");
+                build(None)
+            }
+            result => result,
         }
-        let mut vectors = Vec::new();
-        for v in &plan.vectors {
-            let values = weights.get(&v.name)?.to_f32();
-            let buffer = gpu.buffer(&v.name, values.len() as u64 * 4, storage)?;
-            gpu.checked(&v.name, || gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&values)))?;
-            vectors.push(buffer);
-        }
-        let bytes = |what: &str, factors: &[usize]| checked_size(what, factors).map(|n| n as u64);
-        let activation = |buf: Buf| {
-            let size = bytes("activations", &[capacity.max_rows, buf.width(&spec), 4])?;
+    }
+
+    fn build(
+        gpu: Arc<Gpu>,
+        spec: ModelSpec,
+        plan: &Plan,
+        weights: &Weights,
+        quantised: &[Option<Int8Matrix>],
+        pool: &Pool,
+        tile: Option<u32>,
+        capacity: Capacity,
+    ) -> Result<Self> {
+        let half = tile.is_some();
+        let element = if half { 2 } else { 4 };
+        let storage = wgpu::BufferUsages::STORAGE;
+        let rows = capacity.max_rows;
+        let padded = if half { rows.next_multiple_of(ROW_TILE) } else { rows };
+        let activation = |what: &str, rows: usize, width: usize, element: usize| {
+            let size = checked_size(what, &[rows, width, element])? as u64;
             if size > gpu.max_binding() {
                 return Err(Error::limit(format!(
-                    "activations of {} rows exceed a binding of this device; lower max_batch_tokens",
-                    capacity.max_rows
+                    "{what} of {rows} rows exceed a binding of this device; lower max_batch_tokens"
                 )));
             }
-            gpu.buffer("activations", size, storage)
+            gpu.buffer(what, size, storage)
         };
-        let activations = Buf::ALL.into_iter().map(activation).collect::<Result<_>>()?;
-        let per_layer = bytes("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width(), 4])?;
+        let per_layer = checked_size("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width(), element])? as u64;
         let mut kv = Vec::new();
         for _ in 0..spec.layers {
             let usage = storage | wgpu::BufferUsages::COPY_SRC;
             kv.push((gpu.buffer("keys", per_layer, usage)?, gpu.buffer("values", per_layer, usage)?));
         }
-        let block = bytes("a KV block", &[2, spec.layers, KV_BLOCK, spec.kv_width(), 4])?;
+        let block = checked_size("a KV block", &[2, spec.layers, KV_BLOCK, spec.kv_width(), element])? as u64;
         let passing = gpu.buffer("a KV block", block, wgpu::BufferUsages::COPY_SRC)?;
-        // An op is at most a norm, its products, and one more dispatch.
-        let slices = matrices.iter().chain(tables.iter().map(|(_, t)| t)).map(|m| m.slices.len()).sum::<usize>();
-        let slots = 3 * plan.ops.len() + 2 * slices + super::head::SLOTS;
-        let rows = capacity.max_rows as u64;
+        let d = spec.hidden_size;
+        let language_model = matches!(spec.head, crate::model::Head::LanguageModel { .. });
         let buffers = Buffers {
-            params: gpu.buffer("params", slots as u64 * SLOT, wgpu::BufferUsages::UNIFORM)?,
-            rows: gpu.buffer("rows", rows * size_of::<RowMeta>() as u64, storage)?,
-            tables: gpu.buffer("tables", capacity.max_table_entries() as u64 * 4, storage)?,
-            cos_sin: gpu.buffer("cos_sin", rows * spec.head_dim as u64 * 4, storage)?,
-            picked: gpu.buffer("picked", rows * 4, storage)?,
-            activations,
-            normed: activation(Buf::Hidden)?,
-            gate: activation(Buf::Gated)?,
+            rows: activation("rows", rows, size_of::<RowMeta>(), 1)?,
+            tables: activation("block tables", capacity.max_table_entries(), 4, 1)?,
+            cos_sin: activation("angles", rows, spec.head_dim, 4)?,
+            picked: activation("output rows", rows, 4, 1)?,
+            drawn: {
+                let bytes = (rows * size_of::<sample::Drawn>()) as u64;
+                gpu.buffer("draws", bytes, storage | wgpu::BufferUsages::COPY_SRC)?
+            },
+            hidden: activation("activations", rows, d, 4)?,
+            normed: activation("activations", padded, d, element)?,
+            q: activation("activations", rows, spec.q_width(), 4)?,
+            attn: activation("activations", padded, spec.q_width(), element)?,
+            gated: activation("activations", padded, spec.intermediate_size, element)?,
+            picked_rows: activation("activations", rows, d, 4)?,
+            last: activation("activations", padded + ROW_TILE, d, if language_model { element } else { 4 })?,
             nothing: gpu.buffer("nothing", 64, storage)?,
+            kv,
         };
-        let mut builder = Builder { gpu: &gpu, pipelines: Pipelines::default(), buffers: &buffers };
-        let mut calls = Vec::new();
-        let model = Model { spec: &spec, matrices: &matrices, tables: &tables, vectors: &vectors, kv: &kv };
-        for op in &plan.ops {
-            build_calls(&mut builder, &model, op, &mut calls)?;
+        let mut builder = Builder {
+            gpu: &gpu,
+            spec: &spec,
+            plan,
+            weights,
+            buffers: &buffers,
+            pipelines: Pipelines::default(),
+            uploader: Uploader::new(&gpu, pool),
+            quantised,
+            tile,
+            half_kv: half,
+            calls: Vec::new(),
+            tied: None,
+            weight_bytes: 0,
+            underflows: 0,
+            weight_count: 0,
+        };
+        builder.layers()?;
+        let head = Head::new(&mut builder, rows)?;
+        builder.uploader.finish()?;
+        let (calls, weight_bytes, underflows, count) =
+            (builder.calls, builder.weight_bytes, builder.underflows, builder.weight_count);
+        if half {
+            log::info!("products on matrix units: {count} weights as f16, {underflows} of them rounded (below 2^-14)");
         }
-        let head_matrix =
-            matrices.get(plan.head.0).ok_or_else(|| Error::internal("the plan's head is not a matrix"))?;
-        let head = super::head::Head::new(&mut builder, &spec, head_matrix, capacity.max_rows, calls.len())?;
+        gpu.save_shaders();
         let memory = Memory {
-            weights: matrices.iter().chain(tables.iter().map(|(_, t)| t)).map(Matrix::bytes).sum::<u64>()
-                + vectors.iter().map(|v| v.size()).sum::<u64>(),
+            weights: weight_bytes,
             mapped: 0,
             kv_cache: 2 * per_layer * spec.layers as u64,
-            scratch: scratch_bytes(&spec, capacity.max_rows),
+            scratch: scratch_bytes(&spec, rows),
         };
-        Ok(GpuExecutor { spec, calls, head, kv, passing, capacity, memory, buffers, gpu })
+        Ok(GpuExecutor {
+            calls,
+            head,
+            passing,
+            capacity,
+            kv_element: element as u64,
+            memory,
+            profile: None,
+            buffers,
+            spec,
+            gpu,
+        })
     }
 
-    /// Encodes and submits the calls of a step, in submissions of bounded cost.
-    fn run_calls(&self, t: u32, m: u32, keys: u64) -> Result<()> {
-        let mut params = vec![0u8; self.calls.len() * SLOT as usize];
-        let mut sizes = Vec::with_capacity(self.calls.len());
-        for (slot, call) in params.chunks_exact_mut(SLOT as usize).zip(&self.calls) {
-            let (bytes, groups) = (call.shape)(t, m);
-            slot[..bytes.len()].copy_from_slice(&bytes);
-            sizes.push(groups);
-        }
-        self.write(&self.buffers.params, &params)?;
-        let mut next = 0;
-        while next < self.calls.len() {
-            let mut cost = 0;
-            let submission = self.gpu.checked("a step", || {
-                let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-                while next < self.calls.len() && cost < SUBMISSION_COST {
-                    let (call, [x, y, z]) = (&self.calls[next], sizes[next]);
-                    if x * y * z > 0 {
-                        pass.set_pipeline(&call.pipeline);
-                        pass.set_bind_group(0, &call.bind_group, &[]);
-                        pass.dispatch_workgroups(x, y, z);
-                    }
-                    cost += match call.cost {
-                        Cost::PerRow(cost) => cost * u64::from(t),
-                        Cost::PerKey(cost) => cost * keys,
-                    };
-                    next += 1;
+    /// Uploads what the steps differ in.
+    fn upload(&self, steps: &[Step], orders: &[Vec<usize>]) {
+        let mut rows: Vec<RowMeta> = Vec::new();
+        let mut cos_sin: Vec<f32> = Vec::new();
+        let mut picked: Vec<u32> = Vec::new();
+        for (s, step) in steps.iter().enumerate() {
+            let start = rows.len();
+            rows.extend_from_slice(step.rows);
+            if let Some(previous) = s.checked_sub(1) {
+                // Outputs are computed in another order than they are listed.
+                for row in rows[start..].iter_mut().filter(|r| r.token >= FROM_DRAW) {
+                    let output = (row.token - FROM_DRAW) as usize;
+                    let place = orders[previous].iter().position(|&i| i == output).unwrap_or(output);
+                    row.token = FROM_DRAW | place as u32;
                 }
-                drop(pass);
-                self.gpu.queue.submit([encoder.finish()])
-            })?;
-            // Wait only if more is to come: the head waits for the last one.
-            if next < self.calls.len() {
-                self.gpu.wait(submission)?;
             }
+            cos_sin.extend_from_slice(step.cos_sin);
+            picked.extend(orders[s].iter().map(|&i| step.outputs[i].row));
+        }
+        let write = |buffer: &wgpu::Buffer, bytes: &[u8]| {
+            if !bytes.is_empty() {
+                self.gpu.queue.write_buffer(buffer, 0, bytes);
+            }
+        };
+        write(&self.buffers.rows, bytemuck::cast_slice(&rows));
+        write(&self.buffers.cos_sin, bytemuck::cast_slice(&cos_sin));
+        write(&self.buffers.picked, bytemuck::cast_slice(&picked));
+        write(&self.buffers.tables, bytemuck::cast_slice(steps[0].tables));
+    }
+
+    fn check(&self, steps: &[Step]) -> Result<()> {
+        let Capacity { max_rows, .. } = self.capacity;
+        let rows: usize = steps.iter().map(|s| s.rows.len()).sum();
+        let outputs: usize = steps.iter().map(|s| s.outputs.len()).sum();
+        let tables = steps.iter().map(|s| s.tables.len()).max().unwrap_or(0);
+        if steps.is_empty() || rows > max_rows || outputs > max_rows || tables > self.capacity.max_table_entries() {
+            return Err(Error::internal(format!("steps of {rows} rows and {outputs} outputs, built for {max_rows}")));
+        }
+        if steps.iter().any(|s| s.tables != steps[0].tables) {
+            return Err(Error::internal("steps with different block tables"));
         }
         Ok(())
-    }
-
-    pub(super) fn write(&self, buffer: &wgpu::Buffer, bytes: &[u8]) -> Result<()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        self.gpu.checked("writing", || self.gpu.queue.write_buffer(buffer, 0, bytes))
     }
 }
 
 impl Executor for GpuExecutor {
     fn step(&mut self, step: &Step) -> Result<Vec<Output>> {
-        let (t, m) = (step.rows.len(), step.outputs.len());
-        let Capacity { max_rows, .. } = self.capacity;
-        if t > max_rows || m > max_rows || step.tables.len() > self.capacity.max_table_entries() {
-            return Err(Error::internal(format!("a step of {t} rows and {m} outputs, built for {max_rows}")));
-        }
-        let order = super::head::order(step.outputs);
-        let picked: Vec<u32> = order.iter().map(|&i| step.outputs[i].row).collect();
-        self.write(&self.buffers.rows, bytemuck::cast_slice(step.rows))?;
-        self.write(&self.buffers.tables, bytemuck::cast_slice(step.tables))?;
-        self.write(&self.buffers.cos_sin, bytemuck::cast_slice(step.cos_sin))?;
-        self.write(&self.buffers.picked, bytemuck::cast_slice(&picked))?;
-        // Both are at most max_rows, which fits.
-        let seen = |r: &RowMeta| u64::from(r.position) + 1;
+        Ok(self.steps(std::slice::from_ref(step))?.pop().unwrap_or_default())
+    }
+
+    fn steps(&mut self, steps: &[Step]) -> Result<Vec<Vec<Output>>> {
+        self.check(steps)?;
+        let begin = Instant::now();
+        let orders: Vec<Vec<usize>> = steps.iter().map(|s| head::order(s.outputs)).collect();
         let window = self.spec.sliding_window.map_or(u64::MAX, |w| w as u64);
-        let keys = step.rows.iter().map(|r| seen(r).min(window)).sum();
-        self.run_calls(t as u32, m as u32, keys)?;
-        self.run_head(step, &order)
+        let limit = if self.gpu.is_software() { SOFTWARE_SUBMISSION } else { SUBMISSION };
+        let gpu = self.gpu.clone();
+        let mut pending = self.head.prepare(&gpu, &self.spec, steps, &orders)?;
+        gpu.checked("a step", || self.upload(steps, &orders))?;
+        let (mut first_row, mut first_output, mut first_drawn) = (0, 0, 0);
+        let mut last = None;
+        for (s, step) in steps.iter().enumerate() {
+            let seen = |r: &RowMeta| (u64::from(r.position) + 1).min(window);
+            // Rows and outputs are at most max_rows, which fits.
+            let dims = Dims {
+                rows: step.rows.len() as u32,
+                outputs: step.outputs.len() as u32,
+                first_row,
+                first_output,
+                first_drawn,
+                keys: step.rows.iter().map(seen).sum(),
+            };
+            let profile = self.profile.as_mut();
+            // A step runs while the next one is encoded.
+            last = Some(gpu.checked("a step", || {
+                let mut recorder = Recorder::new(&gpu, profile);
+                for call in &self.calls {
+                    recorder.dispatch(&call.bound, &(call.rule)(&dims));
+                    if recorder.multiply_adds() >= limit {
+                        let submission = recorder.submit(&gpu)?;
+                        gpu.wait(submission)?;
+                    }
+                }
+                self.head.record(&gpu, &mut recorder, &mut pending, s)?;
+                if s + 1 == steps.len() {
+                    self.head.record_results(&mut recorder, &self.buffers, &pending);
+                }
+                recorder.submit(&gpu)
+            })??);
+            first_drawn = first_output;
+            first_row += dims.rows;
+            first_output += dims.outputs;
+        }
+        if let Some(profile) = &mut self.profile {
+            profile.add_encoding(begin.elapsed().as_secs_f64());
+        }
+        let last = last.ok_or_else(|| Error::internal("no step"))?;
+        self.head.results(&gpu, pending, last, steps, &orders)
+    }
+
+    fn steps_ahead(&self) -> usize {
+        STEPS_AHEAD
+    }
+
+    fn feeds(&self, want: &Want) -> bool {
+        // What is read back block by block would need a place for each step.
+        matches!(want, Want::Sample(sampling) if sampling.top == 0 && sampling.request.kept_ids == 0)
     }
 
     fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
         if copies.is_empty() {
             return Ok(());
         }
-        let size = 4 * (KV_BLOCK * self.spec.kv_width()) as u64;
+        let size = self.kv_element * (KV_BLOCK * self.spec.kv_width()) as u64;
         self.gpu.checked("copying KV blocks", || {
             let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            let caches = || self.kv.iter().flat_map(|(keys, values)| [keys, values]).zip(0u64..);
+            let caches = || self.buffers.kv.iter().flat_map(|(keys, values)| [keys, values]).zip(0u64..);
             for copy in copies {
                 let (from, to) = (u64::from(copy.from) * size, u64::from(copy.to) * size);
                 for (cache, i) in caches() {
@@ -325,175 +337,28 @@ impl Executor for GpuExecutor {
     fn memory(&self) -> Memory {
         self.memory
     }
-}
 
-/// What the calls are built from.
-struct Model<'a> {
-    spec: &'a ModelSpec,
-    matrices: &'a [Matrix],
-    /// Embedding tables whose product form is quantised.
-    tables: &'a [(MatrixId, Matrix)],
-    vectors: &'a [wgpu::Buffer],
-    kv: &'a [(wgpu::Buffer, wgpu::Buffer)],
-}
-
-/// Appends calls to the list, each in its slot.
-struct Calls<'a, 'b> {
-    builder: &'a mut Builder<'b>,
-    model: &'a Model<'a>,
-    list: &'a mut Vec<Call>,
-}
-
-impl Calls<'_, '_> {
-    fn push(
-        &mut self,
-        kernel: &Kernel,
-        variant: Flags,
-        storage: &[&wgpu::Buffer],
-        cost: Cost,
-        shape: Shape,
-    ) -> Result<()> {
-        let (pipeline, bind_group) = self.builder.bind(kernel, variant, storage, self.list.len())?;
-        self.list.push(Call { pipeline, bind_group, shape, cost });
+    fn set_profiling(&mut self, on: bool) -> Result<()> {
+        self.profile = if on { Some(Profile::new(&self.gpu)?) } else { None };
         Ok(())
     }
 
-    fn norm(&mut self, [x, out]: [&wgpu::Buffer; 2], weight: VectorId, over_all: bool) -> Result<()> {
-        let (width, eps) = (self.model.spec.hidden_size as u32, self.model.spec.rms_norm_eps);
-        let shape: Shape = Box::new(move |t, m| {
-            let rows = if over_all { t } else { m };
-            (bytes_of(&rms_norm::Params { rows, width, eps }).to_vec(), fold(rows))
-        });
-        self.push(&rms_norm::KERNEL, Flags::default(), &[x, &self.model.vectors[weight.0], out], CHEAP, shape)
+    fn take_profile(&mut self) -> Vec<KernelTime> {
+        self.profile.as_mut().map(Profile::take).unwrap_or_default()
     }
 
-    fn product(&mut self, p: &Projection, [x, out]: [&wgpu::Buffer; 2], accumulate: bool) -> Result<()> {
-        let matrix = &self.model.matrices[p.weight.0];
-        let nothing = &self.builder.buffers.nothing;
-        let bias = p.bias.map_or(nothing, |v| &self.model.vectors[v.0]);
-        for slice in &matrix.slices {
-            let storage = [x, &slice.buffer, slice.scales.as_ref().unwrap_or(nothing), bias, out];
-            let base =
-                linear::Params { accumulate: u32::from(accumulate), ..slice_params(matrix, slice, p.bias.is_some()) };
-            let shape: Shape = Box::new(move |t, _| linear_shape(linear::Params { rows: t, ..base }));
-            let cost = Cost::PerRow(u64::from(matrix.cols) * u64::from(slice.count));
-            self.push(&linear::KERNEL, matrix.variant(), &storage, cost, shape)?;
-        }
-        Ok(())
+    fn limits(&mut self) -> Result<Limits> {
+        super::limits::measure(&self.gpu)
     }
 }
 
-fn build_calls(builder: &mut Builder, model: &Model, op: &Op, list: &mut Vec<Call>) -> Result<()> {
-    let (spec, b) = (model.spec, builder.buffers);
-    let (half, head_dim) = (spec.head_dim as u32 / 2, spec.head_dim as u32);
-    let (heads, kv_heads) = (spec.heads as u32, spec.kv_heads as u32);
-    let mut calls = Calls { builder, model, list };
-    let plain = Flags::default();
-    match op {
-        Op::Embed { table, out } => {
-            let stored = model.tables.iter().find(|(id, _)| id == table);
-            let table = stored.map_or(&model.matrices[table.0], |(_, matrix)| matrix);
-            for slice in &table.slices {
-                let (width, stride, first, count) = (table.cols, table.stride, slice.first, slice.count);
-                let storage = [&b.rows, &slice.buffer, b.activation(*out)];
-                let shape: Shape = Box::new(move |t, _| {
-                    (bytes_of(&embed::Params { rows: t, width, stride, first, count }).to_vec(), fold(t))
-                });
-                calls.push(&embed::KERNEL, Flags { dtype: table.dtype, ..plain }, &storage, CHEAP, shape)?;
-            }
-            Ok(())
-        }
-        Op::Linear { x, norm, parts } => {
-            let mut x = b.activation(*x);
-            if let Some(weight) = norm {
-                calls.norm([x, &b.normed], *weight, true)?;
-                x = &b.normed;
-            }
-            parts.iter().try_for_each(|(p, out)| calls.product(p, [x, b.activation(*out)], false))
-        }
-        Op::LinearAdd { x, part, to } => calls.product(part, [b.activation(*x), b.activation(*to)], true),
-        Op::LinearGated { x, norm, gate, up, out } => {
-            calls.norm([b.activation(*x), &b.normed], *norm, true)?;
-            calls.product(gate, [&b.normed, &b.gate], false)?;
-            calls.product(up, [&b.normed, b.activation(*out)], false)?;
-            let width = out.width(spec) as u32;
-            let shape: Shape = Box::new(move |t, _| {
-                let len = t * width;
-                (bytes_of(&silu_mul::Params { len }).to_vec(), fold(len.div_ceil(silu_mul::ELEMENTS_PER_WORKGROUP)))
-            });
-            calls.push(&silu_mul::KERNEL, plain, &[&b.gate, b.activation(*out)], CHEAP, shape)
-        }
-        Op::Rope { x, heads } => {
-            let heads = *heads as u32;
-            let shape: Shape =
-                Box::new(move |t, _| (bytes_of(&rope::Params { rows: t, heads, half }).to_vec(), fold(t)));
-            calls.push(&rope::KERNEL, plain, &[&b.cos_sin, b.activation(*x)], CHEAP, shape)
-        }
-        Op::KvWrite { layer } => {
-            let (keys, values) = &model.kv[*layer];
-            let storage = [&b.rows, b.activation(Buf::K), b.activation(Buf::V), keys, values];
-            let shape: Shape =
-                Box::new(move |t, _| (bytes_of(&kv_write::Params { rows: t, kv_heads, head_dim }).to_vec(), fold(t)));
-            calls.push(&kv_write::KERNEL, plain, &storage, CHEAP, shape)
-        }
-        Op::Attention { layer } => {
-            let (keys, values) = &model.kv[*layer];
-            let storage = [&b.rows, &b.tables, b.activation(Buf::Q), keys, values, b.activation(Buf::Attn)];
-            let scale = 1.0 / (spec.head_dim as f32).sqrt();
-            let window = spec.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
-            let shape: Shape = Box::new(move |t, _| {
-                let params = attention::Params { rows: t, heads, kv_heads, head_dim, scale, window };
-                (bytes_of(&params).to_vec(), [heads, t, 1])
-            });
-            calls.push(&attention::KERNEL, plain, &storage, Cost::PerKey(2 * spec.q_width() as u64), shape)
-        }
-        Op::GatherRows { x, out } => {
-            let width = x.width(spec) as u32;
-            let storage = [&b.picked, b.activation(*x), b.activation(*out)];
-            let shape: Shape =
-                Box::new(move |_, m| (bytes_of(&gather_rows::Params { rows: m, width }).to_vec(), fold(m)));
-            calls.push(&gather_rows::KERNEL, plain, &storage, CHEAP, shape)
-        }
-        Op::RmsNorm { x, weight, out } => calls.norm([b.activation(*x), b.activation(*out)], *weight, false),
-    }
-}
-
-/// Activations for steps of up to `max_rows` rows with what an op keeps between its dispatches, and the bounded block of
-/// logits with its copy for the host; block tables, a KV block on its way, and what sampling reads and writes.
+/// Activations for steps of up to `max_rows` rows, and the bounded block of logits with its copy for the host; block tables,
+/// a KV block on its way, and what sampling reads and writes.
 pub(crate) fn scratch_bytes(spec: &ModelSpec, max_rows: usize) -> u64 {
     let widths: usize = Buf::ALL.iter().map(|b| b.width(spec)).sum();
-    let between = spec.hidden_size + spec.intermediate_size + spec.head_dim;
-    let logits = 2 * logit_rows(spec.vocab_size) * spec.vocab_size;
+    let between = spec.hidden_size + spec.head_dim;
     let passing = 2 * spec.layers * KV_BLOCK * spec.kv_width();
     // Of each row, 64 entries of block tables.
-    4 * ((widths + between + 64) as u64 * max_rows as u64 + (logits + passing) as u64)
-        + super::head::sampling_bytes(spec.vocab_size)
+    4 * ((widths + between + 64) as u64 * max_rows as u64 + passing as u64) + head::bytes(spec.vocab_size, max_rows)
 }
 
-/// Parameters of a product with one slice of a matrix, for all of its rows.
-pub(super) fn slice_params(matrix: &Matrix, slice: &super::upload::Slice, has_bias: bool) -> linear::Params {
-    linear::Params {
-        rows: 0,
-        k: matrix.cols,
-        stride: matrix.stride,
-        count: slice.count,
-        first: slice.first,
-        out_stride: matrix.rows,
-        has_bias: u32::from(has_bias),
-        slice_row: 0,
-        x_first: 0,
-        accumulate: 0,
-    }
-}
-
-/// The dispatch of a product.
-pub(super) fn linear_shape(params: linear::Params) -> (Vec<u8>, [u32; 3]) {
-    let [x, y, _] = fold(params.count.div_ceil(linear::COLS_PER_WORKGROUP));
-    (bytes_of(&params).to_vec(), [x, y, params.rows.div_ceil(linear::ROWS_PER_WORKGROUP)])
-}
-
-/// Rows whose logits fit the block and a binding.
-pub(super) fn block_rows(gpu: &Gpu, width: usize) -> usize {
-    let fitting = usize::try_from(gpu.max_binding() / (4 * width as u64)).unwrap_or(usize::MAX);
-    logit_rows(width).min(fitting.max(1))
-}

@@ -1,385 +1,612 @@
-//! What follows the final norm on the GPU: a bounded block of rows at a time.
+//! What follows the final norm on the GPU. Log-probs alone leave no logits behind; draws and alternatives work on a block of
+//! rows at a time, whatever T is. Everything stays on the device until the last step's results are read.
 
-use bytemuck::{bytes_of, pod_collect_to_vec};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::executor::{Builder, GpuExecutor, SLOT, block_rows, fold, linear_shape, slice_params};
+use bytemuck::pod_collect_to_vec;
+
+use super::device::Gpu;
+use super::layers::{Buffers, Builder, product, shapes, slice_bytes};
+use super::matrix::{Matrix, Order, Part};
 use super::pipelines::Flags;
-use super::upload::Matrix;
-use crate::backend::{Output, OutputRow, Step, TokenStats, Want, logit_rows, top_logprobs};
+use super::record::{Bound, Dispatch, Params, Recorder, fold};
+use crate::backend::{Output, OutputRow, Step, TokenStats, Want, top_logprobs};
 use crate::error::{Error, Result};
 use crate::kernels::adjust_logits::Edit;
 use crate::kernels::log_sum_exp::RowStats;
 use crate::kernels::top_k::{Candidate, MAX_K, NO_TOKEN};
-use crate::kernels::{adjust_logits, linear, log_sum_exp, sample, top_k};
-use crate::model::{Buf, ModelSpec};
+use crate::kernels::{adjust_logits, head, linear, log_sum_exp, sample, top_k};
+use crate::model::{self, ModelSpec, Projection};
 
-/// Parameter slots that the head needs beyond one per slice of its matrix.
-pub(super) const SLOTS: usize = 4 + TOKEN_SLOTS;
-/// Different tokens whose rows of the head are multiplied one by one; with more, the whole head is.
-const TOKEN_SLOTS: usize = 64;
-/// Edits of logits in a block of rows at most; a row has at most V.
+/// Logits that exist at a time, in bytes.
+const LOGIT_BYTES: usize = 160 << 20;
+/// Columns of the product from which a single token's logit is taken: whole tiles of every shape.
+const TOKEN_TILE: u32 = 64;
+
+/// Rows whose logits exist at a time.
+fn block_rows(vocab: usize, max_rows: usize) -> usize {
+    (LOGIT_BYTES / (4 * vocab)).clamp(1, 256).min(max_rows)
+}
+
+/// Edits of logits in an upload at most; a row has at most V.
 fn most_edits(vocab: usize) -> usize {
     vocab.max(1 << 16)
 }
 
-/// Edits, masks and kept ids of a block of rows.
-pub(super) fn sampling_bytes(vocab: usize) -> u64 {
-    let row = vocab.div_ceil(32) * 4 + 2 * sample::MAX_KEPT_IDS * 4;
-    (most_edits(vocab) * size_of::<Edit>() + logit_rows(vocab) * row) as u64
+/// Logits and their copy for the host, statistics, edits, masks and kept ids.
+pub(super) fn bytes(vocab: usize, max_rows: usize) -> u64 {
+    let rows = block_rows(vocab, max_rows);
+    let row = 2 * 4 * vocab.next_multiple_of(TOKEN_TILE as usize)
+        + vocab.div_ceil(32) * (4 + 16)
+        + 2 * (sample::MAX_KEPT_IDS * 4 + MAX_K * size_of::<Candidate>());
+    let each = size_of::<sample::Request>() + 2 * (size_of::<sample::Drawn>() + size_of::<RowStats>()) + 4;
+    (most_edits(vocab) * size_of::<Edit>() + rows * row + max_rows * each) as u64
 }
 
-type Bound = (wgpu::ComputePipeline, wgpu::BindGroup);
-/// What is bound (owned or borrowed), the bytes of its parameters, and its workgroups.
-type Dispatch<B> = (B, Vec<u8>, [u32; 3]);
-
-/// A slice of the head's matrix.
+/// A slice of the head's matrix, bound twice.
 struct HeadSlice {
-    bound: Bound,
-    weight: wgpu::Buffer,
-    scales: wgpu::Buffer,
-    params: linear::Params,
+    /// To the pass over the vocabulary.
+    pass: Option<Bound>,
+    /// To the product alone: score heads, single tokens.
+    alone: Bound,
+    params: head::Params,
+    bytes: u64,
 }
 
 pub(super) struct Head {
     slices: Vec<HeadSlice>,
+    /// Of the pass, and of the product alone.
+    flags: Flags,
     log_sum_exp: Bound,
     top_k: Bound,
     adjust_logits: Bound,
     sample: Bound,
-    first_slot: usize,
     targets: wgpu::Buffer,
     requests: wgpu::Buffer,
     edits: wgpu::Buffer,
     masks: wgpu::Buffer,
     kept_ids: wgpu::Buffer,
     logits: wgpu::Buffer,
-    stats: wgpu::Buffer,
+    joined: wgpu::Buffer,
     best: wgpu::Buffer,
-    drawn: wgpu::Buffer,
-    readback: wgpu::Buffer,
-    /// Rows of a block.
+    /// Grows to what a step needs.
+    readback: Mutex<wgpu::Buffer>,
+    /// Rows of a block, and of the masks.
     block: usize,
     /// Columns of the head.
     width: usize,
+    /// Tiles of the vocabulary.
+    tiles: u32,
 }
 
-/// Indices of the outputs, those that need the whole vocabulary first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Class {
+    /// Needs the logits themselves.
+    Logits,
+    /// Needs what the pass over the vocabulary leaves of them.
+    Stats,
+    /// Single tokens, or a score head.
+    Columns,
+}
+
+fn class(want: &Want) -> Class {
+    match want {
+        Want::Sample(_) => Class::Logits,
+        Want::Logprob { top, .. } if *top > 0 => Class::Logits,
+        Want::Logprob { .. } => Class::Stats,
+        Want::Tokens(_) | Want::Score => Class::Columns,
+    }
+}
+
+/// Indices of the outputs, in the order in which they are computed.
 pub(super) fn order(outputs: &[OutputRow]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..outputs.len()).collect();
-    order.sort_by_key(|&i| !outputs[i].want.needs_vocabulary());
+    order.sort_by_key(|&i| class(&outputs[i].want));
     order
 }
 
+/// Some outputs of a step that are computed together.
+struct Block {
+    step: usize,
+    /// Places in the step's order.
+    start: usize,
+    end: usize,
+    /// The place of `start` in the tables of all steps.
+    first: u32,
+    class: Class,
+    /// Alternatives to find.
+    k: usize,
+    samples: bool,
+    changes: bool,
+    reports: bool,
+    /// First columns of the tiles that single tokens are in; empty: all columns.
+    columns: Vec<u32>,
+    /// Edits and masks to upload before it.
+    upload: Option<(Vec<Edit>, Vec<u32>)>,
+    /// Where its parts of the read-back begin.
+    best_at: u64,
+    kept_at: u64,
+    logits_at: u64,
+}
+
+impl Block {
+    fn len(&self) -> usize {
+        self.end - self.start
+    }
+}
+
+/// Steps on their way.
+pub(super) struct Pending {
+    blocks: Vec<Block>,
+    requests: Vec<sample::Request>,
+    readback: wgpu::Buffer,
+    bytes: u64,
+}
+
 impl Head {
-    pub(super) fn new(
-        builder: &mut Builder,
-        spec: &ModelSpec,
-        matrix: &Matrix,
-        max_rows: usize,
-        first_slot: usize,
-    ) -> Result<Head> {
-        let gpu = builder.gpu;
+    pub(super) fn new(builder: &mut Builder, max_rows: usize) -> Result<Head> {
+        let (gpu, spec) = (builder.gpu, builder.spec);
+        let language_model = matches!(spec.head, model::Head::LanguageModel { .. });
+        let id = builder.plan.head;
+        let matrix = match builder.tied.take() {
+            Some(matrix) if builder.quantised[id.0].is_none() => matrix,
+            _ if language_model => builder.matrix("head", &[&Projection { weight: id, bias: None }], Order::Plain, true)?,
+            _ => {
+                let part = Part::Stored(super::executor::stored(builder.plan, builder.weights, id)?);
+                let matrix = Matrix::upload(&mut builder.uploader, gpu, "score head", &[part], Order::Plain, None)?;
+                builder.weight_bytes += matrix.bytes();
+                matrix
+            }
+        };
         let width = matrix.rows as usize;
-        let block = block_rows(gpu, width).min(max_rows);
+        let padded = width.next_multiple_of(TOKEN_TILE as usize);
+        let fitting = usize::try_from(gpu.max_binding() / (4 * padded as u64)).unwrap_or(usize::MAX);
+        let block = block_rows(width, max_rows).min(fitting.max(1));
+        let flags = Flags { head: true, ..matrix.variant() };
+        let [_, columns] = flags.workgroup_tile();
+        let tiles = matrix.rows.div_ceil(columns);
         let (storage, copy) = (wgpu::BufferUsages::STORAGE, wgpu::BufferUsages::COPY_SRC);
-        let size = |what: &str, each: usize, usage| gpu.buffer(what, (block * each) as u64, usage);
-        let logits = size("logits", width * 4, storage | copy)?;
-        let targets = size("targets", 4, storage)?;
-        let requests = size("requests", size_of::<sample::Request>(), storage)?;
-        let edits = gpu.buffer("edits", (most_edits(spec.vocab_size) * size_of::<Edit>()) as u64, storage)?;
-        let masks = size("masks", spec.vocab_size.div_ceil(32) * 4, storage)?;
-        let kept_ids = size("kept ids", sample::MAX_KEPT_IDS * 4, storage | copy)?;
-        let stats = size("stats", size_of::<RowStats>(), storage | copy)?;
-        let best = size("best", MAX_K * size_of::<Candidate>(), storage | copy)?;
-        let drawn = size("drawn", size_of::<sample::Drawn>(), storage | copy)?;
-        // The logits themselves are read back for score heads and single tokens only.
-        let readback = gpu.buffer(
-            "readback",
-            stats.size() + best.size() + drawn.size() + kept_ids.size() + logits.size(),
-            wgpu::BufferUsages::MAP_READ,
-        )?;
+        let buffer = |what: &str, each: usize, rows: usize, usage| gpu.buffer(what, (rows * each) as u64, usage);
+        let logits = buffer("logits", padded * 4, block, storage | copy)?;
+        let stats = buffer("statistics", tiles as usize * size_of::<RowStats>(), block, storage)?;
+        let targets = buffer("targets", 4, max_rows, storage)?;
+        let requests = buffer("requests", size_of::<sample::Request>(), max_rows, storage)?;
+        let edits = buffer("edits", size_of::<Edit>(), most_edits(spec.vocab_size), storage)?;
+        let masks = buffer("masks", spec.vocab_size.div_ceil(32) * 4, block, storage)?;
+        let kept_ids = buffer("kept ids", sample::MAX_KEPT_IDS * 4, block, storage | copy)?;
+        let joined = buffer("statistics", size_of::<RowStats>(), max_rows, storage | copy)?;
+        let best = buffer("alternatives", MAX_K * size_of::<Candidate>(), block, storage | copy)?;
+        let readback = buffer("read-back", 64, max_rows, wgpu::BufferUsages::MAP_READ)?;
+        let b = builder.buffers;
         let mut slices = Vec::new();
         for slice in &matrix.slices {
-            let x = builder.buffers.activation(Buf::Final);
-            let nothing = &builder.buffers.nothing;
-            let scales = slice.scales.clone().unwrap_or_else(|| nothing.clone());
-            let bound = [x, &slice.buffer, &scales, nothing, &logits];
-            let slot = first_slot + slices.len();
-            let bound = builder.bind(&linear::KERNEL, matrix.variant(), &bound, slot)?;
-            let params = slice_params(matrix, slice, false);
-            slices.push(HeadSlice { bound, weight: slice.buffer.clone(), scales, params });
+            let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
+            let bound = [&b.last, &slice.buffer, scales, &b.nothing, &targets, &logits, &stats];
+            let pass = if language_model {
+                let kernel = &head::KERNEL;
+                Some(Bound::new(gpu, &mut builder.pipelines, kernel, flags, shapes(flags), &bound)?)
+            } else {
+                None
+            };
+            let alone = [&b.last, &slice.buffer, scales, &b.nothing, &logits];
+            let plain = matrix.variant();
+            let alone = Bound::new(gpu, &mut builder.pipelines, &linear::KERNEL, plain, shapes(plain), &alone)?;
+            let params = head::Params {
+                rows: 0,
+                k: matrix.cols,
+                stride: matrix.stride,
+                count: slice.count,
+                first: slice.first,
+                slice_row: 0,
+                x_first: 0,
+                vocab: matrix.rows,
+                tiles,
+                keep: 0,
+                first_target: 0,
+            };
+            slices.push(HeadSlice { pass, alone, params, bytes: slice_bytes(slice) });
         }
-        let slot = first_slot + slices.len();
-        let plain = Flags::default();
-        let log_sum_exp = builder.bind(&log_sum_exp::KERNEL, plain, &[&logits, &targets, &stats], slot)?;
-        let top_k = builder.bind(&top_k::KERNEL, plain, &[&logits, &best], slot + 1)?;
-        let adjusted = [&requests, &masks, &edits, &logits];
-        let adjust_logits = builder.bind(&adjust_logits::KERNEL, plain, &adjusted, slot + 2)?;
-        let sampled = [&logits, &requests, &edits, &drawn, &kept_ids];
-        let sample = builder.bind(&sample::KERNEL, plain, &sampled, slot + 3)?;
+        let none = Flags::default();
+        let pipelines = &mut builder.pipelines;
         Ok(Head {
             slices,
-            log_sum_exp,
-            top_k,
-            adjust_logits,
-            sample,
-            first_slot,
+            flags,
+            log_sum_exp: Bound::plain(gpu, pipelines, &log_sum_exp::KERNEL, none, &[&stats, &joined])?,
+            top_k: Bound::plain(gpu, pipelines, &top_k::KERNEL, none, &[&logits, &best])?,
+            adjust_logits: Bound::plain(
+                gpu,
+                pipelines,
+                &adjust_logits::KERNEL,
+                none,
+                &[&requests, &masks, &edits, &logits],
+            )?,
+            sample: Bound::plain(
+                gpu,
+                pipelines,
+                &sample::KERNEL,
+                none,
+                &[&logits, &requests, &edits, &b.drawn, &kept_ids],
+            )?,
             targets,
             requests,
             edits,
             masks,
             kept_ids,
             logits,
-            stats,
+            joined,
             best,
-            drawn,
-            readback,
+            readback: Mutex::new(readback),
             block,
             width,
+            tiles,
         })
+    }
+
+    /// Cuts the outputs of steps into blocks and uploads what they ask for.
+    pub(super) fn prepare(
+        &self,
+        gpu: &Gpu,
+        spec: &ModelSpec,
+        steps: &[Step],
+        orders: &[Vec<usize>],
+    ) -> Result<Pending> {
+        let mut builder = Blocks { head: self, vocab: spec.vocab_size, ..Blocks::new(self) };
+        for (s, (step, order)) in steps.iter().zip(orders).enumerate() {
+            let wants: Vec<&Want> = order.iter().map(|&i| &step.outputs[i].want).collect();
+            builder.add_step(s, &wants);
+        }
+        let Blocks { mut blocks, targets, requests, .. } = builder;
+        // Of all outputs first, then what only some blocks have.
+        let mut bytes = (requests.len() * (size_of::<RowStats>() + size_of::<sample::Drawn>())) as u64;
+        for block in &mut blocks {
+            let rows = block.len() as u64;
+            block.best_at = bytes;
+            bytes += rows * (block.k * size_of::<Candidate>()) as u64;
+            block.kept_at = bytes;
+            bytes += if block.reports { rows * (sample::MAX_KEPT_IDS * 4) as u64 } else { 0 };
+            block.logits_at = bytes;
+            if block.class == Class::Columns {
+                bytes += (rows * self.columns_of(block) as u64 * 4).next_multiple_of(8);
+            }
+        }
+        let mut readback = self.readback.lock().unwrap_or_else(PoisonError::into_inner);
+        if readback.size() < bytes + 8 {
+            *readback = gpu.buffer("read-back", (bytes + 8).next_power_of_two(), wgpu::BufferUsages::MAP_READ)?;
+        }
+        gpu.checked("requests", || {
+            if !requests.is_empty() {
+                gpu.queue.write_buffer(&self.targets, 0, bytemuck::cast_slice(&targets));
+                gpu.queue.write_buffer(&self.requests, 0, bytemuck::cast_slice(&requests));
+            }
+        })?;
+        Ok(Pending { blocks, requests, readback: readback.clone(), bytes })
+    }
+
+    /// Columns of the logits that a block of single tokens or scores has.
+    fn columns_of(&self, block: &Block) -> usize {
+        if block.columns.is_empty() { self.width } else { block.columns.len() * TOKEN_TILE as usize }
+    }
+
+    /// Records the blocks of step `s`.
+    pub(super) fn record(&self, gpu: &Gpu, recorder: &mut Recorder, pending: &mut Pending, s: usize) -> Result<()> {
+        let mut begun = false;
+        for block in pending.blocks.iter_mut().filter(|b| b.step == s) {
+            if let Some((edits, masks)) = block.upload.take() {
+                // What is recorded reads what was uploaded before it is submitted.
+                if begun {
+                    recorder.submit(gpu)?;
+                }
+                for (buffer, bytes) in
+                    [(&self.edits, bytemuck::cast_slice::<_, u8>(&edits)), (&self.masks, bytemuck::cast_slice(&masks))]
+                {
+                    if !bytes.is_empty() {
+                        gpu.queue.write_buffer(buffer, 0, bytes);
+                    }
+                }
+            }
+            begun = true;
+            match block.class {
+                Class::Columns => self.record_columns(recorder, block, &pending.readback),
+                _ => self.record_vocabulary(recorder, block, &pending.readback),
+            }
+        }
+        Ok(())
+    }
+
+    fn record_vocabulary(&self, recorder: &mut Recorder, block: &Block, readback: &wgpu::Buffer) {
+        let rows = block.len() as u32;
+        let vocab = self.width as u32;
+        let keep = u32::from(block.class == Class::Logits);
+        for slice in &self.slices {
+            let Some(pass) = &slice.pass else { continue };
+            let x_first = block.start as u32;
+            let params = head::Params { rows, x_first, keep, first_target: block.first, ..slice.params };
+            let sizes = [rows, params.count, params.k];
+            let mut dispatch = product(self.flags, sizes, slice.bytes, &params);
+            if keep == 0 {
+                dispatch.bytes -= u64::from(rows) * 4 * u64::from(params.count);
+            }
+            recorder.dispatch(pass, &dispatch);
+        }
+        let by_row = |params: Params, bytes: u64| Dispatch {
+            shape: super::pipelines::TileShape::Narrow,
+            params,
+            groups: fold(rows),
+            bytes: u64::from(rows) * bytes,
+            multiply_adds: 0,
+        };
+        let row = 4 * u64::from(vocab);
+        let join = log_sum_exp::Params { rows, tiles: self.tiles, first: block.first };
+        recorder.dispatch(&self.log_sum_exp, &by_row(Params::of(&join), 16 * u64::from(self.tiles)));
+        if block.k > 0 {
+            let k = block.k as u32;
+            recorder.dispatch(&self.top_k, &by_row(Params::of(&top_k::Params { rows, vocab, k }), row));
+            let bytes = (block.len() * block.k * size_of::<Candidate>()) as u64;
+            recorder.copy(&self.best, 0, readback, block.best_at, bytes);
+        }
+        if block.changes {
+            let params = adjust_logits::Params { rows, vocab, first: block.first };
+            recorder.dispatch(&self.adjust_logits, &by_row(Params::of(&params), 0));
+        }
+        if block.samples {
+            let params = sample::Params { rows, vocab, first: block.first };
+            recorder.dispatch(&self.sample, &by_row(Params::of(&params), row));
+        }
+        if block.reports {
+            let bytes = (block.len() * sample::MAX_KEPT_IDS * 4) as u64;
+            recorder.copy(&self.kept_ids, 0, readback, block.kept_at, bytes);
+        }
+    }
+
+    fn record_columns(&self, recorder: &mut Recorder, block: &Block, readback: &wgpu::Buffer) {
+        let rows = block.len() as u32;
+        let width = self.columns_of(block) as u32;
+        for slice in &self.slices {
+            let s = &slice.params;
+            let base = linear::Params {
+                rows,
+                k: s.k,
+                stride: s.stride,
+                count: s.count,
+                first: s.first,
+                out_stride: width,
+                has_bias: 0,
+                slice_row: 0,
+                x_first: block.start as u32,
+                accumulate: 0,
+                scale: 1.0,
+            };
+            let flags = Flags { head: false, ..self.flags };
+            if block.columns.is_empty() {
+                recorder.dispatch(&slice.alone, &product(flags, [rows, s.count, s.k], slice.bytes, &base));
+                continue;
+            }
+            for (&column, i) in block.columns.iter().zip(0u32..) {
+                if column < s.first || column >= s.first + s.count {
+                    continue;
+                }
+                let slice_row = column - s.first;
+                let count = TOKEN_TILE.min(s.count - slice_row);
+                let params = linear::Params { slice_row, count, first: i * TOKEN_TILE, ..base };
+                let bytes = slice.bytes / u64::from(s.count) * u64::from(count);
+                recorder.dispatch(&slice.alone, &product(flags, [rows, count, s.k], bytes, &params));
+            }
+        }
+        let bytes = (u64::from(rows) * u64::from(width) * 4).next_multiple_of(8);
+        recorder.copy(&self.logits, 0, readback, block.logits_at, bytes);
+    }
+
+    /// Records the copies of what every output has.
+    pub(super) fn record_results(&self, recorder: &mut Recorder, buffers: &Buffers, pending: &Pending) {
+        let count = pending.requests.len() as u64;
+        let stats = count * size_of::<RowStats>() as u64;
+        recorder.copy(&self.joined, 0, &pending.readback, 0, stats);
+        recorder.copy(&buffers.drawn, 0, &pending.readback, stats, count * size_of::<sample::Drawn>() as u64);
+    }
+
+    /// Waits for the last step and reads every output.
+    pub(super) fn results(
+        &self,
+        gpu: &Gpu,
+        pending: Pending,
+        last: wgpu::SubmissionIndex,
+        steps: &[Step],
+        orders: &[Vec<usize>],
+    ) -> Result<Vec<Vec<Output>>> {
+        if pending.bytes == 0 {
+            gpu.wait(last)?;
+            return Ok(steps.iter().map(|_| Vec::new()).collect());
+        }
+        let bytes = gpu.read(&pending.readback, pending.bytes, last)?;
+        let short = || Error::internal("a short read-back");
+        let part = |at: u64, len: usize| bytes.get(at as usize..at as usize + len).ok_or_else(short);
+        let count = pending.requests.len();
+        let stats: Vec<RowStats> = pod_collect_to_vec(part(0, count * size_of::<RowStats>())?);
+        let drawn_at = (count * size_of::<RowStats>()) as u64;
+        let drawn: Vec<sample::Drawn> = pod_collect_to_vec(part(drawn_at, count * size_of::<sample::Drawn>())?);
+        let mut results: Vec<Vec<Option<Output>>> = steps.iter().map(|s| vec![None; s.outputs.len()]).collect();
+        for block in &pending.blocks {
+            let rows = block.len();
+            let best: Vec<Candidate> =
+                pod_collect_to_vec(part(block.best_at, rows * block.k * size_of::<Candidate>())?);
+            let kept: Vec<u32> = pod_collect_to_vec(if block.reports {
+                part(block.kept_at, rows * sample::MAX_KEPT_IDS * 4)?
+            } else {
+                &[]
+            });
+            let width = self.columns_of(block);
+            let logits: Vec<f32> = pod_collect_to_vec(if block.class == Class::Columns {
+                part(block.logits_at, rows * width * 4)?
+            } else {
+                &[]
+            });
+            for row in 0..rows {
+                let i = orders[block.step][block.start + row];
+                let place = block.first as usize + row;
+                let want = &steps[block.step].outputs[i].want;
+                let RowStats { stats, target_logit } = stats[place];
+                let of = |logit: f32| TokenStats {
+                    logprob: stats.logprob(logit),
+                    entropy: stats.entropy(),
+                    top: top_logprobs(&best[row * block.k..row * block.k + want.top()], |l| stats.logprob(l)),
+                };
+                results[block.step][i] = Some(match want {
+                    Want::Sample(_) => {
+                        let drawn = drawn[place];
+                        let kept_ids = match (drawn.kept, pending.requests[place]) {
+                            (kept, request) if kept == 0 || kept > request.kept_ids => Vec::new(),
+                            (_, request) if request.inverse_temperature < 0.0 => vec![drawn.token],
+                            (count, _) => kept[row * sample::MAX_KEPT_IDS..][..count as usize].to_vec(),
+                        };
+                        Output::Sampled { drawn, stats: of(drawn.logit), kept_ids }
+                    }
+                    Want::Logprob { .. } => Output::Logprob(of(target_logit)),
+                    Want::Score => Output::Logits(logits[row * width..(row + 1) * width].to_vec()),
+                    Want::Tokens(tokens) => {
+                        let column = |token: &u32| {
+                            let (tile, place) = (token / TOKEN_TILE * TOKEN_TILE, token % TOKEN_TILE);
+                            match block.columns.binary_search(&tile) {
+                                Ok(i) => i * TOKEN_TILE as usize + place as usize,
+                                Err(_) => *token as usize,
+                            }
+                        };
+                        Output::Logits(tokens.iter().map(|t| logits[row * width + column(t)]).collect())
+                    }
+                });
+            }
+        }
+        Ok(results.into_iter().map(|step| step.into_iter().flatten().collect()).collect())
     }
 }
 
-impl GpuExecutor {
-    pub(super) fn run_head(&self, step: &Step, order: &[usize]) -> Result<Vec<Output>> {
-        let mut results: Vec<Option<Output>> = vec![None; step.outputs.len()];
-        let wants: Vec<&Want> = order.iter().map(|&i| &step.outputs[i].want).collect();
-        let vocabulary = wants.iter().take_while(|w| w.needs_vocabulary()).count();
+/// Blocks in the making.
+struct Blocks<'a> {
+    head: &'a Head,
+    vocab: usize,
+    blocks: Vec<Block>,
+    targets: Vec<u32>,
+    requests: Vec<sample::Request>,
+    /// The block that uploads what later ones add to it, and the rows of its masks.
+    uploading: Option<usize>,
+    mask_rows: HashMap<*const u32, u32>,
+}
+
+impl<'a> Blocks<'a> {
+    fn new(head: &'a Head) -> Self {
+        Blocks {
+            head,
+            vocab: 0,
+            blocks: Vec::new(),
+            targets: Vec::new(),
+            requests: Vec::new(),
+            uploading: None,
+            mask_rows: HashMap::new(),
+        }
+    }
+
+    fn add_step(&mut self, step: usize, wants: &[&Want]) {
         let mut start = 0;
         while start < wants.len() {
-            let limit = if start < vocabulary { vocabulary } else { wants.len() };
-            let mut end = limit.min(start + self.head.block);
-            // As many rows as their edits have room for; one row always has.
-            let mut edits = 0;
-            let fits = |want: &&&Want| {
-                edits += if let Want::Sample(sampling) = **want { sampling.edits.len() } else { 0 };
-                edits <= most_edits(self.spec.vocab_size)
-            };
-            end = end.min(start + wants[start..end].iter().take_while(fits).count().max(1));
-            let outputs = if start < vocabulary {
-                self.vocabulary_block(start, &wants[start..end])?
+            let class = class(wants[start]);
+            let mut end = start + wants[start..].iter().take_while(|w| self::class(w) == class).count();
+            end = end.min(start + self.head.block);
+            let mut columns = Vec::new();
+            if class == Class::Columns {
+                // Tiles of single tokens as long as they are fewer than the vocabulary has.
+                let most = self.head.width.next_multiple_of(TOKEN_TILE as usize) / TOKEN_TILE as usize;
+                let of = |want: &&Want| match want {
+                    Want::Tokens(tokens) => tokens.iter().map(|t| t / TOKEN_TILE * TOKEN_TILE).collect(),
+                    _ => Vec::new(),
+                };
+                columns = wants[start..end].iter().flat_map(of).collect();
+                columns.sort_unstable();
+                columns.dedup();
+                if columns.len() >= most {
+                    columns.clear();
+                }
             } else {
-                self.logits_block(start, &wants[start..end])?
-            };
-            for (i, output) in (start..end).zip(outputs) {
-                results[order[i]] = Some(output);
+                // As many rows as their edits have room for; one row always has.
+                let mut edits = 0;
+                let fits = |want: &&&Want| {
+                    edits += if let Want::Sample(sampling) = **want { sampling.edits.len() } else { 0 };
+                    edits <= most_edits(self.vocab)
+                };
+                end = end.min(start + wants[start..end].iter().take_while(fits).count().max(1));
             }
+            self.add_block(step, start, class, columns, &wants[start..end]);
             start = end;
         }
-        if wants.is_empty() {
-            // Nothing to read back: wait for the step itself.
-            let submission = self.gpu.checked("a step", || self.gpu.queue.submit([]))?;
-            self.gpu.wait(submission)?;
-        }
-        Ok(results.into_iter().flatten().collect())
     }
 
-    /// Log-probs and samples of the rows from `start` on.
-    fn vocabulary_block(&self, start: usize, wants: &[&Want]) -> Result<Vec<Output>> {
-        let head = &self.head;
-        let rows = wants.len() as u32;
-        let vocab = head.width as u32;
-        let words = self.spec.vocab_size.div_ceil(32);
-        let k = wants.iter().map(|w| w.top()).max().unwrap_or(0);
-        let (mut targets, mut requests) = (Vec::new(), Vec::new());
-        let (mut edits, mut masks) = (Vec::<Edit>::new(), Vec::<u32>::new());
+    fn add_block(&mut self, step: usize, start: usize, class: Class, columns: Vec<u32>, wants: &[&Want]) {
+        // Below max_rows.
+        let first = self.requests.len() as u32;
+        let mut block = Block {
+            step,
+            start,
+            end: start + wants.len(),
+            first,
+            class,
+            k: wants.iter().map(|w| w.top()).max().unwrap_or(0),
+            samples: false,
+            changes: false,
+            reports: false,
+            columns,
+            upload: None,
+            best_at: 0,
+            kept_at: 0,
+            logits_at: 0,
+        };
+        let words = self.vocab.div_ceil(32);
+        let (mut edits, mut masks) = (0, 0);
         for want in wants {
-            targets.push(if let Want::Logprob { target, .. } = want { *target } else { NO_TOKEN });
+            if let Want::Sample(sampling) = want {
+                edits += sampling.edits.len();
+                masks += usize::from(sampling.mask.is_some());
+            }
+        }
+        // Blocks share an upload while there is room.
+        let fits = self.uploading.and_then(|i| self.blocks[i].upload.as_ref()).is_some_and(|(e, m)| {
+            e.len() + edits <= most_edits(self.vocab) && m.len() / words + masks <= self.head.block
+        });
+        if edits + masks > 0 && !fits {
+            block.upload = Some((Vec::new(), Vec::new()));
+            self.uploading = Some(self.blocks.len());
+            self.mask_rows.clear();
+        }
+        block.changes = edits + masks > 0;
+        self.blocks.push(block);
+        for want in wants {
+            self.targets.push(if let Want::Logprob { target, .. } = want { *target } else { NO_TOKEN });
             let mut request = sample::Request { active: 0, ..sample::Request::default() };
             if let Want::Sample(sampling) = want {
-                // Both are bounded by the buffers' sizes, which are below 2^32.
-                request = sample::Request {
-                    first_edit: edits.len() as u32,
-                    edit_count: sampling.edits.len() as u32,
-                    ..sampling.request
-                };
-                edits.extend_from_slice(&sampling.edits);
-                if let Some(mask) = &sampling.mask {
-                    request.mask_row = (masks.len() / words) as u32;
-                    masks.extend_from_slice(mask);
+                request = self.request(sampling, words);
+                if let Some(block) = self.blocks.last_mut() {
+                    block.samples = true;
+                    block.reports |= request.kept_ids > 0;
                 }
             }
-            requests.push(request);
+            self.requests.push(request);
         }
-        let samples = requests.iter().any(|r| r.active == 1);
-        let changes = !edits.is_empty() || !masks.is_empty();
-        let reports = requests.iter().any(|r| r.kept_ids > 0);
-        self.write(&head.targets, bytemuck::cast_slice(&targets))?;
-        self.write(&head.requests, bytemuck::cast_slice(&requests))?;
-        self.write(&head.edits, bytemuck::cast_slice(&edits))?;
-        self.write(&head.masks, bytemuck::cast_slice(&masks))?;
-
-        let mut dispatches = self.head_products(start, rows);
-        let groups = |needed: bool| fold(if needed { rows } else { 0 });
-        let stats = log_sum_exp::Params { rows, vocab };
-        dispatches.push((&head.log_sum_exp, bytes_of(&stats).to_vec(), fold(rows)));
-        let best = top_k::Params { rows, vocab, k: k as u32 };
-        dispatches.push((&head.top_k, bytes_of(&best).to_vec(), groups(k > 0)));
-        let adjust = adjust_logits::Params { rows, vocab };
-        dispatches.push((&head.adjust_logits, bytes_of(&adjust).to_vec(), groups(changes)));
-        let draw = sample::Params { rows, vocab };
-        dispatches.push((&head.sample, bytes_of(&draw).to_vec(), groups(samples)));
-
-        let sizes = [
-            (&head.stats, wants.len() * size_of::<RowStats>()),
-            (&head.best, wants.len() * k * size_of::<Candidate>()),
-            (&head.drawn, if samples { wants.len() * size_of::<sample::Drawn>() } else { 0 }),
-            (&head.kept_ids, if reports { wants.len() * sample::MAX_KEPT_IDS * 4 } else { 0 }),
-        ];
-        let [stats, best, drawn, kept_ids] = self.submit_and_read(dispatches, sizes)?;
-        let stats: Vec<RowStats> = pod_collect_to_vec(&stats);
-        let best: Vec<Candidate> = pod_collect_to_vec(&best);
-        let drawn: Vec<sample::Drawn> = pod_collect_to_vec(&drawn);
-        let kept_ids: Vec<u32> = pod_collect_to_vec(&kept_ids);
-        let kept = |i: usize| match (drawn[i].kept, requests[i]) {
-            (kept, request) if kept == 0 || kept > request.kept_ids => Vec::new(),
-            (_, request) if request.inverse_temperature < 0.0 => vec![drawn[i].token],
-            (kept, _) => kept_ids[i * sample::MAX_KEPT_IDS..][..kept as usize].to_vec(),
-        };
-        let read = |(i, want): (usize, &&Want)| {
-            let RowStats { stats, target_logit } = stats[i];
-            let best = &best[i * k..i * k + want.top()];
-            let of = |logit: f32| TokenStats {
-                logprob: stats.logprob(logit),
-                entropy: stats.entropy(),
-                top: top_logprobs(best, |l| stats.logprob(l)),
-            };
-            match want {
-                Want::Sample(_) => Output::Sampled { drawn: drawn[i], stats: of(drawn[i].logit), kept_ids: kept(i) },
-                _ => Output::Logprob(of(target_logit)),
-            }
-        };
-        Ok(wants.iter().enumerate().map(read).collect())
     }
 
-    /// The logits themselves: all columns for a score head, for single tokens only theirs.
-    fn logits_block(&self, start: usize, wants: &[&Want]) -> Result<Vec<Output>> {
-        let mut tokens: Vec<u32> = Vec::new();
-        for want in wants {
-            if let Want::Tokens(list) = want {
-                tokens.extend_from_slice(list);
-            }
-        }
-        tokens.sort_unstable();
-        tokens.dedup();
-        let few = !tokens.is_empty() && tokens.len() <= TOKEN_SLOTS;
-        let rows = wants.len() as u32;
-        let bounds;
-        let (dispatches, width) = if few {
-            bounds = self.token_products(start, rows, &tokens)?;
-            (bounds.iter().map(|(bound, bytes, groups)| (bound, bytes.clone(), *groups)).collect(), tokens.len())
-        } else {
-            (self.head_products(start, rows), self.head.width)
-        };
-        let nothing = (&self.head.stats, 0);
-        let sizes = [(&self.head.logits, wants.len() * width * 4), nothing, nothing, nothing];
-        let [logits, ..] = self.submit_and_read(dispatches, sizes)?;
-        let logits: Vec<f32> = pod_collect_to_vec(&logits);
-        let column = |token: &u32| if few { tokens.binary_search(token).unwrap_or(0) } else { *token as usize };
-        let read = |(row, want): (&[f32], &&Want)| match want {
-            Want::Tokens(tokens) => Output::Logits(tokens.iter().map(|t| row[column(t)]).collect()),
-            _ => Output::Logits(row.to_vec()),
-        };
-        Ok(logits.chunks_exact(width).zip(wants).map(read).collect())
-    }
-
-    /// A product with one row of the head for each token; column i of the result is token i.
-    fn token_products(&self, start: usize, rows: u32, tokens: &[u32]) -> Result<Vec<Dispatch<Bound>>> {
-        let mut products = Vec::new();
-        for (i, &token) in tokens.iter().enumerate() {
-            let slice =
-                self.head.slices.iter().find(|s| token >= s.params.first && token < s.params.first + s.params.count);
-            let slice = slice.ok_or_else(|| Error::internal(format!("token {token} is not a row of the head")))?;
-            let slot = self.head.first_slot + i;
-            let params = wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                buffer: &self.buffers.params,
-                offset: slot as u64 * SLOT,
-                size: std::num::NonZeroU64::new(SLOT),
+    /// A draw's request, its edits and mask added to the upload.
+    fn request(&mut self, sampling: &crate::backend::Sampling, words: usize) -> sample::Request {
+        let mut request = sampling.request;
+        let upload = self.uploading.and_then(|i| self.blocks[i].upload.as_mut());
+        let Some((edits, masks)) = upload else { return request };
+        // Both are bounded by the buffers' sizes, which are below 2^32.
+        request.first_edit = edits.len() as u32;
+        request.edit_count = sampling.edits.len() as u32;
+        edits.extend_from_slice(&sampling.edits);
+        if let Some(mask) = &sampling.mask {
+            let row = *self.mask_rows.entry(Arc::as_ptr(mask).cast()).or_insert_with(|| {
+                masks.extend_from_slice(mask);
+                (masks.len() / words - 1) as u32
             });
-            let storage = [
-                self.buffers.activation(Buf::Final),
-                &slice.weight,
-                &slice.scales,
-                &self.buffers.nothing,
-                &self.head.logits,
-            ];
-            let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: params }];
-            for (i, buffer) in storage.into_iter().enumerate() {
-                entries.push(wgpu::BindGroupEntry { binding: i as u32 + 1, resource: buffer.as_entire_binding() });
-            }
-            let pipeline = slice.bound.0.clone();
-            let group = self.gpu.checked("a token's logit", || {
-                let layout = pipeline.get_bind_group_layout(0);
-                let descriptor = wgpu::BindGroupDescriptor { label: None, layout: &layout, entries: &entries };
-                self.gpu.device.create_bind_group(&descriptor)
-            })?;
-            let (bytes, groups) = linear_shape(linear::Params {
-                rows,
-                count: 1,
-                slice_row: token - slice.params.first,
-                first: i as u32,
-                out_stride: tokens.len() as u32,
-                x_first: start as u32,
-                ..slice.params
-            });
-            products.push(((pipeline, group), bytes, groups));
+            request.mask_row = row;
         }
-        Ok(products)
-    }
-
-    /// The product with every slice of the head, for `rows` rows of the final norm from `start` on.
-    fn head_products(&self, start: usize, rows: u32) -> Vec<Dispatch<&Bound>> {
-        self.head
-            .slices
-            .iter()
-            .map(|slice| {
-                let (bytes, groups) = linear_shape(linear::Params { rows, x_first: start as u32, ..slice.params });
-                (&slice.bound, bytes, groups)
-            })
-            .collect()
-    }
-
-    /// Runs the head's dispatches, which take its slots in order, and reads the given lengths of four buffers.
-    fn submit_and_read(
-        &self,
-        dispatches: Vec<Dispatch<&Bound>>,
-        sizes: [(&wgpu::Buffer, usize); 4],
-    ) -> Result<[Vec<u8>; 4]> {
-        let mut params = vec![0u8; dispatches.len() * SLOT as usize];
-        for (slot, (_, bytes, _)) in params.chunks_exact_mut(SLOT as usize).zip(&dispatches) {
-            slot[..bytes.len()].copy_from_slice(bytes);
-        }
-        let padded = sizes.map(|(_, len)| (len as u64).next_multiple_of(8));
-        let submission = self.gpu.checked("the head", || {
-            let offset = self.head.first_slot as u64 * SLOT;
-            self.gpu.queue.write_buffer(&self.buffers.params, offset, &params);
-            let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            for (bound, _, [x, y, z]) in &dispatches {
-                if x * y * z > 0 {
-                    pass.set_pipeline(&bound.0);
-                    pass.set_bind_group(0, &bound.1, &[]);
-                    pass.dispatch_workgroups(*x, *y, *z);
-                }
-            }
-            drop(pass);
-            let mut at = 0;
-            for ((buffer, len), padded) in sizes.iter().zip(padded) {
-                if *len > 0 {
-                    encoder.copy_buffer_to_buffer(buffer, 0, &self.head.readback, at, padded);
-                }
-                at += padded;
-            }
-            self.gpu.queue.submit([encoder.finish()])
-        })?;
-        let bytes = self.gpu.read(&self.head.readback, padded.iter().sum(), submission)?;
-        let mut at = 0;
-        let mut parts = [const { Vec::new() }; 4];
-        for (part, ((_, len), padded)) in parts.iter_mut().zip(sizes.iter().zip(padded)) {
-            let end = at + len;
-            part.extend_from_slice(bytes.get(at..end).ok_or_else(|| Error::internal("a short read-back"))?);
-            at += padded as usize;
-        }
-        Ok(parts)
+        request
     }
 }

@@ -1,16 +1,23 @@
 //! The GPU executor: the shaders, through wgpu, over copies of the weights.
 
+mod cache;
 mod device;
 mod executor;
 mod head;
+mod layers;
+mod limits;
+mod matrix;
 mod pipelines;
 mod probe;
+mod record;
 mod select;
+mod self_test;
 mod upload;
 
-pub use device::Gpu;
-pub use executor::GpuExecutor;
+pub use device::{Gpu, GpuOptions, MatrixUnits};
 pub(crate) use executor::scratch_bytes;
-pub use pipelines::{Flags, resolve};
+pub use executor::{GpuExecutor, GpuWeights};
+pub use pipelines::{Flags, Format, TileShape, resolve};
 pub use probe::dispatch_once;
 pub use select::{DeviceInfo, DeviceType, Selection, list_devices};
+pub use self_test::{pack_tiles, tiled_product};

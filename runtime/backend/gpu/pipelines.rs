@@ -2,11 +2,46 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::sync::PoisonError;
 
+use super::cache::ShaderCache;
 use super::device::Gpu;
 use crate::error::Result;
 use crate::kernels::{Access, Kernel};
 use crate::weights::Dtype;
+
+/// What shaders share: the text of `#include NAME`.
+const INCLUDES: [(&str, &str); 4] = [
+    ("inputs", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/inputs.wgsl"))),
+    ("main", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/main.wgsl"))),
+    ("products", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/products.wgsl"))),
+    ("tiles", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/tiles.wgsl"))),
+];
+
+/// How weights lie on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// Rows as stored in the checkpoint.
+    Rows(Dtype),
+    /// 8-bit integers with scales.
+    Int8,
+    /// 4-bit integers with scales.
+    Int4,
+    /// f16 in square tiles of this many rows, for the matrix units.
+    Tiles(u32),
+}
+
+/// How many rows and columns of a product a workgroup takes. The results are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TileShape {
+    /// Few rows: weights are read at the memory's speed.
+    #[default]
+    Narrow,
+    /// Up to four tiles of rows; matrix units only.
+    Medium,
+    /// Many rows.
+    Wide,
+}
 
 /// What a shader's `#if` lines may ask.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -18,29 +53,93 @@ pub struct Flags {
     /// Rows are whole vec4s.
     pub vec4: bool,
     /// How weights are stored; `None` for kernels without weights.
-    pub dtype: Option<Dtype>,
-    /// Weights are 8-bit integers with scales, whatever they were stored as.
-    pub int8: bool,
+    pub format: Option<Format>,
+    /// Rows and columns of a workgroup, for products.
+    pub shape: TileShape,
+    /// The product is the pass over the vocabulary.
+    pub head: bool,
+    /// Matrix units are computed by the shader itself.
+    pub emulated: bool,
+    /// The output is f16.
+    pub half_out: bool,
+    /// Keys and values are f16.
+    pub half_kv: bool,
 }
 
 impl Flags {
+    fn tile(self) -> Option<u32> {
+        if let Some(Format::Tiles(size)) = self.format { Some(size) } else { None }
+    }
+
+    fn native_f16(self) -> bool {
+        self.f16 && self.format == Some(Format::Rows(Dtype::F16))
+    }
+
+    /// True for a product on matrix units.
+    pub fn is_tiled(self) -> bool {
+        self.tile().is_some()
+    }
+
+    /// True if the shader needs 16-bit floats.
+    pub fn needs_f16(self) -> bool {
+        self.native_f16() || self.tile().is_some() || self.half_out || self.half_kv
+    }
+
+    /// True if the shader needs matrix units.
+    pub fn needs_matrix_units(self) -> bool {
+        self.tile().is_some() && !self.emulated
+    }
+
     fn is_set(self, name: &str) -> bool {
+        let tiles = self.tile().is_some();
         match name {
-            "SUBGROUP" => self.subgroup,
-            "NATIVE_F16" => self.f16 && self.dtype == Some(Dtype::F16),
+            "SUBGROUP" => self.subgroup && !tiles,
+            "BY_SUBGROUP" => if tiles { !self.emulated } else { self.subgroup },
+            "F16" => self.needs_f16(),
+            "NATIVE_F16" => self.native_f16(),
+            "HALF_TABLE" => self.native_f16() || tiles,
             "VEC4" => self.vec4,
-            "INT8" => self.int8,
-            "BF16" => self.dtype == Some(Dtype::BF16),
-            "F16_WEIGHTS" => self.dtype == Some(Dtype::F16),
+            "INT8" => self.format == Some(Format::Int8),
+            "INT4" => self.format == Some(Format::Int4),
+            "BF16" => self.format == Some(Format::Rows(Dtype::BF16)),
+            "F16_WEIGHTS" => self.format == Some(Format::Rows(Dtype::F16)),
+            "TILES" => tiles,
+            "TILE8" => self.tile() == Some(8),
+            "MATRIX" => self.needs_matrix_units(),
+            "EMULATED" => self.emulated,
+            "WIDE" => self.shape == TileShape::Wide,
+            "MEDIUM" => self.shape == TileShape::Medium,
+            "HEAD" => self.head,
+            "FOUR" => tiles && (self.shape == TileShape::Medium || (self.head && self.shape == TileShape::Narrow)),
+            "HALF_OUT" => self.half_out,
+            "HALF_KV" => self.half_kv,
             _ => false,
+        }
+    }
+
+    /// Rows and columns of a product that a workgroup owns: the constants of shaders/include.
+    pub fn workgroup_tile(self) -> [u32; 2] {
+        match (self.tile(), self.shape, self.head) {
+            (None, TileShape::Wide, _) => [16, 64],
+            (None, _, true) => [4, 64],
+            (None, _, false) => [4, 16],
+            (Some(tile), TileShape::Wide, _) => [4 * tile, 4 * tile],
+            (Some(tile), _, true) => [tile, 4 * tile],
+            (Some(tile), TileShape::Medium, false) => [4 * tile, tile],
+            (Some(tile), TileShape::Narrow, false) => [tile, tile],
         }
     }
 }
 
-/// Resolves the `#if NAME` / `#else` / `#endif` lines of a shader. Lines stay where they are, so that positions in
-/// error messages are those of the file.
+/// Resolves the `#include NAME` and `#if NAME` / `#else` / `#endif` lines of a shader. Outside includes lines stay where
+/// they are, so that positions in error messages are those of the file up to the first include.
 pub fn resolve(source: &str, flags: Flags) -> String {
     let mut out = String::with_capacity(source.len());
+    append(source, flags, &mut out);
+    out
+}
+
+fn append(source: &str, flags: Flags, out: &mut String) {
     let mut open: Vec<bool> = Vec::new();
     for line in source.lines() {
         let word = line.trim();
@@ -53,66 +152,96 @@ pub fn resolve(source: &str, flags: Flags) -> String {
         } else if word == "#endif" {
             open.pop();
         } else if open.iter().all(|o| *o) {
-            out.push_str(line);
+            match word.strip_prefix("#include ") {
+                // A name that is not there leaves a line that does not parse.
+                Some(name) => match INCLUDES.iter().find(|(known, _)| *known == name) {
+                    Some((_, text)) => append(text, flags, out),
+                    None => out.push_str(line),
+                },
+                None => out.push_str(line),
+            }
         }
         out.push('\n');
     }
-    out
 }
 
+/// A pipeline and how it is bound.
+#[derive(Clone)]
 pub(super) struct Pipeline {
     pub pipeline: wgpu::ComputePipeline,
     pub layout: wgpu::BindGroupLayout,
 }
 
-/// The pipelines built so far.
+/// The pipelines built so far. Variants of a kernel share its layout, and so a bind group.
 #[derive(Default)]
 pub(super) struct Pipelines {
+    layouts: HashMap<&'static str, wgpu::BindGroupLayout>,
     built: HashMap<(&'static str, Flags), Pipeline>,
 }
 
 impl Pipelines {
-    /// The pipeline for what `variant` says of weights and rows, with the device's own features.
-    pub(super) fn get(&mut self, gpu: &Gpu, kernel: &Kernel, variant: Flags) -> Result<&Pipeline> {
-        let flags = Flags { subgroup: gpu.subgroups, f16: gpu.f16, ..variant };
-        let key = (kernel.name, flags);
-        match self.built.entry(key) {
-            Entry::Occupied(built) => Ok(built.into_mut()),
-            Entry::Vacant(place) => Ok(place.insert(build(gpu, kernel, flags)?)),
+    /// The pipeline for a variant, with the device's own features.
+    pub(super) fn get(&mut self, gpu: &Gpu, kernel: &Kernel, variant: Flags) -> Result<Pipeline> {
+        let flags = Flags { subgroup: gpu.subgroups, f16: gpu.f16, emulated: gpu.emulates(variant), ..variant };
+        let layout = match self.layouts.entry(kernel.name) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => place.insert(layout(gpu, kernel)?),
+        };
+        match self.built.entry((kernel.name, flags)) {
+            Entry::Occupied(built) => Ok(built.get().clone()),
+            Entry::Vacant(place) => Ok(place.insert(build(gpu, kernel, layout, flags)?).clone()),
         }
     }
 }
 
-pub(super) fn build(gpu: &Gpu, kernel: &Kernel, flags: Flags) -> Result<Pipeline> {
+pub(super) fn layout(gpu: &Gpu, kernel: &Kernel) -> Result<wgpu::BindGroupLayout> {
+    let entry = |(i, (_, access)): (usize, &(&str, Access))| wgpu::BindGroupLayoutEntry {
+        binding: i as u32 + 1,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Storage { read_only: *access == Access::Read },
+            has_dynamic_offset: false,
+            min_binding_size: None,
+        },
+        count: None,
+    };
+    let entries: Vec<_> = kernel.bindings.iter().enumerate().map(entry).collect();
+    let descriptor = wgpu::BindGroupLayoutDescriptor { label: Some(kernel.name), entries: &entries };
+    gpu.checked(kernel.name, || gpu.device.create_bind_group_layout(&descriptor))
+}
+
+pub(super) fn build(gpu: &Gpu, kernel: &Kernel, layout: &wgpu::BindGroupLayout, flags: Flags) -> Result<Pipeline> {
     let what = format!("shader {}", kernel.name);
+    let cache = gpu.cache.lock().unwrap_or_else(PoisonError::into_inner);
     gpu.checked(&what, || {
         let source = wgpu::ShaderSource::Wgsl(resolve(kernel.source, flags).into());
-        let module = gpu.device.create_shader_module(wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source });
-        let entry = |binding: usize, ty: wgpu::BufferBindingType| wgpu::BindGroupLayoutEntry {
-            binding: binding as u32,
-            visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
-            count: None,
+        let descriptor = wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source };
+        let module = if gpu.shader_checks {
+            gpu.device.create_shader_module(descriptor)
+        } else {
+            // SAFETY: loops end and indices are in range, for what is bound has the sizes that the Plan says, and token
+            // ids, slots and block tables are checked by the engine. Tests run the same shaders with the checks.
+            unsafe {
+                gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+            }
         };
-        let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
-        for (i, (_, access)) in kernel.bindings.iter().enumerate() {
-            entries.push(entry(i + 1, wgpu::BufferBindingType::Storage { read_only: *access == Access::Read }));
-        }
-        let descriptor = wgpu::BindGroupLayoutDescriptor { label: Some(kernel.name), entries: &entries };
-        let layout = gpu.device.create_bind_group_layout(&descriptor);
         let pipeline_layout = gpu.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label: Some(kernel.name),
-            bind_group_layouts: &[Some(&layout)],
-            immediate_size: 0,
+            bind_group_layouts: &[Some(layout)],
+            immediate_size: kernel.params_size as u32,
         });
         let pipeline = gpu.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(kernel.name),
             layout: Some(&pipeline_layout),
             module: &module,
             entry_point: Some("main"),
-            compilation_options: wgpu::PipelineCompilationOptions::default(),
-            cache: None,
+            compilation_options: wgpu::PipelineCompilationOptions {
+                // Every shader writes workgroup memory before it reads it.
+                zero_initialize_workgroup_memory: gpu.shader_checks,
+                ..Default::default()
+            },
+            cache: cache.as_ref().map(ShaderCache::get),
         });
-        Pipeline { pipeline, layout }
+        Pipeline { pipeline, layout: layout.clone() }
     })
 }

@@ -1,7 +1,7 @@
 //! One dispatch of one kernel over buffers given as bytes: for the twin tests and the kernel benches.
 
 use super::device::Gpu;
-use super::pipelines::{Flags, build};
+use super::pipelines::{Flags, build, layout};
 use crate::error::{Error, Result};
 use crate::kernels::{Access, Kernel};
 
@@ -26,22 +26,21 @@ pub fn dispatch_once(
             params.len()
         )));
     }
-    let pipeline = build(gpu, kernel, flags)?;
+    let layout = layout(gpu, kernel)?;
+    let pipeline = build(gpu, kernel, &layout, flags)?;
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-    let uniform = gpu.buffer("params", params.len() as u64, wgpu::BufferUsages::UNIFORM)?;
     let padded = |bytes: &[u8]| {
         let mut padded = bytes.to_vec();
         padded.resize(bytes.len().next_multiple_of(16), 0);
         padded
     };
-    gpu.checked("params", || gpu.queue.write_buffer(&uniform, 0, &padded(params)))?;
     let mut buffers = Vec::new();
     for bytes in storage.iter() {
         let buffer = gpu.buffer("probe", bytes.len() as u64, usage)?;
         gpu.checked("probe", || gpu.queue.write_buffer(&buffer, 0, &padded(bytes)))?;
         buffers.push(buffer);
     }
-    let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: uniform.as_entire_binding() }];
+    let mut entries = Vec::new();
     for (i, buffer) in buffers.iter().enumerate() {
         entries.push(wgpu::BindGroupEntry { binding: i as u32 + 1, resource: buffer.as_entire_binding() });
     }
@@ -54,6 +53,7 @@ pub fn dispatch_once(
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         pass.set_pipeline(&pipeline.pipeline);
         pass.set_bind_group(0, &group, &[]);
+        pass.set_immediates(0, params);
         pass.dispatch_workgroups(groups[0], groups[1], groups[2]);
         drop(pass);
         let mut at = 0;

@@ -1,138 +1,153 @@
-//! Weights into device buffers, in slices of rows that fit a binding.
+//! Bytes to the device through a ring of mapped staging buffers: the host writes into memory that the device reads, and
+//! fills one buffer while others are copied.
 
-use std::ops::Range;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, PoisonError};
+
+use wgpu::WriteOnly;
 
 use super::device::Gpu;
-use super::pipelines::Flags;
+use crate::backend::cpu::Pool;
 use crate::error::{Error, Result};
-use crate::kernels::MatrixView;
-use crate::kernels::linear::{INT8_BLOCK, Int8View};
-use crate::weights::Dtype;
 
-/// Bytes given to the queue at a time.
-const CHUNK: usize = 16 << 20;
+/// Size of a staging buffer; a unit that is larger gets a larger one.
+const STAGING: usize = 32 << 20;
+/// Buffers of the ring.
+const RING: usize = 3;
+/// Bytes that a thread fills at a time.
+const TASK: usize = 1 << 20;
 
-/// Some rows of a matrix in a buffer of their own.
-pub(super) struct Slice {
-    pub buffer: wgpu::Buffer,
-    /// Of 8-bit weights: [rows, blocks].
-    pub scales: Option<wgpu::Buffer>,
-    pub first: u32,
-    pub count: u32,
+/// A part of a mapped buffer that one thread writes.
+struct Piece<'a>(WriteOnly<'a, [u8]>);
+
+// SAFETY: it is a `&mut [u8]` that cannot be read; wgpu says so for slices of known size only.
+unsafe impl Send for Piece<'_> {}
+
+struct Slot {
+    buffer: wgpu::Buffer,
+    /// Says that the buffer is mapped again; `None` while it never was used.
+    mapped: Option<Receiver<bool>>,
+    submission: Option<wgpu::SubmissionIndex>,
 }
 
-/// A weight matrix on the device. Rows are padded to whole groups of eight elements.
-pub(super) struct Matrix {
-    /// `None`: 8-bit integers with scales.
-    pub dtype: Option<Dtype>,
-    pub rows: u32,
-    pub cols: u32,
-    /// Elements from row to row.
-    pub stride: u32,
-    pub slices: Vec<Slice>,
+/// Fills device buffers.
+pub(super) struct Uploader<'a> {
+    gpu: &'a Gpu,
+    pool: &'a Pool,
+    ring: Vec<Slot>,
+    next: usize,
+    size: usize,
 }
 
-impl Matrix {
-    pub(super) fn upload(gpu: &Gpu, name: &str, view: MatrixView) -> Result<Matrix> {
-        let stride = view.cols().next_multiple_of(8);
-        let rows = Rows { name, count: view.rows(), bytes: stride * view.dtype().size() };
-        let slices = rows.upload(gpu, stride, |i, out| out.extend_from_slice(view.row(i)))?;
-        Matrix::new(name, Some(view.dtype()), [view.rows(), view.cols(), stride], slices)
+impl<'a> Uploader<'a> {
+    pub(super) fn new(gpu: &'a Gpu, pool: &'a Pool) -> Self {
+        Uploader { gpu, pool, ring: Vec::new(), next: 0, size: STAGING }
     }
 
-    pub(super) fn upload_int8(gpu: &Gpu, name: &str, view: Int8View) -> Result<Matrix> {
-        let blocks = view.blocks();
-        let stride = blocks * INT8_BLOCK;
-        let rows = Rows { name, count: view.rows(), bytes: stride };
-        let mut slices = rows.upload(gpu, stride, |i, out| {
-            out.extend_from_slice(bytemuck::cast_slice(&view.quants()[i * stride..(i + 1) * stride]));
-        })?;
-        for slice in &mut slices {
-            let (first, count) = (slice.first as usize, slice.count as usize);
-            let buffer = gpu.buffer(name, (4 * count * blocks) as u64, wgpu::BufferUsages::STORAGE)?;
-            let scales = &view.scales()[first * blocks..(first + count) * blocks];
-            gpu.checked(name, || gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(scales)))?;
-            slice.scales = Some(buffer);
-        }
-        Matrix::new(name, None, [view.rows(), view.cols(), stride], slices)
-    }
-
-    fn new(name: &str, dtype: Option<Dtype>, sizes: [usize; 3], slices: Vec<Slice>) -> Result<Matrix> {
-        let [rows, cols, stride] = sizes.map(u32::try_from);
-        let too_large = |_| too_large(name);
-        Ok(Matrix {
-            dtype,
-            rows: rows.map_err(too_large)?,
-            cols: cols.map_err(too_large)?,
-            stride: stride.map_err(too_large)?,
-            slices,
-        })
-    }
-
-    /// What the shader must know of the weights and of rows of K inputs.
-    pub(super) fn variant(&self) -> Flags {
-        Flags { dtype: self.dtype, int8: self.dtype.is_none(), vec4: self.cols.is_multiple_of(4), ..Flags::default() }
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        let of = |s: &Slice| s.buffer.size() + s.scales.as_ref().map_or(0, wgpu::Buffer::size);
-        self.slices.iter().map(of).sum()
-    }
-}
-
-fn too_large(name: &str) -> Error {
-    Error::limit(format!("{name}: too large for this device"))
-}
-
-/// Rows of equal length on their way to the device.
-struct Rows<'a> {
-    name: &'a str,
-    count: usize,
-    /// Of a row on the device.
-    bytes: usize,
-}
-
-impl Rows<'_> {
-    /// `append` adds the bytes of a row; what it leaves of [`Rows::bytes`] is zero. `stride` is in elements.
-    fn upload(&self, gpu: &Gpu, stride: usize, append: impl Fn(usize, &mut Vec<u8>)) -> Result<Vec<Slice>> {
-        let small = |n: usize| u32::try_from(n).map_err(|_| too_large(self.name));
-        // Indices in the shader are 32 bits.
-        let fitting = usize::try_from(gpu.max_binding()).unwrap_or(usize::MAX) / self.bytes;
-        let per_slice = fitting.min(u32::MAX as usize / stride);
-        if per_slice == 0 {
-            return Err(too_large(self.name));
-        }
-        let mut slices = Vec::new();
-        for first in (0..self.count).step_by(per_slice) {
-            let count = per_slice.min(self.count - first);
-            let buffer = gpu.buffer(self.name, (count * self.bytes) as u64, wgpu::BufferUsages::STORAGE)?;
-            self.write(gpu, &buffer, first..first + count, &append)?;
-            slices.push(Slice { buffer, scales: None, first: small(first)?, count: small(count)? });
-        }
-        Ok(slices)
-    }
-
-    fn write(
-        &self,
-        gpu: &Gpu,
+    /// Writes `units` units of `bytes` bytes each to the start of `buffer`. `fill(i, out, scratch)` writes unit i, all of
+    /// it, on any thread.
+    pub(super) fn write(
+        &mut self,
         buffer: &wgpu::Buffer,
-        rows: Range<usize>,
-        append: &impl Fn(usize, &mut Vec<u8>),
+        units: usize,
+        bytes: usize,
+        fill: &(dyn Fn(usize, WriteOnly<[u8]>, &mut Vec<u8>) + Sync),
     ) -> Result<()> {
-        let at_a_time = (CHUNK / self.bytes).max(1);
-        let mut staging = Vec::new();
-        for start in rows.clone().step_by(at_a_time) {
-            staging.clear();
-            for row in start..rows.end.min(start + at_a_time) {
-                append(row, &mut staging);
-                staging.resize((row - start + 1) * self.bytes, 0);
-            }
-            let offset = ((start - rows.start) * self.bytes) as u64;
-            gpu.checked("uploading weights", || gpu.queue.write_buffer(buffer, offset, &staging))?;
-            // Hand over now: the queue otherwise keeps every chunk until the next submission.
-            let submission = gpu.queue.submit([]);
-            gpu.wait(submission)?;
+        // Copies take multiples of four bytes.
+        if bytes % 4 != 0 {
+            return Err(Error::internal(format!("units of {bytes} bytes are uploaded")));
+        }
+        if bytes > self.size {
+            self.finish()?;
+            self.ring.clear();
+            self.size = bytes;
+        }
+        let at_a_time = (self.size / bytes.max(1)).max(1);
+        for start in (0..units).step_by(at_a_time) {
+            let count = at_a_time.min(units - start);
+            self.chunk(buffer, (start * bytes) as u64, count, bytes, &|i, out, scratch| fill(start + i, out, scratch))?;
         }
         Ok(())
+    }
+
+    fn chunk(
+        &mut self,
+        buffer: &wgpu::Buffer,
+        offset: u64,
+        units: usize,
+        bytes: usize,
+        fill: &(dyn Fn(usize, WriteOnly<[u8]>, &mut Vec<u8>) + Sync),
+    ) -> Result<()> {
+        let gpu = self.gpu;
+        let slot = self.slot()?;
+        let staging = slot.buffer.clone();
+        let total = (units * bytes) as u64;
+        let mut view = staging.slice(0..total).get_mapped_range_mut().map_err(|e| Error::gpu(format!("staging: {e}")))?;
+        // 1. Threads fill parts of whole units.
+        let each = (TASK / bytes).max(1);
+        let mut rest = view.slice(..);
+        let mut parts = Vec::new();
+        for first in (0..units).step_by(each) {
+            let count = each.min(units - first);
+            let (part, after) = rest.split_at(count * bytes);
+            rest = after;
+            parts.push(Mutex::new(Some((first, count, Piece(part)))));
+        }
+        self.pool.run(parts.len(), &|i| {
+            let piece = parts[i].lock().unwrap_or_else(PoisonError::into_inner).take();
+            let Some((first, count, Piece(mut part))) = piece else { return };
+            let mut scratch = Vec::new();
+            for unit in 0..count {
+                fill(first + unit, part.slice(unit * bytes..(unit + 1) * bytes), &mut scratch);
+            }
+        });
+        drop(parts);
+        drop(view);
+        // 2. The device copies while the next buffer is filled.
+        let (sender, mapped) = channel();
+        let submission = gpu.checked("uploading", || {
+            staging.unmap();
+            let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(&staging, 0, buffer, offset, total);
+            let submission = gpu.queue.submit([encoder.finish()]);
+            staging.slice(..).map_async(wgpu::MapMode::Write, move |result| {
+                // Who no longer waits does not want to know.
+                let _ = sender.send(result.is_ok());
+            });
+            submission
+        })?;
+        let slot = &mut self.ring[self.next];
+        slot.mapped = Some(mapped);
+        slot.submission = Some(submission);
+        self.next = (self.next + 1) % RING;
+        Ok(())
+    }
+
+    /// The next buffer of the ring, mapped.
+    fn slot(&mut self) -> Result<&mut Slot> {
+        if self.ring.len() < RING {
+            let usage = wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC;
+            let descriptor = wgpu::BufferDescriptor {
+                label: Some("staging"),
+                size: self.size.next_multiple_of(16) as u64,
+                usage,
+                mapped_at_creation: true,
+            };
+            let buffer = self.gpu.checked("staging", || self.gpu.device.create_buffer(&descriptor))?;
+            self.next = self.ring.len();
+            self.ring.push(Slot { buffer, mapped: None, submission: None });
+        }
+        let slot = &mut self.ring[self.next];
+        if let (Some(submission), Some(mapped)) = (slot.submission.take(), slot.mapped.take()) {
+            self.gpu.wait(submission)?;
+            self.gpu.mapped(&mapped)?;
+        }
+        Ok(slot)
+    }
+
+    /// Waits until everything is on the device.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        let last = self.ring.iter_mut().filter_map(|slot| slot.submission.take());
+        last.collect::<Vec<_>>().into_iter().try_for_each(|submission| self.gpu.wait(submission))
     }
 }

@@ -27,7 +27,6 @@ pub use int8::{BLOCK as INT8_BLOCK, Int8Matrix, Int8View};
 
 use super::{Isa, MatrixView, SharedMut};
 use crate::backend::cpu::{Pool, SMALL};
-use crate::weights::Dtype;
 
 /// Parameters of the shader, which sees one slice of the weight's rows at a time.
 #[repr(C)]
@@ -53,23 +52,11 @@ pub struct Params {
     pub x_first: u32,
     /// 1 to add to `out` what it would otherwise be set to.
     pub accumulate: u32,
+    /// Multiplies the sums: a power of two.
+    pub scale: f32,
 }
 
 super::kernel!("linear", Params, [("x", Read), ("weight", Read), ("scales", Read), ("bias", Read), ("out", Write)]);
-
-/// Rows of x a workgroup of the shader handles.
-pub const ROWS_PER_WORKGROUP: u32 = 4;
-/// Weight rows a workgroup of the shader handles.
-pub const COLS_PER_WORKGROUP: u32 = 8;
-
-/// How shaders are told a dtype.
-pub const fn dtype_code(dtype: Dtype) -> u32 {
-    match dtype {
-        Dtype::F32 => 0,
-        Dtype::F16 => 1,
-        Dtype::BF16 => 2,
-    }
-}
 
 /// A weight [N, K].
 #[derive(Clone, Copy)]

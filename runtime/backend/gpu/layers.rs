@@ -1,0 +1,485 @@
+//! The dispatches from token ids to the final norm, built once: seven a layer.
+//!
+//! norm → queries, keys and values (with rope, into the cache) → attention → output product onto the residual stream →
+//! norm → gate and up with silu → down product onto the residual stream.
+
+use super::device::Gpu;
+use super::matrix::{Matrix, Order, Part, Slice};
+use super::pipelines::{Flags, Format, Pipelines, TileShape};
+use super::record::{Bound, Dispatch, Params, fold};
+use super::upload::Uploader;
+use crate::error::{Error, Result};
+use crate::kernels::linear::Int8Matrix;
+use crate::kernels::{
+    Kernel, attention, embed, gather_rows, linear, linear_gated, linear_qkv, rms_norm,
+};
+use crate::model::{Buf, ModelSpec, Op, Plan, Projection, VectorId};
+use crate::weights::{Dtype, Weights};
+
+/// What a step's dispatches depend on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Dims {
+    /// T.
+    pub rows: u32,
+    /// M.
+    pub outputs: u32,
+    /// The step's first row, output, and first output of the step before, in the tables of all steps.
+    pub first_row: u32,
+    pub first_output: u32,
+    pub first_drawn: u32,
+    /// Keys that the rows see together.
+    pub keys: u64,
+}
+
+type Rule = Box<dyn Fn(&Dims) -> Dispatch + Send>;
+
+/// A dispatch whose bindings never change.
+pub(super) struct Call {
+    pub bound: Bound,
+    pub rule: Rule,
+}
+
+/// The buffers of a model that do not belong to one op.
+pub(super) struct Buffers {
+    pub rows: wgpu::Buffer,
+    pub tables: wgpu::Buffer,
+    pub cos_sin: wgpu::Buffer,
+    pub picked: wgpu::Buffer,
+    /// Draws of the steps at hand.
+    pub drawn: wgpu::Buffer,
+    pub hidden: wgpu::Buffer,
+    /// A norm's output [T, D]; f16 for matrix units.
+    pub normed: wgpu::Buffer,
+    pub q: wgpu::Buffer,
+    /// [T, H·E]; f16 for matrix units.
+    pub attn: wgpu::Buffer,
+    /// [T, F]; f16 for matrix units.
+    pub gated: wgpu::Buffer,
+    pub picked_rows: wgpu::Buffer,
+    /// [M, D]; f16 where a language-model head uses matrix units.
+    pub last: wgpu::Buffer,
+    /// Bound where a product has no bias or no scales.
+    pub nothing: wgpu::Buffer,
+    /// Keys and values of each layer.
+    pub kv: Vec<(wgpu::Buffer, wgpu::Buffer)>,
+}
+
+/// What the calls are built from.
+pub(super) struct Builder<'a> {
+    pub gpu: &'a Gpu,
+    pub spec: &'a ModelSpec,
+    pub plan: &'a Plan,
+    pub weights: &'a Weights,
+    pub buffers: &'a Buffers,
+    pub pipelines: Pipelines,
+    pub uploader: Uploader<'a>,
+    /// Matrices that are quantised, by [`crate::model::MatrixId`].
+    pub quantised: &'a [Option<Int8Matrix>],
+    /// Rows of the matrix units' tiles, if products use them.
+    pub tile: Option<u32>,
+    pub half_kv: bool,
+    pub calls: Vec<Call>,
+    /// The embedding table, where it is the head too.
+    pub tied: Option<Matrix>,
+    pub weight_bytes: u64,
+    pub underflows: u64,
+    pub weight_count: u64,
+}
+
+/// How many rows a workgroup should take.
+pub(super) fn shape_for(flags: Flags, rows: u32) -> TileShape {
+    match flags.format {
+        Some(Format::Tiles(tile)) if rows <= tile => TileShape::Narrow,
+        Some(Format::Tiles(tile)) if rows <= 4 * tile && !flags.head => TileShape::Medium,
+        Some(Format::Tiles(_)) => TileShape::Wide,
+        // Four rows at a time; twice that is still less work than sixteen.
+        _ if rows <= 8 => TileShape::Narrow,
+        _ => TileShape::Wide,
+    }
+}
+
+/// The shapes that products of these weights come in.
+pub(super) fn shapes(flags: Flags) -> &'static [TileShape] {
+    if flags.is_tiled() && !flags.head {
+        &[TileShape::Narrow, TileShape::Medium, TileShape::Wide]
+    } else {
+        &[TileShape::Narrow, TileShape::Wide]
+    }
+}
+
+/// The dispatch of a product with `count` weight rows.
+pub(super) fn product<T: bytemuck::Pod>(
+    flags: Flags,
+    [rows, count, k]: [u32; 3],
+    slice_bytes: u64,
+    params: &T,
+) -> Dispatch {
+    let shape = shape_for(flags, rows);
+    let [tile_rows, tile_cols] = Flags { shape, ..flags }.workgroup_tile();
+    let input = if flags.is_tiled() { 2 } else { 4 };
+    let (t, n, k) = (u64::from(rows), u64::from(count), u64::from(k));
+    Dispatch {
+        shape,
+        params: Params::of(params),
+        groups: [rows.div_ceil(tile_rows), count.div_ceil(tile_cols), 1],
+        bytes: slice_bytes + t * (input * k + 4 * n),
+        multiply_adds: t * n * k,
+    }
+}
+
+pub(super) fn slice_bytes(slice: &Slice) -> u64 {
+    slice.buffer.size() + slice.scales.as_ref().map_or(0, wgpu::Buffer::size)
+}
+
+/// A product's constants, for all of its rows.
+fn base(matrix: &Matrix, slice: &Slice, has_bias: bool) -> linear::Params {
+    linear::Params {
+        rows: 0,
+        k: matrix.cols,
+        stride: matrix.stride,
+        count: slice.count,
+        first: slice.first,
+        out_stride: matrix.rows,
+        has_bias: u32::from(has_bias),
+        slice_row: 0,
+        x_first: 0,
+        accumulate: 0,
+        scale: 1.0,
+    }
+}
+
+/// A kernel whose workgroups own a row each.
+fn by_row<T: bytemuck::Pod>(rows: u32, bytes_a_row: u64, params: &T) -> Dispatch {
+    Dispatch {
+        shape: TileShape::Narrow,
+        params: Params::of(params),
+        groups: fold(rows),
+        bytes: u64::from(rows) * bytes_a_row,
+        multiply_adds: 0,
+    }
+}
+
+impl Builder<'_> {
+    fn push(
+        &mut self,
+        kernel: &Kernel,
+        flags: Flags,
+        shapes: &[TileShape],
+        storage: &[&wgpu::Buffer],
+        rule: Rule,
+    ) -> Result<()> {
+        let bound = Bound::new(self.gpu, &mut self.pipelines, kernel, flags, shapes, storage)?;
+        self.calls.push(Call { bound, rule });
+        Ok(())
+    }
+
+    /// Uploads what `projections` multiply with, merged.
+    pub(super) fn matrix(&mut self, name: &str, projections: &[&Projection], order: Order, tiled: bool) -> Result<Matrix> {
+        let mut parts = Vec::new();
+        let quantised = projections.iter().all(|p| self.quantised[p.weight.0].is_some());
+        for p in projections {
+            parts.push(match &self.quantised[p.weight.0] {
+                Some(matrix) if quantised => Part::Int8(matrix.view()),
+                _ => Part::Stored(super::executor::stored(self.plan, self.weights, p.weight)?),
+            });
+        }
+        let tile = if tiled { self.tile } else { None };
+        let matrix = Matrix::upload(&mut self.uploader, self.gpu, name, &parts, order, tile)?;
+        if matrix.half.overflows() > 0 {
+            return Err(Error::unsupported(format!(
+                "{name}: {} weights are beyond the range of f16",
+                matrix.half.overflows()
+            )));
+        }
+        self.weight_bytes += matrix.bytes();
+        self.underflows += matrix.half.underflows();
+        self.weight_count += u64::from(matrix.rows) * u64::from(matrix.cols);
+        Ok(matrix)
+    }
+
+    fn vector(&self, id: VectorId) -> Result<Vec<f32>> {
+        Ok(self.weights.get(&self.plan.vectors[id.0].name)?.to_f32())
+    }
+
+    fn upload_vector(&mut self, name: &str, values: &[f32]) -> Result<wgpu::Buffer> {
+        let buffer = self.gpu.buffer(name, values.len() as u64 * 4, wgpu::BufferUsages::STORAGE)?;
+        self.gpu.checked(name, || self.gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(values)))?;
+        self.weight_bytes += buffer.size();
+        Ok(buffer)
+    }
+
+    /// The biases of merged projections, if there is any, and their largest magnitude.
+    fn bias(&mut self, name: &str, projections: &[&Projection], order: Order) -> Result<(Option<wgpu::Buffer>, f32)> {
+        if projections.iter().all(|p| p.bias.is_none()) {
+            return Ok((None, 0.0));
+        }
+        let mut vectors = Vec::new();
+        for p in projections {
+            vectors.push(p.bias.map(|id| self.vector(id)).transpose()?);
+        }
+        let lengths: Vec<usize> = projections.iter().map(|p| self.plan.matrices[p.weight.0].shape[0]).collect();
+        let vectors: Vec<Option<&[f32]>> = vectors.iter().map(Option::as_deref).collect();
+        let merged = order.merge(&vectors, &lengths);
+        let largest = merged.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        Ok((Some(self.upload_vector(name, &merged)?), largest))
+    }
+
+    /// A norm over all rows, or over the rows that have outputs; the Euclidean length that a row of it can have.
+    fn norm(&mut self, x: &wgpu::Buffer, weight: VectorId, out: &wgpu::Buffer, all: bool, half_out: bool) -> Result<f32> {
+        let values = self.vector(weight)?;
+        let buffer = self.upload_vector("norm", &values)?;
+        let (width, eps) = (self.spec.hidden_size as u32, self.spec.rms_norm_eps);
+        let bytes = u64::from(width) * if half_out { 6 } else { 8 };
+        let rule: Rule = Box::new(move |d| {
+            let rows = if all { d.rows } else { d.outputs };
+            by_row(rows, bytes, &rms_norm::Params { rows, width, eps })
+        });
+        let flags = Flags { half_out, ..Flags::default() };
+        self.push(&rms_norm::KERNEL, flags, &[TileShape::Narrow], &[x, &buffer, out], rule)?;
+        let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        Ok(largest * (width as f32).sqrt())
+    }
+
+    /// Builds the calls of every op.
+    pub(super) fn layers(&mut self) -> Result<()> {
+        let (plan, spec) = (self.plan, self.spec);
+        let half = self.tile.is_some();
+        // What the down product's input was divided by.
+        let mut gated_scale = 1.0f32;
+        let mut ops = plan.ops.iter();
+        while let Some(op) = ops.next() {
+            let b = self.buffers;
+            match op {
+                Op::Embed { table, .. } => self.embed(*table)?,
+                Op::Linear { norm: Some(norm), parts, .. } => {
+                    let layer = match (ops.next(), ops.next(), ops.next()) {
+                        (Some(Op::Rope { .. }), Some(Op::Rope { .. }), Some(Op::KvWrite { layer })) => *layer,
+                        _ => return Err(Error::internal("the plan has products that the GPU cannot fuse")),
+                    };
+                    let length = self.norm(&b.hidden, *norm, &b.normed, true, half)?;
+                    self.qkv(layer, &parts.iter().map(|(p, _)| p).collect::<Vec<_>>(), length)?;
+                }
+                Op::Attention { layer } => self.attention(*layer)?,
+                Op::LinearAdd { x: Buf::Attn, part, .. } => self.onto_residual("attention output", &b.attn, part, 1.0)?,
+                Op::LinearAdd { part, .. } => self.onto_residual("mlp down", &b.gated, part, 1.0 / gated_scale)?,
+                Op::LinearGated { norm, gate, up, .. } => {
+                    let length = self.norm(&b.hidden, *norm, &b.normed, true, half)?;
+                    gated_scale = self.gated(gate, up, length)?;
+                }
+                Op::GatherRows { .. } => {
+                    let width = spec.hidden_size as u32;
+                    let storage = [&b.picked, &b.hidden, &b.picked_rows];
+                    let rule: Rule = Box::new(move |d| {
+                        let params = gather_rows::Params { rows: d.outputs, width, first: d.first_output };
+                        by_row(d.outputs, 8 * u64::from(width), &params)
+                    });
+                    self.push(&gather_rows::KERNEL, Flags::default(), &[TileShape::Narrow], &storage, rule)?;
+                }
+                Op::RmsNorm { weight, .. } => {
+                    let language_model = matches!(spec.head, crate::model::Head::LanguageModel { .. });
+                    let length = self.norm(&b.picked_rows, *weight, &b.last, false, half && language_model)?;
+                    if half && language_model {
+                        fits_half("the final norm", length)?;
+                    }
+                }
+                Op::Linear { norm: None, .. } | Op::Rope { .. } | Op::KvWrite { .. } => {
+                    return Err(Error::internal("the plan has an op that the GPU cannot fuse"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn embed(&mut self, table: crate::model::MatrixId) -> Result<()> {
+        let b = self.buffers;
+        let tied = table == self.plan.head;
+        let projection = Projection { weight: table, bias: None };
+        let matrix = if tied && self.tile.is_some() {
+            self.matrix("embedding", &[&projection], Order::Plain, true)?
+        } else {
+            // As stored, also where its product form is quantised.
+            let part = Part::Stored(super::executor::stored(self.plan, self.weights, table)?);
+            let matrix = Matrix::upload(&mut self.uploader, self.gpu, "embedding", &[part], Order::Plain, None)?;
+            self.weight_bytes += matrix.bytes();
+            matrix
+        };
+        for slice in &matrix.slices {
+            let (width, stride, first, count) = (matrix.cols, matrix.stride, slice.first, slice.count);
+            let storage = [&b.rows, &b.drawn, &slice.buffer, &b.hidden];
+            let rule: Rule = Box::new(move |d| {
+                let (first_meta, first_drawn) = (d.first_row, d.first_drawn);
+                let params = embed::Params { rows: d.rows, width, stride, first, count, first_meta, first_drawn };
+                by_row(d.rows, 6 * u64::from(width), &params)
+            });
+            self.push(&embed::KERNEL, matrix.variant(), &[TileShape::Narrow], &storage, rule)?;
+        }
+        if tied {
+            self.tied = Some(matrix);
+        }
+        Ok(())
+    }
+
+    fn qkv(&mut self, layer: usize, parts: &[&Projection], length: f32) -> Result<()> {
+        let spec = self.spec;
+        let (heads, kv_heads, head_dim) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32);
+        let order = Order::Rotated { rotated_heads: spec.heads + spec.kv_heads, head_dim: spec.head_dim };
+        let matrix = self.matrix("queries, keys, values", parts, order, true)?;
+        let (bias, largest) = self.bias("queries, keys, values", parts, order)?;
+        if self.tile.is_some() {
+            fits_half("the normed inputs", length)?;
+            // Rotation mixes two elements.
+            fits_half("keys and values", (length * matrix.half.longest_row() + largest) * std::f32::consts::SQRT_2)?;
+        }
+        let b = self.buffers;
+        let (keys, values) = &b.kv[layer];
+        let flags = Flags { half_kv: self.half_kv, ..matrix.variant() };
+        for slice in &matrix.slices {
+            let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
+            let bias = bias.as_ref();
+            let storage = [
+                &b.normed,
+                &slice.buffer,
+                scales,
+                bias.unwrap_or(&b.nothing),
+                &b.rows,
+                &b.cos_sin,
+                &b.q,
+                keys,
+                values,
+            ];
+            let (k, stride, count, first) = (matrix.cols, matrix.stride, slice.count, slice.first);
+            let (has_bias, bytes) = (u32::from(bias.is_some()), slice_bytes(slice));
+            let rule: Rule = Box::new(move |d| {
+                let params = linear_qkv::Params {
+                    rows: d.rows,
+                    k,
+                    stride,
+                    count,
+                    first,
+                    has_bias,
+                    slice_row: 0,
+                    x_first: 0,
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    first_meta: d.first_row,
+                };
+                product(flags, [d.rows, count, k], bytes, &params)
+            });
+            self.push(&linear_qkv::KERNEL, flags, shapes(flags), &storage, rule)?;
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self, layer: usize) -> Result<()> {
+        let (spec, b) = (self.spec, self.buffers);
+        let (keys, values) = &b.kv[layer];
+        let (heads, kv_heads, head_dim) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32);
+        let storage = [&b.rows, &b.tables, &b.q, keys, values, &b.attn];
+        let scale = 1.0 / (spec.head_dim as f32).sqrt();
+        let window = spec.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
+        let key_bytes = 2 * (spec.kv_width() as u64) * if self.half_kv { 2 } else { 4 };
+        let width = spec.q_width() as u64;
+        let rule: Rule = Box::new(move |d| {
+            let params = attention::Params { rows: d.rows, heads, kv_heads, head_dim, scale, window };
+            Dispatch {
+                shape: TileShape::Narrow,
+                params: Params::of(&params),
+                groups: [heads, d.rows, 1],
+                bytes: d.keys * key_bytes + u64::from(d.rows) * 8 * width,
+                multiply_adds: 2 * d.keys * width,
+            }
+        });
+        let flags = Flags { half_kv: self.half_kv, half_out: self.tile.is_some(), ..Flags::default() };
+        self.push(&attention::KERNEL, flags, &[TileShape::Narrow], &storage, rule)
+    }
+
+    fn onto_residual(&mut self, name: &str, x: &wgpu::Buffer, part: &Projection, scale: f32) -> Result<()> {
+        let matrix = self.matrix(name, &[part], Order::Plain, true)?;
+        let (bias, _) = self.bias(name, &[part], Order::Plain)?;
+        let b = self.buffers;
+        let flags = matrix.variant();
+        for slice in &matrix.slices {
+            let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
+            let storage = [x, &slice.buffer, scales, bias.as_ref().unwrap_or(&b.nothing), &b.hidden];
+            let base = linear::Params { accumulate: 1, scale, ..base(&matrix, slice, bias.is_some()) };
+            let bytes = slice_bytes(slice);
+            let rule: Rule = Box::new(move |d| {
+                let params = linear::Params { rows: d.rows, ..base };
+                product(flags, [d.rows, base.count, base.k], bytes, &params)
+            });
+            self.push(&linear::KERNEL, flags, shapes(flags), &storage, rule)?;
+        }
+        Ok(())
+    }
+
+    /// The gated products; what their result is multiplied by to fit f16.
+    fn gated(&mut self, gate: &Projection, up: &Projection, length: f32) -> Result<f32> {
+        let matrix = self.matrix("mlp gate and up", &[gate, up], Order::Interleaved, true)?;
+        let (bias, largest) = self.bias("mlp gate and up", &[gate, up], Order::Interleaved)?;
+        let mut scale = 1.0f32;
+        if self.tile.is_some() {
+            fits_half("the normed inputs", length)?;
+            // |silu(g)| ≤ |g|, and neither factor is larger than the lengths of a row and of the input allow.
+            let factor = length * matrix.half.longest_row() + largest;
+            while factor * factor * scale > HALF_BOUND {
+                scale /= 2.0;
+            }
+            if scale < LEAST_SCALE {
+                return Err(Error::unsupported(format!(
+                    "mlp: results can be as large as {:e}, too much for f16",
+                    factor * factor
+                )));
+            }
+        }
+        let b = self.buffers;
+        let flags = Flags { half_out: self.tile.is_some(), ..matrix.variant() };
+        for slice in &matrix.slices {
+            let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
+            let storage = [&b.normed, &slice.buffer, scales, bias.as_ref().unwrap_or(&b.nothing), &b.gated];
+            let base = base(&matrix, slice, bias.is_some());
+            let bytes = slice_bytes(slice);
+            let rule: Rule = Box::new(move |d| {
+                let params = linear_gated::Params {
+                    rows: d.rows,
+                    k: base.k,
+                    stride: base.stride,
+                    count: base.count,
+                    first: base.first,
+                    out_stride: base.out_stride / 2,
+                    has_bias: base.has_bias,
+                    slice_row: 0,
+                    x_first: 0,
+                    scale,
+                };
+                product(flags, [d.rows, base.count, base.k], bytes, &params)
+            });
+            self.push(&linear_gated::KERNEL, flags, shapes(flags), &storage, rule)?;
+        }
+        Ok(scale)
+    }
+}
+
+/// Half of the largest f16: sums and rotations are rounded.
+const HALF_BOUND: f32 = 32_752.0;
+/// Below this the smaller results would be lost among f16's subnormals.
+const LEAST_SCALE: f32 = 1.0 / 4096.0;
+
+/// An error if `what` can be larger than f16 allows.
+fn fits_half(what: &str, bound: f32) -> Result<()> {
+    if bound <= HALF_BOUND {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!("{what} can be as large as {bound:e}, too much for f16")))
+}
+
+/// True if the products of a model can be f16 in tiles: 16-bit weights, and whole tiles along K.
+pub(super) fn can_tile(spec: &ModelSpec, plan: &Plan, weights: &Weights, tile: u32) -> Result<bool> {
+    let whole = [spec.hidden_size, spec.q_width(), spec.intermediate_size].iter().all(|n| n % tile as usize == 0);
+    for id in plan.quantisable(spec) {
+        if weights.get(&plan.matrices[id.0].name)?.dtype() == Dtype::F32 {
+            return Ok(false);
+        }
+    }
+    Ok(whole)
+}

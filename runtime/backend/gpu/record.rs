@@ -1,0 +1,240 @@
+//! Dispatches on their way to the device, and what they cost where somebody asks.
+
+use std::collections::BTreeMap;
+
+use super::device::{Gpu, MOST_PARAMS};
+use super::pipelines::{Flags, Pipelines, TileShape};
+use crate::backend::KernelTime;
+use crate::error::{Error, Result};
+use crate::kernels::Kernel;
+
+const PER_DIMENSION: u32 = 65_535;
+/// Timestamps of a query set; two a dispatch.
+const TIMESTAMPS: u32 = 4096;
+
+/// `groups` workgroups over the first two dimensions.
+pub(super) fn fold(groups: u32) -> [u32; 3] {
+    if groups <= PER_DIMENSION { [groups, 1, 1] } else { [PER_DIMENSION, groups.div_ceil(PER_DIMENSION), 1] }
+}
+
+/// The immediates of a dispatch.
+#[derive(Clone, Copy)]
+pub(super) struct Params {
+    bytes: [u8; MOST_PARAMS as usize],
+    len: usize,
+}
+
+impl Params {
+    pub(super) fn of<T: bytemuck::Pod>(params: &T) -> Self {
+        const { assert!(size_of::<T>() <= MOST_PARAMS as usize) };
+        let mut bytes = [0; MOST_PARAMS as usize];
+        bytes[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(params));
+        Params { bytes, len: size_of::<T>() }
+    }
+}
+
+/// One dispatch of a step.
+pub(super) struct Dispatch {
+    /// Which of the pipelines.
+    pub shape: TileShape,
+    pub params: Params,
+    pub groups: [u32; 3],
+    /// Bytes that must be read or written: weights, activations, keys and values.
+    pub bytes: u64,
+    pub multiply_adds: u64,
+}
+
+/// A kernel with its bindings, which never change.
+pub(super) struct Bound {
+    name: &'static str,
+    /// By [`TileShape`]; kernels without shapes have one.
+    pipelines: Vec<(TileShape, wgpu::ComputePipeline)>,
+    group: wgpu::BindGroup,
+}
+
+impl Bound {
+    /// The pipelines of `shapes` with `storage` bound to them.
+    pub(super) fn new(
+        gpu: &Gpu,
+        pipelines: &mut Pipelines,
+        kernel: &Kernel,
+        flags: Flags,
+        shapes: &[TileShape],
+        storage: &[&wgpu::Buffer],
+    ) -> Result<Bound> {
+        let mut built = Vec::new();
+        let mut layout = None;
+        for &shape in shapes {
+            let pipeline = pipelines.get(gpu, kernel, Flags { shape, ..flags })?;
+            built.push((shape, pipeline.pipeline));
+            layout = Some(pipeline.layout);
+        }
+        let layout = layout.ok_or_else(|| Error::internal("a kernel of no shape"))?;
+        let mut entries = Vec::new();
+        for (buffer, binding) in storage.iter().zip(1..) {
+            entries.push(wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() });
+        }
+        let descriptor = wgpu::BindGroupDescriptor { label: Some(kernel.name), layout: &layout, entries: &entries };
+        let group = gpu.checked(kernel.name, || gpu.device.create_bind_group(&descriptor))?;
+        Ok(Bound { name: kernel.name, pipelines: built, group })
+    }
+
+    /// The same for a kernel that has one shape.
+    pub(super) fn plain(
+        gpu: &Gpu,
+        pipelines: &mut Pipelines,
+        kernel: &Kernel,
+        flags: Flags,
+        storage: &[&wgpu::Buffer],
+    ) -> Result<Bound> {
+        Self::new(gpu, pipelines, kernel, flags, &[TileShape::Narrow], storage)
+    }
+}
+
+/// What the kernels of a model cost since somebody asked.
+pub(super) struct Profile {
+    queries: wgpu::QuerySet,
+    resolved: wgpu::Buffer,
+    readback: wgpu::Buffer,
+    /// Name, bytes and multiply-adds of the dispatches in the encoder at hand.
+    open: Vec<(&'static str, u64, u64)>,
+    times: BTreeMap<&'static str, KernelTime>,
+}
+
+impl Profile {
+    pub(super) fn new(gpu: &Gpu) -> Result<Profile> {
+        if !gpu.timestamps {
+            return Err(Error::unsupported(format!("{} has no timestamps", gpu.info().name)));
+        }
+        let bytes = u64::from(TIMESTAMPS) * 8;
+        let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
+        let resolved = gpu.buffer("timestamps", bytes, usage)?;
+        let readback = gpu.buffer("timestamps", bytes, wgpu::BufferUsages::MAP_READ)?;
+        let queries = gpu.checked("timestamps", || {
+            gpu.device.create_query_set(&wgpu::QuerySetDescriptor {
+                label: Some("timestamps"),
+                ty: wgpu::QueryType::Timestamp,
+                count: TIMESTAMPS,
+            })
+        })?;
+        Ok(Profile { queries, resolved, readback, open: Vec::new(), times: BTreeMap::new() })
+    }
+
+    fn add(&mut self, name: &'static str, seconds: f64, bytes: u64, multiply_adds: u64) {
+        let entry = self.times.entry(name).or_insert_with(|| KernelTime { name: name.into(), ..KernelTime::default() });
+        entry.calls += 1;
+        entry.seconds += seconds;
+        entry.bytes += bytes;
+        entry.flops += 2 * multiply_adds;
+    }
+
+    /// What was measured since the last time.
+    pub(super) fn take(&mut self) -> Vec<KernelTime> {
+        std::mem::take(&mut self.times).into_values().collect()
+    }
+
+    /// Time that the host spent on encoding.
+    pub(super) fn add_encoding(&mut self, seconds: f64) {
+        self.add("(encoding, host)", seconds, 0, 0);
+    }
+
+    fn read(&mut self, gpu: &Gpu, submission: wgpu::SubmissionIndex) -> Result<()> {
+        let open = std::mem::take(&mut self.open);
+        let bytes = gpu.read(&self.readback, open.len() as u64 * 16, submission)?;
+        let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
+        let period = f64::from(gpu.queue.get_timestamp_period()) * 1e-9;
+        for ((name, bytes, multiply_adds), pair) in open.into_iter().zip(ticks.chunks_exact(2)) {
+            self.add(name, pair[1].saturating_sub(pair[0]) as f64 * period, bytes, multiply_adds);
+        }
+        Ok(())
+    }
+}
+
+/// A command buffer in the making. Use it inside [`Gpu::checked`].
+pub(super) struct Recorder<'a> {
+    encoder: wgpu::CommandEncoder,
+    pass: Option<wgpu::ComputePass<'static>>,
+    profile: Option<&'a mut Profile>,
+    multiply_adds: u64,
+}
+
+impl<'a> Recorder<'a> {
+    pub(super) fn new(gpu: &Gpu, profile: Option<&'a mut Profile>) -> Self {
+        let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        Recorder { encoder, pass: None, profile, multiply_adds: 0 }
+    }
+
+    pub(super) fn dispatch(&mut self, bound: &Bound, dispatch: &Dispatch) {
+        let [x, y, z] = dispatch.groups;
+        if x * y * z == 0 {
+            return;
+        }
+        self.multiply_adds += dispatch.multiply_adds;
+        if let Some(profile) = &mut self.profile {
+            // A pass of its own: what is measured is the kernel, without what other kernels hide of it.
+            self.pass = None;
+            let at = 2 * profile.open.len() as u32;
+            let writes = (at + 1 < TIMESTAMPS).then(|| {
+                profile.open.push((bound.name, dispatch.bytes, dispatch.multiply_adds));
+                wgpu::ComputePassTimestampWrites {
+                    query_set: &profile.queries,
+                    beginning_of_pass_write_index: Some(at),
+                    end_of_pass_write_index: Some(at + 1),
+                }
+            });
+            let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes: writes };
+            let mut pass = self.encoder.begin_compute_pass(&descriptor);
+            run(&mut pass, bound, dispatch);
+            return;
+        }
+        if self.pass.is_none() {
+            let pass = self.encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            self.pass = Some(pass.forget_lifetime());
+        }
+        if let Some(pass) = &mut self.pass {
+            run(pass, bound, dispatch);
+        }
+    }
+
+    pub(super) fn copy(&mut self, from: &wgpu::Buffer, start: u64, to: &wgpu::Buffer, at: u64, bytes: u64) {
+        if bytes > 0 {
+            self.pass = None;
+            self.encoder.copy_buffer_to_buffer(from, start, to, at, bytes);
+        }
+    }
+
+    /// Multiply-adds so far.
+    pub(super) fn multiply_adds(&self) -> u64 {
+        self.multiply_adds
+    }
+
+    /// Submits what was recorded and begins anew.
+    pub(super) fn submit(&mut self, gpu: &Gpu) -> Result<wgpu::SubmissionIndex> {
+        self.pass = None;
+        self.multiply_adds = 0;
+        let next = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let mut encoder = std::mem::replace(&mut self.encoder, next);
+        if let Some(profile) = &mut self.profile {
+            let count = 2 * profile.open.len() as u32;
+            if count > 0 {
+                encoder.resolve_query_set(&profile.queries, 0..count, &profile.resolved, 0);
+                encoder.copy_buffer_to_buffer(&profile.resolved, 0, &profile.readback, 0, u64::from(count) * 8);
+            }
+        }
+        let submission = gpu.queue.submit([encoder.finish()]);
+        if let Some(profile) = &mut self.profile {
+            profile.read(gpu, submission.clone())?;
+        }
+        Ok(submission)
+    }
+}
+
+fn run(pass: &mut wgpu::ComputePass, bound: &Bound, dispatch: &Dispatch) {
+    let shape = bound.pipelines.iter().find(|(shape, _)| *shape == dispatch.shape).or(bound.pipelines.first());
+    let Some((_, pipeline)) = shape else { return };
+    let [x, y, z] = dispatch.groups;
+    pass.set_pipeline(pipeline);
+    pass.set_bind_group(0, &bound.group, &[]);
+    pass.set_immediates(0, &dispatch.params.bytes[..dispatch.params.len]);
+    pass.dispatch_workgroups(x, y, z);
+}
