@@ -2,10 +2,14 @@
 
 pub mod cpu;
 pub mod gpu;
+mod profile;
 
 use std::sync::Arc;
 
-use crate::error::Result;
+pub(crate) use profile::{Cost, Costs, Profile, kernel_name};
+pub use profile::{KernelTime, Limits};
+
+use crate::error::{Error, Result};
 use crate::kernels::{RowMeta, adjust_logits, sample, top_k};
 
 /// What a row asks for once its final hidden state is there.
@@ -130,6 +134,22 @@ pub trait Executor: Send {
 
     /// Bytes held for weights, KV cache and activations.
     fn memory(&self) -> Memory;
+
+    /// Times every kernel from the next step on, or no longer. An executor that cannot stays as it is.
+    fn set_profiling(&mut self, _on: bool) {}
+
+    /// What the kernels have cost since the last call; empty where nothing was timed.
+    fn take_profile(&mut self) -> Vec<KernelTime> {
+        Vec::new()
+    }
+
+    /// Measures what the device does at best, which takes about a second.
+    ///
+    /// # Errors
+    /// `Unsupported` where nobody measures it; as [`Executor::step`].
+    fn limits(&mut self) -> Result<Limits> {
+        Err(Error::unsupported("limits are not measured on this device"))
+    }
 }
 
 /// Bytes a loaded model holds. Weights that are memory-mapped count under `mapped`, not `weights`.
