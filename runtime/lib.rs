@@ -47,6 +47,7 @@ mod text;
 pub mod weights;
 
 pub use backend::gpu::{DeviceInfo, DeviceType};
+pub use backend::{KernelTime, Limits};
 pub use engine::{
     Chunk, Finish, Job, JobStats, JobWatch, ModelStats, Rows, RuntimeStats, SampledToken, Scheduling, Streamed, Timing,
     VersionSpan,

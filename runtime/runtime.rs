@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::backend::cpu::{self, CpuExecutor, CpuOptions, Pool};
 use crate::backend::gpu::{self, DeviceInfo, Gpu, GpuExecutor, GpuOptions, GpuWeights, Selection, list_devices};
-use crate::backend::{Capacity, Executor, Memory};
+use crate::backend::{Capacity, Executor, KernelTime, Limits, Memory};
 use crate::engine::{Engine, Job, JobOptions, ModelStats, QueueLimits, RuntimeStats};
 use crate::error::{Error, Result};
 use crate::guide::{CompiledGuide, Guide, GuideVocabulary};
@@ -356,6 +356,30 @@ impl Model {
     /// What it has done, and what it is doing.
     pub fn stats(&self) -> ModelStats {
         *self.inner.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Times every kernel from the next step on, or no longer. It costs a little, on a GPU more.
+    ///
+    /// # Errors
+    /// `Unsupported` if the device has no clock for it, `Poisoned` if the engine has stopped.
+    pub fn set_profiling(&self, on: bool) -> Result<()> {
+        self.inner.runtime.engine.visit(self.inner.id, move |executor| executor.set_profiling(on))?
+    }
+
+    /// What the kernels have cost since profiling began or since the last call.
+    ///
+    /// # Errors
+    /// `Poisoned` if the engine has stopped.
+    pub fn take_profile(&self) -> Result<Vec<KernelTime>> {
+        self.inner.runtime.engine.visit(self.inner.id, |executor| executor.take_profile())
+    }
+
+    /// Measures what the device does at best with weights like this model's; no step runs meanwhile, for about a second.
+    ///
+    /// # Errors
+    /// `HostMemory` or an error of the device.
+    pub fn limits(&self) -> Result<Limits> {
+        self.inner.runtime.engine.visit(self.inner.id, |executor| executor.limits())?
     }
 
     fn checker(&self) -> Checker<'_> {

@@ -263,3 +263,164 @@ fn text_in_text_out() {
         "it must be one",
     );
 }
+
+/// A config that synth can make in no time, with what a checkpoint may have: biases, an untied head.
+fn small_config(folder: &Path) -> String {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48, "intermediate_size": 80,
+        "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 101,
+        "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false, "max_position_embeddings": 64,
+    });
+    write(folder, "config.json", &[config])
+}
+
+#[test]
+fn synth_makes_checkpoints() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = small_config(folder.path());
+    let synth = |name: &str, rest: &[&str]| {
+        let out = folder.path().join(name);
+        let base = ["synth", config.as_str(), "--out", out.to_str().unwrap()];
+        let output = rewardrt(&[&base[..], rest].concat());
+        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(std::fs::read(out.join("config.json")).unwrap(), std::fs::read(&config).unwrap());
+        (std::fs::read(out.join("model.safetensors")).unwrap(), out.to_str().unwrap().to_owned())
+    };
+    for (dtype, stored) in [("bf16", "BF16"), ("f16", "F16"), ("f32", "F32")] {
+        let (_, model) = synth(dtype, &["--dtype", dtype]);
+        let about = lines(&["inspect", &model, "--json"]);
+        assert_eq!((&about[0]["fits_config"], about[0]["dtypes"].as_object().unwrap().len()), (&json!(true), 1));
+        assert!(about[0]["dtypes"].get(stored).is_some(), "{about:?}");
+        let prompt = write(folder.path(), "prompt.jsonl", &[json!({"prompt_ids": [5, 6]})]);
+        let args = ["sample", "--model", &model, "--device", "cpu", "--prompts", &prompt, "--max-tokens", "4"];
+        let logprobs = &lines(&[&args[..], &["--ignore-eos"]].concat())[0]["model_logprobs"];
+        assert!(logprobs.as_array().unwrap().iter().all(|l| l.as_f64().is_some_and(|l| l < 0.0)), "{logprobs}");
+    }
+    let (first, _) = synth("first", &["--seed", "7"]);
+    assert_eq!(first, synth("again", &["--seed", "7"]).0);
+    let (other, other_model) = synth("other", &["--seed", "8"]);
+    assert!(first.len() == other.len() && first != other);
+
+    // Norms are about 1, the rest about 0, with a deviation of 0.02.
+    let spec = rewardrt::model::read_spec(other_model.as_ref()).unwrap();
+    let plan = rewardrt::model::Plan::new(&spec).unwrap();
+    let weights = plan.load_weights(&spec, other_model.as_ref(), &Default::default()).unwrap();
+    for expected in plan.expected() {
+        let values = weights.get(&expected.name).unwrap().to_f32();
+        let n = values.len() as f32;
+        let mean = values.iter().sum::<f32>() / n;
+        let deviation = (values.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / n).sqrt();
+        let centre = if expected.name.contains("norm") { 1.0 } else { 0.0 };
+        assert!((mean - centre).abs() < 0.02, "{}: mean {mean}", expected.name);
+        assert!((0.013..0.027).contains(&deviation), "{}: deviation {deviation}", expected.name);
+    }
+
+    let tied = path_of("llama-tied");
+    let out = folder.path().join("tied");
+    let output = rewardrt(&["synth", &format!("{tied}/config.json"), "--out", out.to_str().unwrap()]);
+    assert!(output.status.success());
+    let about = lines(&["inspect", out.to_str().unwrap(), "--json"]);
+    assert!(!about[0]["tensors"].to_string().contains("lm_head"), "a tied head is not written");
+}
+
+#[test]
+fn synth_refuses() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = small_config(folder.path());
+    let out = folder.path().join("out");
+    let out = out.to_str().unwrap();
+    let before = std::fs::read_dir(folder.path()).unwrap().count();
+    fails(&["synth", "/nowhere/config.json", "--out", out], 2, "/nowhere/config.json");
+    fails(&["synth", &config, "--out", folder.path().to_str().unwrap()], 2, "it exists; name a folder that does not");
+    fails(&["synth", &config, "--out", "/nowhere/above/out"], 2, "/nowhere/above/out");
+    fails(&["synth", &config, "--out", ".."], 2, "it exists");
+    fails(&["synth", &config, "--out", out, "--dtype", "int8"], 2, "bf16, f16, f32");
+    fails(&["synth", &config, "--out", out, "--seed", "-1"], 2, "--seed");
+    fails(&["synth", &config], 2, "--out");
+    let bad = write(folder.path(), "bad.json", &[json!({"architectures": ["LlamaForCausalLM"], "hidden_size": "x"})]);
+    fails(&["synth", &bad, "--out", out], 2, "\"hidden_size\" is \"x\"");
+    std::fs::write(&bad, "{").unwrap();
+    fails(&["synth", &bad, "--out", out], 2, "not a JSON object");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), before + 1, "nothing is left but bad.json");
+}
+
+#[test]
+fn bench_times_jobs_and_kernels() {
+    let model = path_of("llama-tied");
+    let base = ["bench", "--model", &model, "--device", "cpu", "--threads", "1", "--repeat", "1"];
+    let base =
+        [&base[..], &["--sequences", "1,3", "--prompt-tokens", "8", "--tokens", "4", "--score", "2x16"]].concat();
+    let jobs = lines(&[&base[..], &["--json"]].concat());
+    assert_eq!(jobs.iter().map(|j| j["job"].as_str().unwrap()).collect::<Vec<_>>(), ["decode", "decode", "logprobs"]);
+    assert_eq!(jobs.iter().map(|j| j["sequences"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 3, 2]);
+    for (job, tokens) in jobs.iter().zip([4.0, 12.0, 32.0]) {
+        let (seconds, speed) = (job["seconds"].as_f64().unwrap(), job["tokens_per_second"].as_f64().unwrap());
+        assert!((seconds * speed - tokens).abs() < 1e-6, "{job}");
+        assert_eq!(job["step_ms"].is_number(), job["job"] == "decode");
+        assert_eq!((&job["kernels"], &job["limits"]), (&json!([]), &Value::Null));
+        assert_eq!((job["model"].as_str(), job["precision"].as_str()), (Some(model.as_str()), Some("auto")));
+        assert!(job["device"].as_str().unwrap().starts_with("cpu ("));
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("bench.jsonl");
+    let args = [&base[..], &["--json", "--profile", "--out", out.to_str().unwrap()]].concat();
+    assert!(lines(&args).is_empty(), "--out leaves stdout empty");
+    let text = std::fs::read_to_string(&out).unwrap();
+    let jobs: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    for job in &jobs {
+        assert!(
+            job["limits"]["bytes_per_second"].as_f64().unwrap() > 1e8 && job["limits"]["flops"].as_f64().unwrap() > 1e8
+        );
+        let kernels = job["kernels"].as_array().unwrap();
+        let ms: f64 = kernels.iter().map(|k| k["ms"].as_f64().unwrap()).sum();
+        assert!(ms > 0.0 && ms <= 1e3 * job["profile_seconds"].as_f64().unwrap(), "{job}");
+        let calls = |name: &str| kernels.iter().find(|k| k["name"] == name).unwrap()["calls"].as_u64().unwrap();
+        let steps = if job["job"] == "decode" { 4 } else { 1 };
+        let per_step = ["linear", "rope", "kv_write", "attention", "embed", "gather_rows", "rms_norm", "head"];
+        assert_eq!(per_step.map(calls), [8, 4, 2, 2, 1, 1, 1, 1].map(|n| n * steps), "{job}");
+        assert_eq!(kernels.len(), per_step.len());
+    }
+    // By hand: weights in bf16; D 48, F 80, H = G = 6, E 8, V 101, L 2; two texts of 15 rows each, the last tokens are only targets.
+    let count = |name: &str| {
+        let kernels = jobs[2]["kernels"].as_array().unwrap();
+        let kernel = kernels.iter().find(|k| k["name"] == name).unwrap();
+        (kernel["bytes"].as_u64().unwrap(), kernel["flops"].as_u64().unwrap())
+    };
+    let (layers, rows, d, f, v) = (2, 30, 48, 80, 101);
+    let weights = 4 * d * d + 3 * d * f;
+    // Widths in and out of the four products of a layer; two add to what is there.
+    let activations = rows * ((d + 3 * d) + (d + 2 * d) + (d + f) + (f + 2 * d));
+    assert_eq!(count("linear"), (layers * (2 * weights + 4 * activations), layers * 2 * rows * weights));
+    assert_eq!(count("attention"), (layers * (8 * 30 * d + 8 * rows * d), layers * 4 * 2 * (15 * 16 / 2) * d));
+    assert_eq!(count("head"), (2 * v * d + 4 * rows * d, 2 * rows * v * d));
+    assert_eq!(count("kv_write"), (layers * 4 * 4 * rows * d, 0));
+
+    let tables = rewardrt(&[&base[..], &["--profile"]].concat());
+    let text = String::from_utf8(tables.stdout).unwrap();
+    assert!(tables.status.success() && text.matches("attention").count() == 3 && text.contains("of read"), "{text}");
+    let labels = path_of("llama-labels-3");
+    let scores = lines(&["bench", "--model", &labels, "--device", "cpu", "--score", "2x16", "--repeat", "1", "--json"]);
+    assert_eq!((scores.len(), &scores[0]["job"]), (1, &json!("score")));
+}
+
+#[test]
+fn bench_refuses() {
+    let model = path_of("llama-tied");
+    let bench = |rest: &[&str], says: &str| {
+        fails(&[&["bench", "--model", &model, "--device", "cpu"], rest].concat(), 2, says);
+    };
+    bench(&["--sequences", "1,0"], "--sequences is 0, it must be at least 1");
+    bench(&["--sequences", "x"], "--sequences");
+    bench(&["--tokens", "0"], "--tokens is 0, it must be at least 1");
+    bench(&["--prompt-tokens", "0"], "--prompt-tokens is 0");
+    bench(&["--repeat", "0"], "--repeat is 0");
+    bench(&["--score", "16"], "it must be BxL, as in 16x256");
+    bench(&["--score", "0x16"], "--score BxL: B is 0");
+    bench(&["--score", "2x1"], "--score BxL: L is 1, it must be at least 2");
+    bench(&[], "--prompt-tokens plus --tokens is 96, at most the model's context of 64 is possible");
+    let fits = ["--prompt-tokens", "8", "--tokens", "8"];
+    bench(&fits, "--score BxL: L is 256, at most the model's context of 64 is possible");
+    bench(&["--out", "x.jsonl"], "--out takes JSON: add --json");
+    fails(&["bench", "--model", "/nowhere"], 2, "/nowhere");
+}

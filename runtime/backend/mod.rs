@@ -2,8 +2,12 @@
 
 pub mod cpu;
 pub mod gpu;
+mod profile;
 
 use std::sync::Arc;
+
+pub(crate) use profile::{Cost, Costs, Profile, kernel_name};
+pub use profile::{KernelTime, Limits};
 
 use crate::error::{Error, Result};
 use crate::kernels::embed::FROM_DRAW;
@@ -158,21 +162,6 @@ pub trait Executor: Send {
         matches!(want, Want::Sample(_))
     }
 
-    /// Begins to measure what each kernel costs, from zero; or ends it.
-    ///
-    /// # Errors
-    /// `Unsupported` if the device has no timestamps.
-    fn set_profiling(&mut self, on: bool) -> Result<()>;
-
-    /// What was measured since the last time.
-    fn take_profile(&mut self) -> Vec<KernelTime>;
-
-    /// What the device can do at best, measured now.
-    ///
-    /// # Errors
-    /// As [`Executor::step`].
-    fn limits(&mut self) -> Result<Limits>;
-
     /// Copies whole KV blocks in every layer, one pair after the other, before the next step.
     ///
     /// # Errors
@@ -181,30 +170,21 @@ pub trait Executor: Send {
 
     /// Bytes held for weights, KV cache and activations.
     fn memory(&self) -> Memory;
-}
 
-/// What a kernel cost over some steps.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct KernelTime {
-    /// The kernel.
-    pub name: String,
-    /// How often it ran.
-    pub calls: u64,
-    /// How long.
-    pub seconds: f64,
-    /// Bytes that it must move: weights, activations, keys and values.
-    pub bytes: u64,
-    /// Floating point operations, two a multiply-add.
-    pub flops: u64,
-}
+    /// Times every kernel from the next step on, or no longer.
+    ///
+    /// # Errors
+    /// `Unsupported` if the device cannot.
+    fn set_profiling(&mut self, on: bool) -> Result<()>;
 
-/// What a device can do at best.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Limits {
-    /// Bytes read and written a second.
-    pub bytes_per_second: f64,
-    /// Floating point operations a second in a product.
-    pub flops: f64,
+    /// What the kernels have cost since the last call; empty where nothing was timed.
+    fn take_profile(&mut self) -> Vec<KernelTime>;
+
+    /// Measures what the device does at best, which takes about a second.
+    ///
+    /// # Errors
+    /// As [`Executor::step`].
+    fn limits(&mut self) -> Result<Limits>;
 }
 
 /// Bytes a loaded model holds. Weights that are memory-mapped count under `mapped`, not `weights`.

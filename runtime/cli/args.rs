@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
-use rewardrt::weights::WeightFormat;
+use rewardrt::weights::{Dtype, WeightFormat};
 use rewardrt::{
     Error, ErrorKind, Guide, Model, ModelOptions, Precision, Result, Rule, Runtime, RuntimeOptions, Scheduling,
 };
@@ -32,6 +32,10 @@ pub enum Command {
     Logprobs(Logprobs),
     /// Score texts, answers or conversations.
     Score(Score),
+    /// Write a checkpoint of random weights with the shapes that a config.json asks for; it has no tokenizer.
+    Synth(Synth),
+    /// Time sampling and scoring of random tokens, and the kernels they run.
+    Bench(Bench),
 }
 
 #[derive(ClapArgs)]
@@ -107,9 +111,18 @@ pub enum WeightsArg {
 impl Common {
     /// Opens the runtime and loads the model.
     pub fn load(&self) -> Result<Model> {
+        self.load_onto(&self.open()?, self.kv_tokens)
+    }
+
+    /// Opens the runtime alone.
+    pub fn open(&self) -> Result<Runtime> {
         let options =
             RuntimeOptions { device: self.device.clone(), threads: self.threads, ..RuntimeOptions::default() };
-        let runtime = Runtime::open(&options)?;
+        Runtime::open(&options)
+    }
+
+    /// Loads the model with this many positions in its KV cache.
+    pub fn load_onto(&self, runtime: &Runtime, kv_tokens: Option<usize>) -> Result<Model> {
         let mut options = ModelOptions {
             precision: match self.precision {
                 PrecisionArg::Auto => Precision::Auto,
@@ -121,7 +134,7 @@ impl Common {
             },
             max_batch_tokens: self.max_batch_tokens,
             memory: self.memory,
-            kv_tokens: self.kv_tokens,
+            kv_tokens,
             max_context: self.max_context,
             ..ModelOptions::default()
         };
@@ -332,4 +345,69 @@ fn bytes(text: &str) -> std::result::Result<u64, String> {
     };
     let number: u64 = digits.parse().map_err(|e| format!("{digits:?}: {e}"))?;
     number.checked_mul(1 << shift).ok_or_else(|| "too large".into())
+}
+
+#[derive(ClapArgs)]
+pub struct Synth {
+    /// The config.json.
+    pub config: PathBuf,
+    /// The model folder to make; it must not exist, the one above it must.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// The same seed gives the same weights.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// How the weights are stored.
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: DtypeArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum DtypeArg {
+    Bf16,
+    F16,
+    F32,
+}
+
+impl From<DtypeArg> for Dtype {
+    fn from(dtype: DtypeArg) -> Self {
+        match dtype {
+            DtypeArg::Bf16 => Dtype::BF16,
+            DtypeArg::F16 => Dtype::F16,
+            DtypeArg::F32 => Dtype::F32,
+        }
+    }
+}
+
+#[derive(ClapArgs)]
+pub struct Bench {
+    #[command(flatten)]
+    pub common: Common,
+    /// Sequences that are decoded at a time, one job each.
+    #[arg(long, value_name = "N,N…", value_delimiter = ',', default_values_t = [1, 8, 64])]
+    pub sequences: Vec<usize>,
+    /// Random tokens of each prompt.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub prompt_tokens: usize,
+    /// Tokens to generate after each prompt.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub tokens: usize,
+    /// Texts × tokens whose log-probabilities are computed (or scores, with a score head).
+    #[arg(long, value_name = "BxL", value_parser = shape, default_value = "16x256")]
+    pub score: (usize, usize),
+    /// Timed runs of each job; the median counts.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub repeat: usize,
+    /// Run each job once more and time every kernel; measure what the device can do.
+    #[arg(long)]
+    pub profile: bool,
+    /// Print a JSON object a job.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn shape(text: &str) -> std::result::Result<(usize, usize), String> {
+    let (texts, tokens) = text.split_once('x').ok_or("it must be BxL, as in 16x256")?;
+    let number = |n: &str| n.parse().map_err(|e| format!("{n:?}: {e}; it must be BxL, as in 16x256"));
+    Ok((number(texts)?, number(tokens)?))
 }

@@ -1,6 +1,7 @@
 //! The `rewardrt` command. Results on stdout or `--out`, logs on stderr; exit 0 ok, 1 failed, 2 bad input or usage.
 
 mod args;
+mod bench;
 mod devices;
 mod inspect;
 mod jobs;
@@ -9,6 +10,7 @@ mod record;
 mod sample;
 mod score;
 mod sink;
+mod synth;
 
 use std::process::ExitCode;
 
@@ -28,6 +30,8 @@ fn main() -> ExitCode {
         args::Command::Sample(a) => sample::run(a),
         args::Command::Logprobs(a) => logprobs::run(a),
         args::Command::Score(a) => score::run(a),
+        args::Command::Synth(a) => synth::run(a),
+        args::Command::Bench(a) => bench::run(a),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

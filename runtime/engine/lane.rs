@@ -94,6 +94,10 @@ impl Lane {
         }
     }
 
+    pub fn executor(&mut self) -> &mut dyn Executor {
+        &mut *self.executor
+    }
+
     pub fn is_idle(&self) -> bool {
         self.jobs.is_empty()
     }

@@ -47,7 +47,11 @@ enum Command {
     Add { model: u64, lane: Box<Lane> },
     Remove { model: u64 },
     Submit { model: u64, job: Arc<JobState>, sequences: Vec<NewSequence>, positions: usize },
+    Visit { model: u64, visit: Visit },
 }
+
+/// What is done with an executor between two steps.
+type Visit = Box<dyn FnOnce(&mut dyn Executor) + Send>;
 
 /// The engine's front door: cheap to share.
 pub(crate) struct Engine {
@@ -112,6 +116,22 @@ impl Engine {
     pub(crate) fn remove(&self, model: u64) {
         // An engine that is gone has no models left either.
         let _ = self.send(Command::Remove { model });
+    }
+
+    /// Does something with a model's executor between two steps, and waits for its result.
+    pub(crate) fn visit<T: Send + 'static>(
+        &self,
+        model: u64,
+        visit: impl FnOnce(&mut dyn Executor) -> T + Send + 'static,
+    ) -> Result<T> {
+        let (answer, answered) = channel();
+        let visit = Box::new(move |executor: &mut dyn Executor| {
+            // Nobody waits any more if this fails.
+            let _ = answer.send(visit(executor));
+        });
+        self.send(Command::Visit { model, visit })?;
+        let gone = |_| self.shared.poison().unwrap_or_else(|| Error::new(ErrorKind::NotFound, "the model was freed"));
+        answered.recv().map_err(gone)
     }
 
     /// Queues sequences as one job.
@@ -279,6 +299,13 @@ fn obey(lanes: &mut Vec<(u64, Box<Lane>)>, command: Command) -> Released {
                 Released { jobs: 1, positions }
             }
         },
+        Command::Visit { model, visit } => {
+            // Dropping a visit to a model that is gone tells who waits.
+            if let Some((_, lane)) = lanes.iter_mut().find(|(id, _)| *id == model) {
+                visit(lane.executor());
+            }
+            Released::default()
+        }
     }
 }
 

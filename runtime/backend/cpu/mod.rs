@@ -2,15 +2,19 @@
 
 mod cores;
 mod head;
+mod limits;
 mod pool;
 
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use cores::Cores;
 pub use pool::Pool;
 pub(crate) use pool::SMALL;
 
-use super::{BlockCopy, Capacity, Executor, Memory, Output, Step};
+use super::{
+    BlockCopy, Capacity, Cost, Costs, Executor, KernelTime, Limits, Memory, Output, Profile, Step, kernel_name,
+};
 use crate::error::{Error, ErrorKind, Result, checked_size, try_vec};
 use crate::kernels::attention::{self, MAX_HEAD_DIM};
 use crate::kernels::kv_write::{self, Cache};
@@ -57,6 +61,7 @@ pub struct CpuExecutor {
     packed: PackBuffer,
     logits: Vec<f32>,
     capacity: Capacity,
+    profile: Profile,
 }
 
 /// A product by its ids: what [`Then`] is with the weights at hand.
@@ -107,6 +112,7 @@ impl CpuExecutor {
             vectors,
             kv,
             capacity,
+            profile: Profile::default(),
         })
     }
 
@@ -234,6 +240,19 @@ impl CpuExecutor {
         }
     }
 
+    /// Adds a kernel's run, which began then, to the profile.
+    fn note(&mut self, name: &str, begin: Instant, step: &Step, cost: impl Fn(&Costs) -> Cost) {
+        let time = begin.elapsed();
+        let weight_bytes = |id: MatrixId| match &self.quantised[id.0] {
+            Some(matrix) => matrix.bytes() as u64,
+            None => self.matrices[id.0].bytes().len() as u64,
+        };
+        let shape = |id: MatrixId| [self.matrices[id.0].shape()[0], self.matrices[id.0].shape()[1]];
+        let costs = Costs { spec: &self.spec, step, weight_bytes: &weight_bytes, shape: &shape };
+        let cost = cost(&costs);
+        self.profile.add(name, time, cost);
+    }
+
     fn weight(&self, id: MatrixId) -> Weight<'_> {
         Held { matrices: &self.matrices, quantised: &self.quantised, vectors: &self.vectors }.weight(id)
     }
@@ -310,9 +329,20 @@ impl Executor for CpuExecutor {
         let order = head::Order::new(step.outputs);
         let plan = self.plan.clone();
         for (i, op) in plan.ops.iter().enumerate() {
+            let begin = self.profile.on.then(Instant::now);
             self.execute(op, plan.first_weight(i + 1), step, &order.rows);
+            if let Some(begin) = begin {
+                self.note(kernel_name(op), begin, step, |costs| costs.of(op));
+            }
         }
-        self.head(step, &order)
+        let begin = self.profile.on.then(Instant::now);
+        let outputs = self.head(step, &order)?;
+        if let Some(begin) = begin
+            && !step.outputs.is_empty()
+        {
+            self.note("head", begin, step, |costs| costs.head(plan.head));
+        }
+        Ok(outputs)
     }
 
     fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
@@ -337,6 +367,20 @@ impl Executor for CpuExecutor {
             kv_cache: self.kv.iter().map(|(k, v)| (k.len() + v.len()) as u64 * 4).sum(),
             scratch: scratch_bytes(&self.spec, self.capacity.max_rows, self.options.pool.threads()),
         }
+    }
+
+    fn set_profiling(&mut self, on: bool) -> Result<()> {
+        self.profile.on = on;
+        Ok(())
+    }
+
+    fn take_profile(&mut self) -> Vec<KernelTime> {
+        self.profile.take()
+    }
+
+    fn limits(&mut self) -> Result<Limits> {
+        let _turn = cores().take(self.options.pool.threads());
+        limits::measure(&self.options, &self.weight(self.plan.first_weight(0)))
     }
 }
 

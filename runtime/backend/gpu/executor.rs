@@ -7,7 +7,7 @@ use super::device::Gpu;
 use super::head::{self, Head};
 use super::layers::{Buffers, Builder, Call, Dims, can_tile};
 use super::pipelines::Pipelines;
-use super::record::{Profile, Recorder};
+use super::record::{Clock, Recorder};
 use super::upload::Uploader;
 use crate::backend::cpu::Pool;
 use crate::backend::{BlockCopy, Capacity, Executor, KernelTime, Limits, Memory, Output, Step, Want};
@@ -39,7 +39,7 @@ pub struct GpuExecutor {
     pub(super) capacity: Capacity,
     kv_element: u64,
     memory: Memory,
-    pub(super) profile: Option<Profile>,
+    clock: Option<Clock>,
 }
 
 /// A matrix of the checkpoint as it is stored.
@@ -196,7 +196,7 @@ impl GpuExecutor {
             capacity,
             kv_element: element as u64,
             memory,
-            profile: None,
+            clock: None,
             buffers,
             spec,
             gpu,
@@ -275,10 +275,10 @@ impl Executor for GpuExecutor {
                 first_drawn,
                 keys: step.rows.iter().map(seen).sum(),
             };
-            let profile = self.profile.as_mut();
+            let clock = self.clock.as_mut();
             // A step runs while the next one is encoded.
             last = Some(gpu.checked("a step", || {
-                let mut recorder = Recorder::new(&gpu, profile);
+                let mut recorder = Recorder::new(&gpu, clock);
                 for call in &self.calls {
                     recorder.dispatch(&call.bound, &(call.rule)(&dims));
                     if recorder.multiply_adds() >= limit {
@@ -296,8 +296,8 @@ impl Executor for GpuExecutor {
             first_row += dims.rows;
             first_output += dims.outputs;
         }
-        if let Some(profile) = &mut self.profile {
-            profile.add_encoding(begin.elapsed().as_secs_f64());
+        if let Some(clock) = &mut self.clock {
+            clock.add_encoding(begin.elapsed());
         }
         let last = last.ok_or_else(|| Error::internal("no step"))?;
         self.head.results(&gpu, pending, last, steps, &orders)
@@ -339,12 +339,12 @@ impl Executor for GpuExecutor {
     }
 
     fn set_profiling(&mut self, on: bool) -> Result<()> {
-        self.profile = if on { Some(Profile::new(&self.gpu)?) } else { None };
+        self.clock = if on { Some(Clock::new(&self.gpu)?) } else { None };
         Ok(())
     }
 
     fn take_profile(&mut self) -> Vec<KernelTime> {
-        self.profile.as_mut().map(Profile::take).unwrap_or_default()
+        self.clock.as_mut().map(Clock::take).unwrap_or_default()
     }
 
     fn limits(&mut self) -> Result<Limits> {

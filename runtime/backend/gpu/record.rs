@@ -1,10 +1,10 @@
 //! Dispatches on their way to the device, and what they cost where somebody asks.
 
-use std::collections::BTreeMap;
+use std::time::Duration;
 
 use super::device::{Gpu, MOST_PARAMS};
 use super::pipelines::{Flags, Pipelines, TileShape};
-use crate::backend::KernelTime;
+use crate::backend::{Cost, KernelTime, Profile};
 use crate::error::{Error, Result};
 use crate::kernels::Kernel;
 
@@ -91,18 +91,18 @@ impl Bound {
     }
 }
 
-/// What the kernels of a model cost since somebody asked.
-pub(super) struct Profile {
+/// Timestamps around every dispatch.
+pub(super) struct Clock {
     queries: wgpu::QuerySet,
     resolved: wgpu::Buffer,
     readback: wgpu::Buffer,
     /// Name, bytes and multiply-adds of the dispatches in the encoder at hand.
     open: Vec<(&'static str, u64, u64)>,
-    times: BTreeMap<&'static str, KernelTime>,
+    times: Profile,
 }
 
-impl Profile {
-    pub(super) fn new(gpu: &Gpu) -> Result<Profile> {
+impl Clock {
+    pub(super) fn new(gpu: &Gpu) -> Result<Clock> {
         if !gpu.timestamps {
             return Err(Error::unsupported(format!("{} has no timestamps", gpu.info().name)));
         }
@@ -117,25 +117,17 @@ impl Profile {
                 count: TIMESTAMPS,
             })
         })?;
-        Ok(Profile { queries, resolved, readback, open: Vec::new(), times: BTreeMap::new() })
-    }
-
-    fn add(&mut self, name: &'static str, seconds: f64, bytes: u64, multiply_adds: u64) {
-        let entry = self.times.entry(name).or_insert_with(|| KernelTime { name: name.into(), ..KernelTime::default() });
-        entry.calls += 1;
-        entry.seconds += seconds;
-        entry.bytes += bytes;
-        entry.flops += 2 * multiply_adds;
+        Ok(Clock { queries, resolved, readback, open: Vec::new(), times: Profile::default() })
     }
 
     /// What was measured since the last time.
     pub(super) fn take(&mut self) -> Vec<KernelTime> {
-        std::mem::take(&mut self.times).into_values().collect()
+        self.times.take()
     }
 
     /// Time that the host spent on encoding.
-    pub(super) fn add_encoding(&mut self, seconds: f64) {
-        self.add("(encoding, host)", seconds, 0, 0);
+    pub(super) fn add_encoding(&mut self, time: Duration) {
+        self.times.add("encode (host)", time, Cost::default());
     }
 
     fn read(&mut self, gpu: &Gpu, submission: wgpu::SubmissionIndex) -> Result<()> {
@@ -144,7 +136,8 @@ impl Profile {
         let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
         let period = f64::from(gpu.queue.get_timestamp_period()) * 1e-9;
         for ((name, bytes, multiply_adds), pair) in open.into_iter().zip(ticks.chunks_exact(2)) {
-            self.add(name, pair[1].saturating_sub(pair[0]) as f64 * period, bytes, multiply_adds);
+            let time = Duration::from_secs_f64(pair[1].saturating_sub(pair[0]) as f64 * period);
+            self.times.add(name, time, Cost { bytes, flops: 2 * multiply_adds });
         }
         Ok(())
     }
@@ -154,14 +147,14 @@ impl Profile {
 pub(super) struct Recorder<'a> {
     encoder: wgpu::CommandEncoder,
     pass: Option<wgpu::ComputePass<'static>>,
-    profile: Option<&'a mut Profile>,
+    clock: Option<&'a mut Clock>,
     multiply_adds: u64,
 }
 
 impl<'a> Recorder<'a> {
-    pub(super) fn new(gpu: &Gpu, profile: Option<&'a mut Profile>) -> Self {
+    pub(super) fn new(gpu: &Gpu, clock: Option<&'a mut Clock>) -> Self {
         let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        Recorder { encoder, pass: None, profile, multiply_adds: 0 }
+        Recorder { encoder, pass: None, clock, multiply_adds: 0 }
     }
 
     pub(super) fn dispatch(&mut self, bound: &Bound, dispatch: &Dispatch) {
@@ -170,14 +163,14 @@ impl<'a> Recorder<'a> {
             return;
         }
         self.multiply_adds += dispatch.multiply_adds;
-        if let Some(profile) = &mut self.profile {
+        if let Some(clock) = &mut self.clock {
             // A pass of its own: what is measured is the kernel, without what other kernels hide of it.
             self.pass = None;
-            let at = 2 * profile.open.len() as u32;
+            let at = 2 * clock.open.len() as u32;
             let writes = (at + 1 < TIMESTAMPS).then(|| {
-                profile.open.push((bound.name, dispatch.bytes, dispatch.multiply_adds));
+                clock.open.push((bound.name, dispatch.bytes, dispatch.multiply_adds));
                 wgpu::ComputePassTimestampWrites {
-                    query_set: &profile.queries,
+                    query_set: &clock.queries,
                     beginning_of_pass_write_index: Some(at),
                     end_of_pass_write_index: Some(at + 1),
                 }
@@ -214,16 +207,16 @@ impl<'a> Recorder<'a> {
         self.multiply_adds = 0;
         let next = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let mut encoder = std::mem::replace(&mut self.encoder, next);
-        if let Some(profile) = &mut self.profile {
-            let count = 2 * profile.open.len() as u32;
+        if let Some(clock) = &mut self.clock {
+            let count = 2 * clock.open.len() as u32;
             if count > 0 {
-                encoder.resolve_query_set(&profile.queries, 0..count, &profile.resolved, 0);
-                encoder.copy_buffer_to_buffer(&profile.resolved, 0, &profile.readback, 0, u64::from(count) * 8);
+                encoder.resolve_query_set(&clock.queries, 0..count, &clock.resolved, 0);
+                encoder.copy_buffer_to_buffer(&clock.resolved, 0, &clock.readback, 0, u64::from(count) * 8);
             }
         }
         let submission = gpu.queue.submit([encoder.finish()]);
-        if let Some(profile) = &mut self.profile {
-            profile.read(gpu, submission.clone())?;
+        if let Some(clock) = &mut self.clock {
+            clock.read(gpu, submission.clone())?;
         }
         Ok(submission)
     }

@@ -1,0 +1,194 @@
+//! `rewardrt synth`: a checkpoint of random weights, so that a machine can time a model that it has not got.
+//!
+//! A value is the sum of four random bytes, centred and scaled: a bell with the asked standard deviation that never goes
+//! beyond 3.5 of them. The sum has 1021 values, so a table holds each as it is stored, and the same seed gives the same
+//! numbers on every machine and in every dtype, up to rounding.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use rewardrt::model::{Plan, parse_config};
+use rewardrt::weights::Dtype;
+use rewardrt::{Error, ErrorKind, Result};
+use serde_json::{Map, Value, json};
+
+use crate::args::Synth;
+use crate::sink::print_line;
+
+/// Bytes that are made, then written, at a time.
+const CHUNK: usize = 1 << 20;
+const MAX_CONFIG: u64 = 1 << 20;
+/// What transformers initialises weights with.
+const DEVIATION: f32 = 0.02;
+/// The largest sum of four bytes.
+const LARGEST: usize = 4 * 255;
+
+pub fn run(args: &Synth) -> Result<()> {
+    let config = read_config(&args.config)?;
+    let spec = parse_config(&config, None).map_err(|e| e.at(args.config.display()))?;
+    let plan = Plan::new(&spec)?;
+    let begin = Instant::now();
+    let folder = PartialFolder::create(&args.out)?;
+    let in_folder = |name: &str| folder.partial.join(name);
+    fs::write(in_folder("config.json"), &config).map_err(|e| failed(&in_folder("config.json"), &e))?;
+    let weights = in_folder("model.safetensors");
+    let bytes = write_weights(&weights, &plan, args.dtype.into(), args.seed).map_err(|e| failed(&weights, &e))?;
+    folder.finish()?;
+    let seconds = begin.elapsed().as_secs_f64();
+    print_line(&format!(
+        "{}: {} of random {} weights, {:.1} MB in {seconds:.1} s",
+        args.out.display(),
+        spec.architecture,
+        Dtype::from(args.dtype).name(),
+        bytes as f64 / 1e6
+    ))
+}
+
+fn failed(path: &Path, error: &io::Error) -> Error {
+    let kind = if error.kind() == io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
+    Error::new(kind, format!("{}: {error}", path.display()))
+}
+
+fn read_config(path: &Path) -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    let file = File::open(path).map_err(|e| failed(path, &e))?;
+    file.take(MAX_CONFIG + 1).read_to_end(&mut text).map_err(|e| failed(path, &e))?;
+    if text.len() as u64 > MAX_CONFIG {
+        return Err(Error::new(
+            ErrorKind::Limit,
+            format!("{}: more than {MAX_CONFIG} bytes; a config.json is smaller", path.display()),
+        ));
+    }
+    Ok(text)
+}
+
+/// A folder that has another name until it is complete, and goes away if it never is.
+struct PartialFolder {
+    partial: PathBuf,
+    path: PathBuf,
+}
+
+impl PartialFolder {
+    fn create(path: &Path) -> Result<Self> {
+        if path.symlink_metadata().is_ok() {
+            let what = format!("--out {}: it exists; name a folder that does not", path.display());
+            return Err(Error::new(ErrorKind::Argument, what));
+        }
+        let Some(name) = path.file_name() else {
+            let what = format!("--out {}: it must end in the name of a folder", path.display());
+            return Err(Error::new(ErrorKind::Argument, what));
+        };
+        let mut partial = name.to_owned();
+        partial.push(format!(".partial-{}", std::process::id()));
+        let partial = path.with_file_name(partial);
+        fs::create_dir(&partial).map_err(|e| failed(&partial, &e))?;
+        Ok(PartialFolder { partial, path: path.to_owned() })
+    }
+
+    fn finish(self) -> Result<()> {
+        // Another process may have made the folder meanwhile: then this fails, unless it is empty.
+        fs::rename(&self.partial, &self.path).map_err(|e| failed(&self.path, &e))
+    }
+}
+
+impl Drop for PartialFolder {
+    fn drop(&mut self) {
+        // Gone after `finish`. Best effort: the error that led here is the one to report.
+        let _ = fs::remove_dir_all(&self.partial);
+    }
+}
+
+/// Writes every tensor of `plan`; returns the file's size.
+fn write_weights(path: &Path, plan: &Plan, dtype: Dtype, seed: u64) -> io::Result<u64> {
+    let mut header = Map::new();
+    header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    let mut end = 0u64;
+    for tensor in plan.expected() {
+        let start = end;
+        end += tensor.shape.iter().product::<usize>() as u64 * dtype.size() as u64;
+        let entry = json!({"dtype": dtype.name(), "shape": tensor.shape, "data_offsets": [start, end]});
+        header.insert(tensor.name.clone(), entry);
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    // The data begins at a multiple of eight.
+    header.resize(header.len().next_multiple_of(8), b' ');
+
+    let mut file = File::create_new(path)?;
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(&header)?;
+    match dtype {
+        Dtype::F32 => write_data::<4>(&mut file, plan, dtype, seed)?,
+        Dtype::F16 | Dtype::BF16 => write_data::<2>(&mut file, plan, dtype, seed)?,
+    }
+    Ok(8 + header.len() as u64 + end)
+}
+
+/// Writes the elements, N bytes each, of every tensor.
+fn write_data<const N: usize>(file: &mut File, plan: &Plan, dtype: Dtype, seed: u64) -> io::Result<()> {
+    let (around_0, around_1) = (table::<N>(dtype, 0.0), table::<N>(dtype, 1.0));
+    let mut chunk = Vec::with_capacity(CHUNK);
+    for (i, tensor) in plan.expected().enumerate() {
+        let is_norm = tensor.shape.len() == 1 && !tensor.name.ends_with(".bias");
+        let values = if is_norm { &around_1 } else { &around_0 };
+        let random = Random::new(seed, i as u64);
+        let elements = tensor.shape.iter().product::<usize>() as u64;
+        for first in (0..elements).step_by(CHUNK / N) {
+            fill(values, &random, first..elements.min(first + (CHUNK / N) as u64), &mut chunk);
+            file.write_all(&chunk)?;
+        }
+    }
+    Ok(())
+}
+
+/// Numbers by their index: SplitMix64 at any place of its sequence.
+struct Random {
+    start: u64,
+}
+
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// SplitMix64's output function: neighbours become unlike numbers.
+pub fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+impl Random {
+    /// A sequence for each seed and tensor.
+    fn new(seed: u64, tensor: u64) -> Self {
+        Random { start: mix(mix(seed.wrapping_add(GOLDEN)).wrapping_add(tensor.wrapping_mul(GOLDEN))) }
+    }
+
+    /// The number `i` as two sums of four bytes each.
+    fn sums(&self, i: u64) -> [usize; 2] {
+        let bytes = mix(self.start.wrapping_add(i.wrapping_mul(GOLDEN)));
+        let pairs = (bytes & 0x00ff_00ff_00ff_00ff) + ((bytes >> 8) & 0x00ff_00ff_00ff_00ff);
+        let sums = (pairs & 0x0000_ffff_0000_ffff) + ((pairs >> 16) & 0x0000_ffff_0000_ffff);
+        [sums as u32 as usize, (sums >> 32) as usize]
+    }
+}
+
+/// The stored bytes of each sum.
+fn table<const N: usize>(dtype: Dtype, mean: f32) -> [[u8; N]; LARGEST + 1] {
+    // A byte's variance is (256² − 1) / 12.
+    let scale = DEVIATION / (4.0 * 65535.0f32 / 12.0).sqrt();
+    let values: Vec<f32> = (0..=LARGEST).map(|sum| mean + scale * (sum as f32 - LARGEST as f32 / 2.0)).collect();
+    let stored = dtype.from_f32(&values);
+    std::array::from_fn(|sum| std::array::from_fn(|byte| stored[sum * N + byte]))
+}
+
+/// Sets `out` to the elements, which begin at an even one.
+fn fill<const N: usize>(values: &[[u8; N]; LARGEST + 1], random: &Random, elements: Range<u64>, out: &mut Vec<u8>) {
+    let bytes = (elements.end - elements.start) as usize * N;
+    out.resize(bytes.next_multiple_of(2 * N), 0);
+    for (pair, i) in out.chunks_exact_mut(2 * N).zip(elements.start / 2..) {
+        let [first, second] = random.sums(i);
+        pair[..N].copy_from_slice(&values[first]);
+        pair[N..].copy_from_slice(&values[second]);
+    }
+    out.truncate(bytes);
+}
