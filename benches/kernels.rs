@@ -25,10 +25,12 @@ fn linear(c: &mut Criterion) {
             let stored = dtype.from_f32(&weights);
             let view = MatrixView::new(dtype, &stored, n, k);
             let int8 = linear::Int8Matrix::quantise(view, &Pool::new(1)).expect("finite weights");
+            let int4 = linear::Int4Matrix::quantise(view, &Pool::new(1)).expect("finite weights");
             let mut cases = vec![("auto", Precision::Auto, Weight::Stored(view))];
             if dtype == Dtype::BF16 {
                 cases.push(("f32", Precision::F32, Weight::Stored(view)));
                 cases.push(("int8", Precision::Auto, Weight::Int8(int8.view())));
+                cases.push(("int4", Precision::Auto, Weight::Int4(int4.view())));
             }
             for (what, precision, weight) in cases {
                 for rows in [1, 8, 64, 256] {

@@ -1,6 +1,6 @@
 //! Runs jobs from stdin and prints their seconds: what benches/peers drives.
 //!
-//! `work MODEL THREADS [--precision auto|f32] [--weights stored|int8]`, then one line a job:
+//! `work MODEL THREADS [--precision auto|f32] [--weights stored|int8|int4]`, then one line a job:
 //! {"kind": "decode" | "logprobs" | "hidden", "ids": [[…]], "new": N}. `hidden` reads one token's logit at the last
 //! position: the forward of a reward model.
 //!
@@ -47,6 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             ["--precision", "auto"] | ["--weights", "stored"] => {}
             ["--precision", "f32"] => options.precision = Precision::F32,
             ["--weights", "int8"] => options.weights = WeightFormat::Int8,
+            ["--weights", "int4"] => options.weights = WeightFormat::Int4,
             other => return Err(format!("what is {other:?}?").into()),
         }
     }

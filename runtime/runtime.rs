@@ -9,7 +9,7 @@ use crate::backend::{Capacity, Executor, KernelTime, Limits, Memory};
 use crate::engine::{Engine, Job, JobOptions, ModelStats, QueueLimits, RuntimeStats};
 use crate::error::{Error, Result};
 use crate::guide::{CompiledGuide, Guide, GuideVocabulary};
-use crate::kernels::linear::{Int8Matrix, Precision};
+use crate::kernels::linear::{Precision, Quantised};
 use crate::kernels::{Isa, KV_BLOCK};
 use crate::model::{MatrixId, ModelSpec, Op, Plan, parse_config};
 use crate::request::{
@@ -230,7 +230,7 @@ impl Runtime {
         }
         let per_token = 8 * spec.kv_width() as u64 * spec.layers as u64;
         let is_gpu = matches!(self.inner.device, Device::Gpu(_));
-        let quantised = if options.weights == WeightFormat::Int8 { plan.quantisable(spec) } else { Vec::new() };
+        let quantised = if options.weights == WeightFormat::Stored { Vec::new() } else { plan.quantisable(spec) };
         // What is allocated: on the CPU mapped weights are not, but what is quantised from them is.
         let mut held = 0u64;
         for (i, m) in plan.matrices.iter().enumerate() {
@@ -241,7 +241,7 @@ impl Runtime {
             let stored = m.shape[0] * cols * size;
             let is_embedding = plan.ops.iter().any(|op| matches!(op, Op::Embed { table, .. } if table.0 == i));
             if is_quantised {
-                held += Int8Matrix::bytes_for(m.shape[0], m.shape[1]) as u64;
+                held += Quantised::bytes_for(options.weights, m.shape[0], m.shape[1]) as u64;
             }
             if (is_gpu && (!is_quantised || is_embedding)) || (!is_gpu && !options.load.use_mmap) {
                 held += stored as u64;

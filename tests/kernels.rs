@@ -10,9 +10,9 @@ use bytemuck::{bytes_of, cast_slice, pod_collect_to_vec};
 use common::{devices, isas};
 use rewardrt::backend::cpu::Pool;
 use rewardrt::backend::gpu::{Flags, Gpu, Selection, dispatch_once};
-use rewardrt::kernels::linear::{Arithmetic, Precision, Weight};
+use rewardrt::kernels::linear::{Arithmetic, Precision, Quantised, Weight};
 use rewardrt::kernels::*;
-use rewardrt::weights::Dtype;
+use rewardrt::weights::{Dtype, WeightFormat};
 
 /// |difference| ≤ tolerance · (Σ of the magnitudes that were added, or the result's own): f32 rounding over a sum.
 fn tolerance(dtype: Dtype) -> f64 {
@@ -101,7 +101,7 @@ fn as_read(x: &[f32], k: usize, arithmetic: Arithmetic) -> Vec<f64> {
         Arithmetic::Fma => x.iter().map(|v| f64::from(*v)).collect(),
         Arithmetic::Bf16 | Arithmetic::Amx { terms: 1 } => x.iter().map(|v| f64::from(bf16(*v))).collect(),
         Arithmetic::Amx { .. } => x.iter().map(|v| f64::from(bf16(*v)) + f64::from(bf16(v - bf16(*v)))).collect(),
-        Arithmetic::Int8 => {
+        Arithmetic::Int8 | Arithmetic::Int4 => {
             let row = |row: &[f32]| {
                 let most = row.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                 let q: Vec<f64> = row.iter().map(|v| f64::from((v * (32767.0 / most)).round_ties_even())).collect();
@@ -165,11 +165,17 @@ fn linear_twins_on_the_cpu() {
             let view = MatrixView::new(dtype, &unaligned[1..], n, k);
             let exact = dtype.to_f32(&unaligned[1..]);
             let int8 = linear::Int8Matrix::quantise(view, &Pool::new(1)).unwrap();
-            let mut dequantised = vec![0.0; n * k];
-            for (row, out) in dequantised.chunks_exact_mut(k).enumerate() {
-                int8.view().read_f32(row, out);
+            let int4 = linear::Int4Matrix::quantise(view, &Pool::new(1)).unwrap();
+            let (mut from_int8, mut from_int4) = (vec![0.0; n * k], vec![0.0; n * k]);
+            for (row, (a, b)) in from_int8.chunks_exact_mut(k).zip(from_int4.chunks_exact_mut(k)).enumerate() {
+                int8.view().read_f32(row, a);
+                int4.view().read_f32(row, b);
             }
-            for (weight, w) in [(Weight::Stored(view), &exact), (Weight::Int8(int8.view()), &dequantised)] {
+            for (weight, w) in [
+                (Weight::Stored(view), &exact),
+                (Weight::Int8(int8.view()), &from_int8),
+                (Weight::Int4(int4.view()), &from_int4),
+            ] {
                 for isa in isas() {
                     for precision in [Precision::Auto, Precision::F32] {
                         let arithmetic = Arithmetic::of(isa, precision, [weight]);
@@ -261,9 +267,10 @@ fn linear_is_batch_invariant() {
             let stored = dtype.from_f32(&weights);
             let all_rows = MatrixView::new(dtype, &stored, n, k);
             let int8 = linear::Int8Matrix::quantise(all_rows, &Pool::new(1)).unwrap();
+            let int4 = linear::Int4Matrix::quantise(all_rows, &Pool::new(1)).unwrap();
             for isa in isas() {
                 for precision in [Precision::Auto, Precision::F32] {
-                    for weight in [Weight::Stored(all_rows), Weight::Int8(int8.view())] {
+                    for weight in [Weight::Stored(all_rows), Weight::Int8(int8.view()), Weight::Int4(int4.view())] {
                         let mut all = vec![0.0; t * n];
                         linear::linear_alone(isa, precision, &x, weight, None, &mut all);
                         // Every count of rows from the front, then every row alone.
@@ -280,15 +287,21 @@ fn linear_is_batch_invariant() {
                             assert!(same, "{} {precision:?} {dtype:?}", isa.name());
                         }
                     }
-                    let mut all = vec![0.0f32; t * n];
-                    linear::linear_alone(isa, precision, &x, Weight::Stored(all_rows), None, &mut all);
-                    for (j, w) in stored.chunks_exact(dtype.size() * k).enumerate() {
-                        let mut column = vec![0.0f32; t];
-                        let weight = Weight::Stored(MatrixView::new(dtype, w, 1, k));
-                        linear::linear_alone(isa, precision, &x, weight, None, &mut column);
-                        let wanted = all.iter().skip(j).step_by(n);
-                        let same = column.iter().zip(wanted).all(|(a, b)| a.to_bits() == b.to_bits());
-                        assert!(same, "{} {precision:?} {dtype:?} column {j}", isa.name());
+                    for format in [WeightFormat::Stored, WeightFormat::Int8, WeightFormat::Int4] {
+                        let product = |view, out: &mut [f32]| {
+                            let quantised = Quantised::of(format, view, &Pool::new(1)).unwrap();
+                            let weight = quantised.as_ref().map_or(Weight::Stored(view), Quantised::weight);
+                            linear::linear_alone(isa, precision, &x, weight, None, out);
+                        };
+                        let mut all = vec![0.0f32; t * n];
+                        product(all_rows, &mut all);
+                        for (j, w) in stored.chunks_exact(dtype.size() * k).enumerate() {
+                            let mut column = vec![0.0f32; t];
+                            product(MatrixView::new(dtype, w, 1, k), &mut column);
+                            let wanted = all.iter().skip(j).step_by(n);
+                            let same = column.iter().zip(wanted).all(|(a, b)| a.to_bits() == b.to_bits());
+                            assert!(same, "{} {precision:?} {dtype:?} {format:?} column {j}", isa.name());
+                        }
                     }
                 }
             }
@@ -311,9 +324,11 @@ fn linear_keeps_nan_and_infinity() {
                 let right = nan.is_nan() && infinite == inf && both.is_nan() && one == 1.0;
                 assert!(right, "{} {precision:?} {dtype:?}: {out:?}", isa.name());
                 // Integers have no infinity: such a row is NaN as a whole, and no other row is.
-                let int8 = linear::Int8Matrix::quantise(view, &Pool::new(1)).unwrap();
-                linear::linear_alone(isa, Precision::Auto, &x, Weight::Int8(int8.view()), None, &mut out);
-                assert!(out[..3].iter().all(|v| v.is_nan()) && (out[3] - 1.0).abs() < 0.01, "{out:?}");
+                for (format, off) in [(WeightFormat::Int8, 0.01), (WeightFormat::Int4, 0.2)] {
+                    let quantised = Quantised::of(format, view, &Pool::new(1)).unwrap().unwrap();
+                    linear::linear_alone(isa, Precision::Auto, &x, quantised.weight(), None, &mut out);
+                    assert!(out[..3].iter().all(|v| v.is_nan()) && (out[3] - 1.0).abs() < off, "{out:?}");
+                }
             }
         }
     }

@@ -119,6 +119,8 @@ fn logprobs_are_those_of_transformers() {
         (Precision::F32, WeightFormat::Stored, 5e-4, 1.0001),
         (Precision::Auto, WeightFormat::Stored, 0.3, 1.01),
         (Precision::Auto, WeightFormat::Int8, 1.0, 1.05),
+        // What 4 bits cost is told, not bounded.
+        (Precision::Auto, WeightFormat::Int4, f64::INFINITY, f64::INFINITY),
     ] {
         let Some(model) = load_as("cpu", precision, weights) else { return };
         let request = LogprobRequest { sequences: sequences.clone(), ..LogprobRequest::default() };
@@ -133,7 +135,7 @@ fn logprobs_are_those_of_transformers() {
 /// Sampled and scored again, on the real model: chunks of 1024 rows, tiles of every height, the LM head in both uses.
 #[test]
 fn sampled_logprobs_equal_rescored_ones() {
-    for weights in [WeightFormat::Stored, WeightFormat::Int8] {
+    for weights in [WeightFormat::Stored, WeightFormat::Int8, WeightFormat::Int4] {
         let Some(model) = load_as("cpu", Precision::Auto, weights) else { return };
         let expected = expected();
         let prompts: Vec<Vec<u32>> =

@@ -144,7 +144,7 @@ rrt_status rrt_close(rrt_runtime *runtime, uint64_t timeout_ns, rrt_error *err);
 typedef struct rrt_model rrt_model;
 
 enum { RRT_PRECISION_AUTO = 0, RRT_PRECISION_F32 = 1 };
-enum { RRT_WEIGHTS_STORED = 0, RRT_WEIGHTS_INT8 = 1 };
+enum { RRT_WEIGHTS_STORED = 0, RRT_WEIGHTS_INT8 = 1, RRT_WEIGHTS_INT4 = 2 };
 enum { RRT_MODEL_NO_MMAP = 1u };                   /* read the files instead of mapping them */
 
 typedef struct rrt_model_opts {
@@ -158,7 +158,7 @@ typedef struct rrt_model_opts {
     uint64_t memory;             /* bytes the model may allocate; 0: no bound */
     uint64_t max_context;        /* longest sequence; 0: what config.json says */
     uint64_t weights_version;    /* what results carry */
-    int32_t weights;             /* RRT_WEIGHTS_…: INT8 quantises the weights of products on load */
+    int32_t weights;             /* RRT_WEIGHTS_…: INT8 and INT4 quantise the weights of products on load; INT4 on the CPU */
     uint32_t reserved;           /* 0 */
 } rrt_model_opts;
 #define RRT_MODEL_OPTS_INIT { sizeof(rrt_model_opts), 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0 }

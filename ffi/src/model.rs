@@ -67,7 +67,8 @@ pub unsafe extern "C" fn rrt_model_load(
             weights: match opts.weights {
                 0 => WeightFormat::Stored,
                 1 => WeightFormat::Int8,
-                other => return Err(Failure::new(E_ARG, format!("weights is {other}, it must be 0 or 1"))),
+                2 => WeightFormat::Int4,
+                other => return Err(Failure::new(E_ARG, format!("weights is {other}, it must be 0, 1 or 2"))),
             },
             max_batch_tokens: size(opts.max_batch_tokens.into(), "max_batch_tokens")?,
             kv_tokens: size(opts.kv_tokens, "kv_tokens")?,

@@ -245,8 +245,11 @@ int main(int argc, char **argv) {
         model_opts.reserved = 1;
         WANT(RRT_E_ARG, rrt_model_load(runtime, &model_opts, &model, &err));
         model_opts.reserved = 0;
-        model_opts.weights = 2;
+        model_opts.weights = 3;
         WANT(RRT_E_ARG, rrt_model_load(runtime, &model_opts, &model, &err));
+        model_opts.weights = RRT_WEIGHTS_INT4;
+        WANT(RRT_OK, rrt_model_load(runtime, &model_opts, &model, &err));
+        rrt_model_free(model);
         model_opts.weights = RRT_WEIGHTS_INT8;
         WANT(RRT_OK, rrt_model_load(runtime, &model_opts, &model, &err));
         rrt_model_free(model);

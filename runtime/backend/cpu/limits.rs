@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use super::CpuOptions;
 use crate::backend::Limits;
 use crate::error::{Error, Result, try_vec};
-use crate::kernels::linear::{self, Arithmetic, Hint, Int8Matrix, PackBuffer, ROW_BLOCK, Source, Weight};
+use crate::kernels::linear::{self, Arithmetic, Hint, Quantised, PackBuffer, ROW_BLOCK, Source, Weight};
 use crate::kernels::{MatrixView, SharedMut};
+use crate::weights::{Dtype, WeightFormat};
 
 /// More than the last-level cache that a socket's share of threads has.
 const READ_BYTES: usize = 512 << 20;
@@ -56,15 +57,17 @@ fn products(options: &CpuOptions, like: &Weight) -> Result<f64> {
     let values: Vec<f32> = (0..N * K).map(|i| (i % 251) as f32 / 251.0 - 0.5).collect();
     let dtype = match like {
         Weight::Stored(view) => view.dtype(),
-        Weight::Int8(_) => crate::weights::Dtype::F32,
+        Weight::Int8(_) | Weight::Int4(_) => Dtype::F32,
     };
     let stored = dtype.from_f32(&values);
     let view = MatrixView::new(dtype, &stored, N, K);
-    let quantised = match like {
-        Weight::Stored(_) => None,
-        Weight::Int8(_) => Some(Int8Matrix::quantise(view, pool)?),
+    let format = match like {
+        Weight::Stored(_) => WeightFormat::Stored,
+        Weight::Int8(_) => WeightFormat::Int8,
+        Weight::Int4(_) => WeightFormat::Int4,
     };
-    let weight = quantised.as_ref().map_or(Weight::Stored(view), |q| Weight::Int8(q.view()));
+    let quantised = Quantised::of(format, view, pool)?;
+    let weight = quantised.as_ref().map_or(Weight::Stored(view), Quantised::weight);
     let arithmetic = Arithmetic::of(*isa, *precision, [weight]);
     let mut buffer = PackBuffer::default();
     buffer.reserve(ROW_BLOCK, K)?;

@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result, checked_size, try_vec};
 use crate::kernels::attention::{self, MAX_HEAD_DIM};
 use crate::kernels::kv_write::{self, Cache};
 use crate::kernels::linear::{
-    self, Arithmetic, Columns, Hint, Int8Matrix, Norm, PackBuffer, Part, Precision, Source, Then, Weight,
+    self, Arithmetic, Columns, Hint, Norm, PackBuffer, Part, Precision, Quantised, Source, Then, Weight,
 };
 use crate::kernels::{Isa, KV_BLOCK, MatrixView, SharedMut, embed, gather_rows, rms_norm, rope};
 use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
@@ -53,7 +53,7 @@ pub struct CpuExecutor {
     plan: Arc<Plan>,
     matrices: Vec<Tensor>,
     /// By [`MatrixId`], where the weight is quantised.
-    quantised: Vec<Option<Int8Matrix>>,
+    quantised: Vec<Option<Quantised>>,
     vectors: Vec<Vec<f32>>,
     /// Keys and values of each layer.
     kv: Vec<(Vec<f32>, Vec<f32>)>,
@@ -89,13 +89,10 @@ impl CpuExecutor {
         }
         let matrices: Vec<Tensor> =
             plan.matrices.iter().map(|m| weights.get(&m.name).cloned()).collect::<Result<_>>()?;
-        let mut quantised: Vec<Option<Int8Matrix>> = matrices.iter().map(|_| None).collect();
-        if options.format == WeightFormat::Int8 {
-            for id in plan.quantisable(&spec) {
-                let matrix = Int8Matrix::quantise(view(&matrices[id.0]), &options.pool)
-                    .map_err(|e| e.at(format!("tensor {:?}", plan.matrices[id.0].name)))?;
-                quantised[id.0] = Some(matrix);
-            }
+        let mut quantised: Vec<Option<Quantised>> = matrices.iter().map(|_| None).collect();
+        for id in plan.quantisable(&spec) {
+            quantised[id.0] = Quantised::of(options.format, view(&matrices[id.0]), &options.pool)
+                .map_err(|e| e.at(format!("tensor {:?}", plan.matrices[id.0].name)))?;
         }
         let vectors = plan.vectors.iter().map(|v| Ok(weights.get(&v.name)?.to_f32())).collect::<Result<_>>()?;
         let per_layer = checked_size("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width()])?;
@@ -290,14 +287,14 @@ fn view(tensor: &Tensor) -> MatrixView<'_> {
 #[derive(Clone, Copy)]
 struct Held<'a> {
     matrices: &'a [Tensor],
-    quantised: &'a [Option<Int8Matrix>],
+    quantised: &'a [Option<Quantised>],
     vectors: &'a [Vec<f32>],
 }
 
 impl<'a> Held<'a> {
     fn weight(self, id: MatrixId) -> Weight<'a> {
         match &self.quantised[id.0] {
-            Some(matrix) => Weight::Int8(matrix.view()),
+            Some(matrix) => matrix.weight(),
             None => Weight::Stored(view(&self.matrices[id.0])),
         }
     }

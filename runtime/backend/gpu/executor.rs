@@ -14,7 +14,7 @@ use crate::backend::{BlockCopy, Capacity, Executor, KernelTime, Limits, Memory, 
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::embed::FROM_DRAW;
-use crate::kernels::linear::{Int8Matrix, Precision};
+use crate::kernels::linear::Precision;
 use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, sample};
 use crate::model::{Buf, MatrixId, ModelSpec, Plan};
 use crate::weights::{WeightFormat, Weights};
@@ -78,22 +78,15 @@ impl GpuExecutor {
         if capacity.max_rows > 65_535 {
             return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
         }
-        let quantised = if how.format == WeightFormat::Stored { Vec::new() } else { plan.quantisable(&spec) };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let pool = Pool::new(cores);
-        let mut integers: Vec<Option<Int8Matrix>> = plan.matrices.iter().map(|_| None).collect();
-        for id in &quantised {
-            let view = stored(plan, weights, *id)?;
-            let matrix = Int8Matrix::quantise(view, &pool);
-            integers[id.0] = Some(matrix.map_err(|e| e.at(format!("tensor {:?}", plan.matrices[id.0].name)))?);
-        }
         let tile = match gpu.matrix_tile() {
-            Some(tile) if how.precision == Precision::Auto && quantised.is_empty() => {
+            Some(tile) if how.precision == Precision::Auto && how.format == WeightFormat::Stored => {
                 can_tile(&spec, plan, weights, tile)?.then_some(tile)
             }
             _ => None,
         };
-        let build = |tile| Self::build(gpu.clone(), spec.clone(), plan, weights, &integers, &pool, tile, capacity);
+        let build = |tile| Self::build(gpu.clone(), spec.clone(), plan, weights, how.format, &pool, tile, capacity);
         match build(tile) {
             // Something is too large for f16: nothing is rounded then.
             Err(error) if tile.is_some() && error.kind() == crate::error::ErrorKind::Unsupported => {
@@ -109,7 +102,7 @@ impl GpuExecutor {
         spec: ModelSpec,
         plan: &Plan,
         weights: &Weights,
-        quantised: &[Option<Int8Matrix>],
+        format: WeightFormat,
         pool: &Pool,
         tile: Option<u32>,
         capacity: Capacity,
@@ -165,7 +158,9 @@ impl GpuExecutor {
             buffers: &buffers,
             pipelines: Pipelines::default(),
             uploader: Uploader::new(&gpu, pool),
-            quantised,
+            pool,
+            format,
+            quantisable: &plan.quantisable(&spec),
             tile,
             half_kv: half,
             calls: Vec::new(),

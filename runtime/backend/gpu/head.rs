@@ -8,13 +8,14 @@ use bytemuck::pod_collect_to_vec;
 
 use super::device::Gpu;
 use super::layers::{Buffers, Builder, product, shapes, slice_bytes};
-use super::matrix::{Matrix, Order, Part};
+use super::matrix::{Matrix, Order};
 use super::pipelines::Flags;
 use super::record::{Bound, Dispatch, Params, Recorder, fold};
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, top_logprobs};
 use crate::error::{Error, Result};
 use crate::kernels::adjust_logits::Edit;
 use crate::kernels::log_sum_exp::RowStats;
+use crate::kernels::linear::Weight;
 use crate::kernels::top_k::{Candidate, MAX_K, NO_TOKEN};
 use crate::kernels::{adjust_logits, head, linear, log_sum_exp, sample, top_k};
 use crate::model::{self, ModelSpec, Projection};
@@ -150,10 +151,10 @@ impl Head {
         let language_model = matches!(spec.head, model::Head::LanguageModel { .. });
         let id = builder.plan.head;
         let matrix = match builder.tied.take() {
-            Some(matrix) if builder.quantised[id.0].is_none() => matrix,
+            Some(matrix) if !builder.is_quantised(id) => matrix,
             _ if language_model => builder.matrix("head", &[&Projection { weight: id, bias: None }], Order::Plain, true)?,
             _ => {
-                let part = Part::Stored(super::executor::stored(builder.plan, builder.weights, id)?);
+                let part = Weight::Stored(super::executor::stored(builder.plan, builder.weights, id)?);
                 let matrix = Matrix::upload(&mut builder.uploader, gpu, "score head", &[part], Order::Plain, None)?;
                 builder.weight_bytes += matrix.bytes();
                 matrix

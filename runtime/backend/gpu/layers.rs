@@ -4,17 +4,18 @@
 //! norm → gate and up with silu → down product onto the residual stream.
 
 use super::device::Gpu;
-use super::matrix::{Matrix, Order, Part, Slice};
+use super::matrix::{Matrix, Order, Slice};
 use super::pipelines::{Flags, Format, Pipelines, TileShape};
 use super::record::{Bound, Dispatch, Params, fold};
 use super::upload::Uploader;
 use crate::error::{Error, Result};
-use crate::kernels::linear::Int8Matrix;
+use crate::backend::cpu::Pool;
+use crate::kernels::linear::{Quantised, Weight};
 use crate::kernels::{
     Kernel, attention, embed, gather_rows, linear, linear_gated, linear_qkv, rms_norm,
 };
-use crate::model::{Buf, ModelSpec, Op, Plan, Projection, VectorId};
-use crate::weights::{Dtype, Weights};
+use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
+use crate::weights::{Dtype, WeightFormat, Weights};
 
 /// What a step's dispatches depend on.
 #[derive(Clone, Copy, Debug)]
@@ -73,8 +74,10 @@ pub(super) struct Builder<'a> {
     pub buffers: &'a Buffers,
     pub pipelines: Pipelines,
     pub uploader: Uploader<'a>,
-    /// Matrices that are quantised, by [`crate::model::MatrixId`].
-    pub quantised: &'a [Option<Int8Matrix>],
+    pub pool: &'a Pool,
+    pub format: WeightFormat,
+    /// Matrices that may be held in another format than they are stored in.
+    pub quantisable: &'a [MatrixId],
     /// Rows of the matrix units' tiles, if products use them.
     pub tile: Option<u32>,
     pub half_kv: bool,
@@ -175,14 +178,19 @@ impl Builder<'_> {
 
     /// Uploads what `projections` multiply with, merged.
     pub(super) fn matrix(&mut self, name: &str, projections: &[&Projection], order: Order, tiled: bool) -> Result<Matrix> {
-        let mut parts = Vec::new();
-        let quantised = projections.iter().all(|p| self.quantised[p.weight.0].is_some());
+        // What is quantised is let go of once it is on the device.
+        let mut integers = Vec::new();
+        let mut views = Vec::new();
         for p in projections {
-            parts.push(match &self.quantised[p.weight.0] {
-                Some(matrix) if quantised => Part::Int8(matrix.view()),
-                _ => Part::Stored(super::executor::stored(self.plan, self.weights, p.weight)?),
-            });
+            let view = super::executor::stored(self.plan, self.weights, p.weight)?;
+            let format = if self.is_quantised(p.weight) { self.format } else { WeightFormat::Stored };
+            let quantised = Quantised::of(format, view, self.pool)
+                .map_err(|e| e.at(format!("tensor {:?}", self.plan.matrices[p.weight.0].name)))?;
+            integers.push(quantised);
+            views.push(view);
         }
+        let weight = |(quantised, view)| Option::map_or(Option::as_ref(quantised), Weight::Stored(view), Quantised::weight);
+        let parts: Vec<Weight> = integers.iter().zip(views).map(weight).collect();
         let tile = if tiled { self.tile } else { None };
         let matrix = Matrix::upload(&mut self.uploader, self.gpu, name, &parts, order, tile)?;
         if matrix.half.overflows() > 0 {
@@ -195,6 +203,11 @@ impl Builder<'_> {
         self.underflows += matrix.half.underflows();
         self.weight_count += u64::from(matrix.rows) * u64::from(matrix.cols);
         Ok(matrix)
+    }
+
+    /// True if the matrix is not held as it is stored.
+    pub(super) fn is_quantised(&self, id: MatrixId) -> bool {
+        self.format != WeightFormat::Stored && self.quantisable.contains(&id)
     }
 
     fn vector(&self, id: VectorId) -> Result<Vec<f32>> {
@@ -290,7 +303,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn embed(&mut self, table: crate::model::MatrixId) -> Result<()> {
+    fn embed(&mut self, table: MatrixId) -> Result<()> {
         let b = self.buffers;
         let tied = table == self.plan.head;
         let projection = Projection { weight: table, bias: None };
@@ -298,7 +311,7 @@ impl Builder<'_> {
             self.matrix("embedding", &[&projection], Order::Plain, true)?
         } else {
             // As stored, also where its product form is quantised.
-            let part = Part::Stored(super::executor::stored(self.plan, self.weights, table)?);
+            let part = Weight::Stored(super::executor::stored(self.plan, self.weights, table)?);
             let matrix = Matrix::upload(&mut self.uploader, self.gpu, "embedding", &[part], Order::Plain, None)?;
             self.weight_bytes += matrix.bytes();
             matrix

@@ -10,35 +10,11 @@ use super::device::Gpu;
 use super::pipelines::{Flags, Format};
 use super::upload::Uploader;
 use crate::error::{Error, Result};
-use crate::kernels::MatrixView;
-use crate::kernels::linear::{INT8_BLOCK, Int8View};
+use crate::kernels::linear::{INT4_BLOCK, INT8_BLOCK, Weight};
 use crate::weights::Dtype;
 
 /// Rows of a slice are a multiple of this: whole tiles of every shape, and pairs stay together.
 const SLICE_ROWS: usize = 64;
-
-/// One of the matrices whose rows are merged.
-#[derive(Clone, Copy)]
-pub(super) enum Part<'a> {
-    Stored(MatrixView<'a>),
-    Int8(Int8View<'a>),
-}
-
-impl Part<'_> {
-    fn rows(&self) -> usize {
-        match self {
-            Part::Stored(view) => view.rows(),
-            Part::Int8(view) => view.rows(),
-        }
-    }
-
-    fn cols(&self) -> usize {
-        match self {
-            Part::Stored(view) => view.cols(),
-            Part::Int8(view) => view.cols(),
-        }
-    }
-}
 
 /// In which order the rows of several matrices are merged.
 #[derive(Clone, Copy)]
@@ -153,17 +129,18 @@ impl Matrix {
         uploader: &mut Uploader,
         gpu: &Gpu,
         name: &str,
-        parts: &[Part],
+        parts: &[Weight],
         order: Order,
         tile: Option<u32>,
     ) -> Result<Matrix> {
-        let lengths: Vec<usize> = parts.iter().map(Part::rows).collect();
-        let (rows, cols) = (lengths.iter().sum::<usize>(), parts.first().map_or(0, Part::cols));
+        let lengths: Vec<usize> = parts.iter().map(Weight::rows).collect();
+        let (rows, cols) = (lengths.iter().sum::<usize>(), parts.first().map_or(0, Weight::cols));
         let format = match (tile, parts) {
             (Some(tile), _) => Format::Tiles(tile),
-            (None, [Part::Int8(_), ..]) => Format::Int8,
-            (None, [Part::Stored(first), rest @ ..]) => {
-                let same = |p: &Part| matches!(p, Part::Stored(view) if view.dtype() == first.dtype());
+            (None, [Weight::Int8(_), ..]) => Format::Int8,
+            (None, [Weight::Int4(_), ..]) => Format::Int4,
+            (None, [Weight::Stored(first), rest @ ..]) => {
+                let same = |p: &Weight| matches!(p, Weight::Stored(view) if view.dtype() == first.dtype());
                 Format::Rows(if rest.iter().all(same) { first.dtype() } else { Dtype::F32 })
             }
             (None, []) => return Err(Error::internal("a matrix of nothing")),
@@ -175,7 +152,7 @@ impl Matrix {
                 (stride, 1, stride * dtype.size())
             }
             Format::Int8 => (cols.next_multiple_of(INT8_BLOCK), 1, cols.next_multiple_of(INT8_BLOCK)),
-            Format::Int4 => return Err(Error::unsupported("int4 weights on a GPU")),
+            Format::Int4 => (cols.next_multiple_of(INT4_BLOCK), 1, cols.next_multiple_of(INT4_BLOCK) / 2),
             Format::Tiles(tile) => (cols, tile as usize, tile as usize * cols * 2),
         };
         let small = |n: usize| u32::try_from(n).map_err(|_| too_large(name));
@@ -219,8 +196,12 @@ impl Matrix {
                     uploader.write(&buffer, count, unit_bytes, &fill)?;
                 }
             }
-            let scales = if format == Format::Int8 {
-                let blocks = stride / INT8_BLOCK;
+            let blocks = match format {
+                Format::Int8 => stride / INT8_BLOCK,
+                Format::Int4 => stride / INT4_BLOCK,
+                _ => 0,
+            };
+            let scales = if blocks > 0 {
                 let scales = gpu.buffer(name, (4 * count * blocks) as u64, wgpu::BufferUsages::STORAGE)?;
                 uploader.write(&scales, count, 4 * blocks, &|unit, mut out, _| {
                     out.copy_from_slice(bytemuck::cast_slice(merged.scales(first + unit)));
@@ -252,14 +233,14 @@ fn too_large(name: &str) -> Error {
 
 /// The rows of several matrices as one.
 struct Merged<'a> {
-    parts: &'a [Part<'a>],
+    parts: &'a [Weight<'a>],
     order: Order,
     lengths: &'a [usize],
     cols: usize,
 }
 
 impl Merged<'_> {
-    fn find(&self, row: usize) -> (Part<'_>, usize) {
+    fn find(&self, row: usize) -> (Weight<'_>, usize) {
         let (part, row) = self.order.find(self.lengths, row);
         (self.parts[part], row)
     }
@@ -268,29 +249,28 @@ impl Merged<'_> {
     fn row(&self, row: usize, format: Format, mut out: WriteOnly<[u8]>, scratch: &mut Vec<u8>) {
         scratch.clear();
         let bytes = match self.find(row) {
-            (Part::Stored(view), row) if format == Format::Rows(view.dtype()) => view.row(row),
-            (Part::Stored(view), row) => {
+            (Weight::Stored(view), row) if format == Format::Rows(view.dtype()) => view.row(row),
+            (Weight::Stored(view), row) => {
                 let mut values = vec![0.0; self.cols];
                 view.dtype().read_f32(view.row(row), &mut values);
                 scratch.extend_from_slice(bytemuck::cast_slice(&values));
                 scratch
             }
-            (Part::Int8(view), row) => {
-                let stride = view.blocks() * INT8_BLOCK;
-                bytemuck::cast_slice(&view.quants()[row * stride..(row + 1) * stride])
-            }
+            (Weight::Int8(view), row) => &view.quants_from(row)[..view.blocks() * INT8_BLOCK],
+            (Weight::Int4(view), row) => &view.quants_from(row)[..view.blocks() * INT4_BLOCK / 2],
         };
         out.slice(..bytes.len()).copy_from_slice(bytes);
         out.slice(bytes.len()..).fill(0);
     }
 
     fn scales(&self, row: usize) -> &[f32] {
-        match self.order.find(self.lengths, row) {
-            (part, row) => match &self.parts[part] {
-                Part::Int8(view) => &view.scales()[row * view.blocks()..(row + 1) * view.blocks()],
-                Part::Stored(_) => &[],
-            },
-        }
+        let (part, row) = self.order.find(self.lengths, row);
+        let (scales, blocks) = match &self.parts[part] {
+            Weight::Int8(view) => (view.scales(), view.blocks()),
+            Weight::Int4(view) => (view.scales(), view.blocks()),
+            Weight::Stored(_) => return &[],
+        };
+        &scales[row * blocks..(row + 1) * blocks]
     }
 
     /// Writes a band of tiles: rows that are not there are zero.
@@ -309,7 +289,7 @@ impl Merged<'_> {
         for (i, row) in rows.enumerate() {
             let (part, row) = self.find(row);
             // Integers are never made tiles of.
-            let Part::Stored(view) = part else { continue };
+            let Weight::Stored(view) = part else { continue };
             view.dtype().read_f32(view.row(row), &mut values);
             halves.convert_from_f32_slice(&values);
             stats.note(&values, &halves);

@@ -183,6 +183,19 @@ pub(crate) trait Lanes: Copy {
     fn zero_ints() -> Self::Ints;
     /// 2 · `N` elements, widened.
     unsafe fn load_i8(p: *const i8) -> Self::Pairs;
+    /// 2 · `N` elements of a block of 32 from element `i` on, a multiple of 2 · `N`: byte j of its 16 holds the elements j
+    /// (low nibble) and j + 16 (high nibble), each plus 8.
+    #[inline(always)]
+    unsafe fn load_nibbles(block: *const u8, i: usize) -> Self::Pairs {
+        let mut elements = [0i8; 32];
+        for (j, element) in elements.iter_mut().enumerate().take(2 * Self::N) {
+            // SAFETY: the caller's promise: sixteen readable bytes.
+            let byte = unsafe { *block.add((i + j) % 16) };
+            *element = (if i + j < 16 { byte & 15 } else { byte >> 4 }) as i8 - 8;
+        }
+        // SAFETY: thirty-two elements.
+        unsafe { Self::load_i8(elements.as_ptr()) }
+    }
     /// 2 · `N` elements.
     unsafe fn load_i16(p: *const i16) -> Self::Pairs;
     /// Lane j takes a[2j] · b[2j] + a[2j + 1] · b[2j + 1].

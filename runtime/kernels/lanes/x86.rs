@@ -138,6 +138,15 @@ impl Lanes for Avx2 {
         unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn load_nibbles(block: *const u8, i: usize) -> __m256i {
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(block.cast()));
+            let nibbles =
+                if i < 16 { _mm256_and_si256(bytes, _mm256_set1_epi16(15)) } else { _mm256_srli_epi16::<4>(bytes) };
+            _mm256_sub_epi16(nibbles, _mm256_set1_epi16(8))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_i16(p: *const i16) -> __m256i {
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
@@ -327,6 +336,17 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> __m512i {
         unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(p.cast())) }
+    }
+    /// A whole block.
+    #[inline(always)]
+    unsafe fn load_nibbles(block: *const u8, _i: usize) -> __m512i {
+        unsafe {
+            // The bytes twice, the second time four bits to the right: within words, so what comes from above is masked.
+            let twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(block.cast()));
+            let shifted = _mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 0, 4, 4));
+            let nibbles = _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+            _mm512_cvtepi8_epi16(_mm256_sub_epi8(nibbles, _mm256_set1_epi8(8)))
+        }
     }
     #[inline(always)]
     unsafe fn load_i16(p: *const i16) -> __m512i {

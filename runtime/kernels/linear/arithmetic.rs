@@ -8,7 +8,7 @@ use crate::weights::Dtype;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// Inputs of a product may be rounded to bf16 where the weights are bf16 and the processor multiplies that faster
-    /// (AVX-512 BF16, AMX), and to 16-bit integers where the weights are 8-bit.
+    /// (AVX-512 BF16, AMX), and to 16-bit integers where the weights are quantised.
     #[default]
     Auto,
     /// Inputs are not rounded; on AMX they keep 16 bits of mantissa.
@@ -30,6 +30,8 @@ pub enum Arithmetic {
     /// Inputs rounded to 16-bit integers with one scale a row, times 8-bit weights: exact sums over blocks of
     /// [`super::INT8_BLOCK`], which are scaled and added in f32.
     Int8,
+    /// The same with 4-bit weights and blocks of [`super::INT4_BLOCK`].
+    Int4,
 }
 
 impl Arithmetic {
@@ -39,6 +41,7 @@ impl Arithmetic {
         for weight in weights {
             let one = match (weight, isa, precision) {
                 (Weight::Int8(_), _, Precision::Auto) => Arithmetic::Int8,
+                (Weight::Int4(_), _, Precision::Auto) => Arithmetic::Int4,
                 (Weight::Stored(view), Isa::Avx512Bf16, Precision::Auto) if view.dtype() == Dtype::BF16 => {
                     Arithmetic::Bf16
                 }

@@ -150,5 +150,6 @@ fn widen_row<L: Lanes>(weight: &Weight, row: usize, out: &mut [f32]) {
             view.dtype().read_f32(&bytes[i * size..], &mut out[i..]);
         }
         Weight::Int8(view) => view.read_f32(row, out),
+        Weight::Int4(view) => view.read_f32(row, out),
     }
 }

@@ -98,7 +98,7 @@ impl<'a> Packed<'a> {
 
     /// [rows, stride], the stride (K rounded up, with zeros), and the scale of each row.
     pub(super) fn i16_rows(&self, rows: Range<usize>) -> (&'a [i16], usize, &'a [f32]) {
-        assert_eq!(self.arithmetic, Arithmetic::Int8);
+        assert!(matches!(self.arithmetic, Arithmetic::Int8 | Arithmetic::Int4));
         let all: &[i16] = bytemuck::cast_slice(self.data);
         (&all[rows.start * self.stride..rows.end * self.stride], self.stride, &self.scales[rows])
     }
@@ -161,8 +161,9 @@ impl PackBuffer {
                 });
                 Packed { stride, data: self.bytes(rows * stride * 2), ..packed }
             }
-            Arithmetic::Int8 => {
-                let stride = k.next_multiple_of(super::INT8_BLOCK);
+            Arithmetic::Int8 | Arithmetic::Int4 => {
+                let block = if arithmetic == Arithmetic::Int8 { super::INT8_BLOCK } else { super::INT4_BLOCK };
+                let stride = k.next_multiple_of(block);
                 let scales = SharedMut::new(&mut self.scales[..rows]);
                 let out = SharedMut::new(room::<i16>(&mut self.lines, rows * stride));
                 pool.over_rows(rows, k, &|rows| {

@@ -10,9 +10,11 @@
 mod amx;
 mod arithmetic;
 mod bf16;
+mod blocks;
 mod finish;
 mod fma;
 mod input;
+mod int4;
 mod int8;
 mod tile;
 
@@ -22,11 +24,15 @@ use std::ops::Range;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::{permitted as amx_permitted, supported as amx_supported};
 pub use arithmetic::{Arithmetic, Precision};
+pub use blocks::{BlockFormat, BlockMatrix, BlockView};
 pub(crate) use input::{Norm, PackBuffer, Packed, Source};
-pub use int8::{BLOCK as INT8_BLOCK, Int8Matrix, Int8View};
+pub use int4::{BLOCK as INT4_BLOCK, Int4, Int4Matrix, Int4View};
+pub use int8::{BLOCK as INT8_BLOCK, Int8, Int8Matrix, Int8View};
 
 use super::{Isa, MatrixView, SharedMut};
 use crate::backend::cpu::{Pool, SMALL};
+use crate::error::Result;
+use crate::weights::WeightFormat;
 
 /// Parameters of the shader, which sees one slice of the weight's rows at a time.
 #[repr(C)]
@@ -63,8 +69,10 @@ super::kernel!("linear", Params, [("x", Read), ("weight", Read), ("scales", Read
 pub enum Weight<'a> {
     /// As stored in the checkpoint.
     Stored(MatrixView<'a>),
-    /// Quantised on load.
+    /// Quantised to 8 bits on load.
     Int8(Int8View<'a>),
+    /// Quantised to 4 bits on load.
+    Int4(Int4View<'a>),
 }
 
 impl Weight<'_> {
@@ -73,6 +81,7 @@ impl Weight<'_> {
         match self {
             Weight::Stored(view) => view.rows(),
             Weight::Int8(view) => view.rows(),
+            Weight::Int4(view) => view.rows(),
         }
     }
 
@@ -81,6 +90,7 @@ impl Weight<'_> {
         match self {
             Weight::Stored(view) => view.cols(),
             Weight::Int8(view) => view.cols(),
+            Weight::Int4(view) => view.cols(),
         }
     }
 }
@@ -88,6 +98,53 @@ impl Weight<'_> {
 impl<'a> From<MatrixView<'a>> for Weight<'a> {
     fn from(view: MatrixView<'a>) -> Self {
         Weight::Stored(view)
+    }
+}
+
+/// A weight quantised on load.
+pub enum Quantised {
+    /// To 8 bits.
+    Int8(Int8Matrix),
+    /// To 4 bits.
+    Int4(Int4Matrix),
+}
+
+impl Quantised {
+    /// Bytes that a matrix [rows, cols] will take beside what is stored.
+    pub fn bytes_for(format: WeightFormat, rows: usize, cols: usize) -> usize {
+        match format {
+            WeightFormat::Stored => 0,
+            WeightFormat::Int8 => Int8Matrix::bytes_for(rows, cols),
+            WeightFormat::Int4 => Int4Matrix::bytes_for(rows, cols),
+        }
+    }
+
+    /// `view` in `format`, nothing for one that is used as stored.
+    ///
+    /// # Errors
+    /// See [`BlockMatrix::quantise`].
+    pub fn of(format: WeightFormat, view: MatrixView, pool: &Pool) -> Result<Option<Self>> {
+        Ok(match format {
+            WeightFormat::Stored => None,
+            WeightFormat::Int8 => Some(Quantised::Int8(Int8Matrix::quantise(view, pool)?)),
+            WeightFormat::Int4 => Some(Quantised::Int4(Int4Matrix::quantise(view, pool)?)),
+        })
+    }
+
+    /// A view of all of it.
+    pub fn weight(&self) -> Weight<'_> {
+        match self {
+            Quantised::Int8(matrix) => Weight::Int8(matrix.view()),
+            Quantised::Int4(matrix) => Weight::Int4(matrix.view()),
+        }
+    }
+
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Quantised::Int8(matrix) => matrix.bytes(),
+            Quantised::Int4(matrix) => matrix.bytes(),
+        }
     }
 }
 
@@ -162,7 +219,8 @@ impl Hint {
     pub(crate) fn at(weight: &Weight, row: usize) -> Hint {
         Hint(match weight {
             Weight::Stored(view) => view.rows_bytes(row..row).as_ptr(),
-            Weight::Int8(view) => view.quants()[row * view.blocks() * INT8_BLOCK..].as_ptr().cast(),
+            Weight::Int8(view) => view.quants_from(row).as_ptr(),
+            Weight::Int4(view) => view.quants_from(row).as_ptr(),
         })
     }
 }
@@ -266,6 +324,7 @@ pub(crate) fn column_sums(
     }
     match (x.arithmetic(), weight) {
         (Arithmetic::Int8, Weight::Int8(view)) => int8::sums(isa, x, rows, *view, cols, sums, next.0),
+        (Arithmetic::Int4, Weight::Int4(view)) => int4::sums(isa, x, rows, *view, cols, sums, next.0),
         #[cfg(target_arch = "x86_64")]
         (Arithmetic::Bf16, Weight::Stored(view)) => bf16::sums(x, rows, *view, cols, sums, next.0),
         #[cfg(target_arch = "x86_64")]
