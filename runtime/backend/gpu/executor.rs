@@ -50,6 +50,8 @@ pub(super) struct Buffers {
     pub params: wgpu::Buffer,
     rows: wgpu::Buffer,
     tables: wgpu::Buffer,
+    /// Tiles of attention: each row its own.
+    tiles: wgpu::Buffer,
     cos_sin: wgpu::Buffer,
     picked: wgpu::Buffer,
     activations: Vec<wgpu::Buffer>,
@@ -205,6 +207,7 @@ impl GpuExecutor {
             params: gpu.buffer("params", slots as u64 * SLOT, wgpu::BufferUsages::UNIFORM)?,
             rows: gpu.buffer("rows", rows * size_of::<RowMeta>() as u64, storage)?,
             tables: gpu.buffer("tables", capacity.max_table_entries() as u64 * 4, storage)?,
+            tiles: gpu.buffer("tiles", rows * 8, storage)?,
             cos_sin: gpu.buffer("cos_sin", rows * spec.head_dim as u64 * 4, storage)?,
             picked: gpu.buffer("picked", rows * 4, storage)?,
             activations,
@@ -212,6 +215,8 @@ impl GpuExecutor {
             gate: activation(Buf::Gated)?,
             nothing: gpu.buffer("nothing", 64, storage)?,
         };
+        let tiles: Vec<[u32; 2]> = (0..capacity.max_rows as u32).map(|row| [row, 1]).collect();
+        gpu.checked("tiles", || gpu.queue.write_buffer(&buffers.tiles, 0, bytemuck::cast_slice(&tiles)))?;
         let mut builder = Builder { gpu: &gpu, pipelines: Pipelines::default(), buffers: &buffers };
         let mut calls = Vec::new();
         let model = Model { spec: &spec, matrices: &matrices, tables: &tables, vectors: &vectors, kv: &kv };
@@ -438,14 +443,16 @@ fn build_calls(builder: &mut Builder, model: &Model, op: &Op, list: &mut Vec<Cal
         }
         Op::Attention { layer } => {
             let (keys, values) = &model.kv[*layer];
-            let storage = [&b.rows, &b.tables, b.activation(Buf::Q), keys, values, b.activation(Buf::Attn)];
+            let (q, out) = (b.activation(Buf::Q), b.activation(Buf::Attn));
+            let storage = [&b.rows, &b.tiles, &b.tables, q, keys, values, out, &b.nothing];
             let scale = 1.0 / (spec.head_dim as f32).sqrt();
             let window = spec.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
             let shape: Shape = Box::new(move |t, _| {
-                let params = attention::Params { rows: t, heads, kv_heads, head_dim, scale, window };
-                (bytes_of(&params).to_vec(), [heads, t, 1])
+                let params = attention::Params { rows: t, heads, kv_heads, head_dim, scale, window, segments: 1 };
+                (bytes_of(&params).to_vec(), attention::workgroups(&params, t as usize))
             });
-            calls.push(&attention::KERNEL, plain, &storage, Cost::PerKey(2 * spec.q_width() as u64), shape)
+            let variant = Flags { vec4: head_dim.is_multiple_of(4), head_dim, ..plain };
+            calls.push(&attention::KERNEL, variant, &storage, Cost::PerKey(2 * spec.q_width() as u64), shape)
         }
         Op::GatherRows { x, out } => {
             let width = x.width(spec) as u32;

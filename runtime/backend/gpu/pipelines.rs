@@ -21,6 +21,12 @@ pub struct Flags {
     pub dtype: Option<Dtype>,
     /// Weights are 8-bit integers with scales, whatever they were stored as.
     pub int8: bool,
+    /// Keys and values are 16-bit floats.
+    pub half_kv: bool,
+    /// The output is 16-bit floats.
+    pub half_out: bool,
+    /// E, for the kernel that takes fewer queries at a time where heads are large.
+    pub head_dim: u32,
 }
 
 impl Flags {
@@ -29,6 +35,11 @@ impl Flags {
             "SUBGROUP" => self.subgroup,
             "NATIVE_F16" => self.f16 && self.dtype == Some(Dtype::F16),
             "VEC4" => self.vec4,
+            "HALF" => self.half_kv || self.half_out,
+            "HALF_KV" => self.half_kv,
+            "HALF_OUT" => self.half_out,
+            "HEAD_ABOVE_128" => self.head_dim > 128,
+            "HEAD_ABOVE_256" => self.head_dim > 256,
             "INT8" => self.int8,
             "BF16" => self.dtype == Some(Dtype::BF16),
             "F16_WEIGHTS" => self.dtype == Some(Dtype::F16),
