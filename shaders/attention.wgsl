@@ -365,9 +365,10 @@ fn main(
                         }
                     }
                 } else {
-                    let to = min(group_last + 1u, start + KEYS) - start;
-                    for (var j = max(group_first, start) - start; j < to; j++) {
-                        let seen = (vec4<u32>(start + j) >= firsts) & (vec4<u32>(start + j) <= lasts);
+                    let to = min(group_last, start + KEYS - 1u);
+                    for (var key = max(group_first, start); key <= to; key++) {
+                        let j = key - start;
+                        let seen = (vec4<u32>(key) >= firsts) & (vec4<u32>(key) <= lasts);
                         let at = blocks[chunk_block + j / P] + j % P * e_count;
                         let w = weights[group * 65u + j % 4u * 16u + j / 4u];
                         sums0 = add_seen(sums0, w, value(at, e0), seen);
