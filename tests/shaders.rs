@@ -19,11 +19,16 @@ fn stems(folder: &str, extension: &str) -> BTreeSet<String> {
 fn variants() -> Vec<Flags> {
     let mut all = Vec::new();
     for bits in 0..8u8 {
+        let features = Flags { subgroup: bits & 1 > 0, f16: bits & 2 > 0, vec4: bits & 4 > 0, ..Flags::default() };
         for dtype in [None, Some(Dtype::F32), Some(Dtype::F16), Some(Dtype::BF16)] {
-            let flags = Flags { subgroup: bits & 1 > 0, f16: bits & 2 > 0, vec4: bits & 4 > 0, dtype, int8: false };
-            all.push(flags);
-            if dtype.is_none() {
-                all.push(Flags { int8: true, ..flags });
+            all.push(Flags { dtype, ..features });
+        }
+        all.push(Flags { int8: true, ..features });
+        for head_dim in [128, 129, 257] {
+            all.push(Flags { head_dim, ..features });
+            if features.f16 {
+                let halves = [(true, false), (false, true), (true, true)];
+                all.extend(halves.map(|(half_kv, half_out)| Flags { head_dim, half_kv, half_out, ..features }));
             }
         }
     }

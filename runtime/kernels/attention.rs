@@ -2,6 +2,9 @@
 //!
 //! out[t, h] = Σ_j softmax_j(q[t, h] · key[j] · scale) · value[j] over the keys j of kv head h·G/H.
 //!
+//! The shader takes keys in chunks of 64 and segments of [`SEGMENT`], both at fixed positions; where long sequences leave
+//! the GPU too few workgroups, its segments are computed side by side and joined by `attention_join`, to the same bits.
+//!
 //! The CPU twin takes keys in chunks of [`CHUNK`] at fixed positions, with a running maximum: the order is a function of
 //! the position alone. Within a chunk, tiles of several queries (the heads that share a kv head, and neighbouring rows)
 //! share each load of keys and values; a query's sums do not depend on who shares its tile.
@@ -16,7 +19,7 @@ use super::{KV_BLOCK, RowMeta, SharedMut};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct Params {
-    /// T.
+    /// T: rows of the step, which `partials` is laid out by.
     pub rows: u32,
     /// H.
     pub heads: u32,
@@ -28,13 +31,77 @@ pub struct Params {
     pub scale: f32,
     /// Keys a query sees, itself included; 0: all.
     pub window: u32,
+    /// S: segments side by side. 1: a workgroup walks all segments of its tile and writes `out`. More, and no fewer than
+    /// [`segments`]: each takes one and writes `partials`, for `attention_join`.
+    pub segments: u32,
+    /// First row of the step in `rows`.
+    pub first_meta: u32,
+    /// First tile of the step in `tiles`.
+    pub first_tile: u32,
 }
 
 super::kernel!(
     "attention",
     Params,
-    [("rows", Read), ("tables", Read), ("q", Read), ("keys", Read), ("values", Read), ("out", Write)]
+    [
+        ("rows", Read),
+        ("tiles", Read),
+        ("tables", Read),
+        ("q", Read),
+        ("keys", Read),
+        ("values", Read),
+        ("out", Write),
+        ("partials", Write),
+    ]
 );
+
+/// Keys of a segment on the GPU; segments begin at multiples of it.
+pub const SEGMENT: usize = 1024;
+
+/// Queries of a workgroup on the GPU: heads that share a kv head, of some rows. The shader's flags `HEAD_ABOVE_…` pick it
+/// by the same limits.
+pub const fn tile_queries(head_dim: usize) -> usize {
+    match head_dim {
+        0..=128 => 16,
+        129..=256 => 8,
+        _ => 4,
+    }
+}
+
+/// Cuts the rows of a step into the tiles of the shader: [first row, rows], rows of one sequence at rising positions.
+/// `group`: H/G.
+pub fn tiles(rows: &[RowMeta], group: usize, head_dim: usize) -> Vec<[u32; 2]> {
+    let most = (tile_queries(head_dim) / group).max(1) as u32;
+    let mut tiles: Vec<[u32; 2]> = Vec::new();
+    for (i, row) in rows.iter().enumerate() {
+        let follows = i > 0 && rows[i - 1].table == row.table && rows[i - 1].position < row.position;
+        match tiles.last_mut() {
+            Some([_, count]) if follows && *count < most => *count += 1,
+            _ => tiles.push([i as u32, 1]),
+        }
+    }
+    tiles
+}
+
+/// Segments that a tile sees, at most: the least S above 1 that a dispatch may have.
+pub fn segments(rows: &[RowMeta], tiles: &[[u32; 2]], window: Option<usize>) -> usize {
+    let seen = |&[first, count]: &[u32; 2]| {
+        let position = |row: u32| rows[row as usize].position as usize;
+        position(first + count - 1) / SEGMENT + 1 - first_key(position(first), window) / SEGMENT
+    };
+    tiles.iter().map(seen).max().unwrap_or(1)
+}
+
+/// Workgroups of the shader for so many tiles.
+pub fn workgroups(params: &Params, tiles: usize) -> [u32; 3] {
+    let head_tiles = (params.heads / params.kv_heads).div_ceil(tile_queries(params.head_dim as usize) as u32);
+    [tiles as u32, params.kv_heads * head_tiles, params.segments.max(1)]
+}
+
+/// Floats of `partials`, for T rows and S segments.
+pub fn partials_len(rows: usize, heads: usize, head_dim: usize, segments: usize) -> Option<usize> {
+    segments.checked_mul(rows)?.checked_mul(heads)?.checked_mul(head_dim + 2)
+}
 
 /// Largest E: what the shader keeps in workgroup memory; the backends agree on it.
 pub const MAX_HEAD_DIM: usize = 512;

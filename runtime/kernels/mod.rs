@@ -3,6 +3,7 @@
 
 pub mod adjust_logits;
 pub mod attention;
+pub mod attention_join;
 pub mod embed;
 pub mod gather_rows;
 pub mod head;
@@ -61,9 +62,10 @@ pub struct Kernel {
 }
 
 /// Every kernel, for the table of pipelines and for the test that walks `shaders/`.
-pub const ALL: [&Kernel; 12] = [
+pub const ALL: [&Kernel; 13] = [
     &adjust_logits::KERNEL,
     &attention::KERNEL,
+    &attention_join::KERNEL,
     &embed::KERNEL,
     &gather_rows::KERNEL,
     &head::KERNEL,

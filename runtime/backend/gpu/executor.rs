@@ -15,7 +15,7 @@ use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::embed::FROM_DRAW;
 use crate::kernels::linear::Precision;
-use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, sample};
+use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, attention, sample};
 use crate::model::{Buf, MatrixId, ModelSpec, Plan};
 use crate::weights::{WeightFormat, Weights};
 
@@ -24,6 +24,8 @@ const SOFTWARE_SUBMISSION: u64 = 4_000_000_000;
 const SUBMISSION: u64 = 4_000_000_000_000;
 /// Decode steps that are computed before their results are read.
 const STEPS_AHEAD: usize = 8;
+/// Workgroups of attention that keep a GPU busy.
+const ENOUGH_WORKGROUPS: usize = 1024;
 /// Rows of x that products on matrix units read together at most: buffers end on a multiple of it.
 const ROW_TILE: usize = 64;
 
@@ -40,6 +42,18 @@ pub struct GpuExecutor {
     kv_element: u64,
     memory: Memory,
     clock: Option<Clock>,
+}
+
+/// How the attention of a step is cut.
+struct Attention {
+    tiles: Vec<[u32; 2]>,
+    /// That are computed side by side.
+    segments: u32,
+}
+
+/// Room for the segments of 32 rows of 16 segments each, or of fewer rows of more.
+fn partial_bytes(spec: &ModelSpec) -> u64 {
+    (4 * 512 * spec.heads * (spec.head_dim + 2)) as u64
 }
 
 /// A matrix of the checkpoint as it is stored.
@@ -134,6 +148,8 @@ impl GpuExecutor {
         let buffers = Buffers {
             rows: activation("rows", rows, size_of::<RowMeta>(), 1)?,
             tables: activation("block tables", capacity.max_table_entries(), 4, 1)?,
+            tiles: activation("tiles of attention", rows, 8, 1)?,
+            partials: gpu.buffer("partial attention", partial_bytes(&spec), storage)?,
             cos_sin: activation("angles", rows, spec.head_dim, 4)?,
             picked: activation("output rows", rows, 4, 1)?,
             drawn: {
@@ -198,8 +214,22 @@ impl GpuExecutor {
         })
     }
 
+    /// How the attention of a step is cut.
+    fn attention(&self, step: &Step) -> Attention {
+        let spec = &self.spec;
+        let group = spec.heads / spec.kv_heads;
+        let tiles = attention::tiles(step.rows, group, spec.head_dim);
+        let segments = attention::segments(step.rows, &tiles, spec.sliding_window);
+        // Side by side where there are too few workgroups for a GPU, and room for what they leave.
+        let room = attention::partials_len(step.rows.len(), spec.heads, spec.head_dim, segments)
+            .is_some_and(|len| 4 * len as u64 <= self.buffers.partials.size());
+        let few = tiles.len() * spec.kv_heads < ENOUGH_WORKGROUPS;
+        let segments = if few && room { u32::try_from(segments).unwrap_or(1) } else { 1 };
+        Attention { tiles, segments }
+    }
+
     /// Uploads what the steps differ in.
-    fn upload(&self, steps: &[Step], orders: &[Vec<usize>]) {
+    fn upload(&self, steps: &[Step], orders: &[Vec<usize>], work: &[Attention]) {
         let mut rows: Vec<RowMeta> = Vec::new();
         let mut cos_sin: Vec<f32> = Vec::new();
         let mut picked: Vec<u32> = Vec::new();
@@ -222,6 +252,8 @@ impl GpuExecutor {
                 self.gpu.queue.write_buffer(buffer, 0, bytes);
             }
         };
+        let tiles: Vec<[u32; 2]> = work.iter().flat_map(|w| w.tiles.iter().copied()).collect();
+        write(&self.buffers.tiles, bytemuck::cast_slice(&tiles));
         write(&self.buffers.rows, bytemuck::cast_slice(&rows));
         write(&self.buffers.cos_sin, bytemuck::cast_slice(&cos_sin));
         write(&self.buffers.picked, bytemuck::cast_slice(&picked));
@@ -255,9 +287,10 @@ impl Executor for GpuExecutor {
         let window = self.spec.sliding_window.map_or(u64::MAX, |w| w as u64);
         let limit = if self.gpu.is_software() { SOFTWARE_SUBMISSION } else { SUBMISSION };
         let gpu = self.gpu.clone();
+        let work: Vec<Attention> = steps.iter().map(|step| self.attention(step)).collect();
         let mut pending = self.head.prepare(&gpu, &self.spec, steps, &orders)?;
-        gpu.checked("a step", || self.upload(steps, &orders))?;
-        let (mut first_row, mut first_output, mut first_drawn) = (0, 0, 0);
+        gpu.checked("a step", || self.upload(steps, &orders, &work))?;
+        let (mut first_row, mut first_output, mut first_drawn, mut first_tile) = (0, 0, 0, 0);
         let mut last = None;
         for (s, step) in steps.iter().enumerate() {
             let seen = |r: &RowMeta| (u64::from(r.position) + 1).min(window);
@@ -268,6 +301,9 @@ impl Executor for GpuExecutor {
                 first_row,
                 first_output,
                 first_drawn,
+                tiles: work[s].tiles.len() as u32,
+                first_tile,
+                segments: work[s].segments,
                 keys: step.rows.iter().map(seen).sum(),
             };
             let clock = self.clock.as_mut();
@@ -288,6 +324,7 @@ impl Executor for GpuExecutor {
                 recorder.submit(&gpu)
             })??);
             first_drawn = first_output;
+            first_tile += dims.tiles;
             first_row += dims.rows;
             first_output += dims.outputs;
         }
@@ -353,7 +390,7 @@ pub(crate) fn scratch_bytes(spec: &ModelSpec, max_rows: usize) -> u64 {
     let widths: usize = Buf::ALL.iter().map(|b| b.width(spec)).sum();
     let between = spec.hidden_size + spec.head_dim;
     let passing = 2 * spec.layers * KV_BLOCK * spec.kv_width();
-    // Of each row, 64 entries of block tables.
-    4 * ((widths + between + 64) as u64 * max_rows as u64 + passing as u64) + head::bytes(spec.vocab_size, max_rows)
+    // Of each row, 64 entries of block tables and a tile of attention.
+    partial_bytes(spec) + 4 * ((widths + between + 66) as u64 * max_rows as u64 + passing as u64) + head::bytes(spec.vocab_size, max_rows)
 }
 

@@ -1,6 +1,7 @@
-//! The dispatches from token ids to the final norm, built once: seven a layer.
+//! The dispatches from token ids to the final norm, built once: seven a layer, eight where few rows see many keys.
 //!
-//! norm → queries, keys and values (with rope, into the cache) → attention → output product onto the residual stream →
+//! norm → queries, keys and values (with rope, into the cache) → attention (→ joining
+//! its segments) → output product onto the residual stream →
 //! norm → gate and up with silu → down product onto the residual stream.
 
 use super::device::Gpu;
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::backend::cpu::Pool;
 use crate::kernels::linear::{Quantised, Weight};
 use crate::kernels::{
-    Kernel, attention, embed, gather_rows, linear, linear_gated, linear_qkv, rms_norm,
+    Kernel, attention, attention_join, embed, gather_rows, linear, linear_gated, linear_qkv, rms_norm,
 };
 use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
 use crate::weights::{Dtype, WeightFormat, Weights};
@@ -28,6 +29,10 @@ pub(super) struct Dims {
     pub first_row: u32,
     pub first_output: u32,
     pub first_drawn: u32,
+    /// Tiles of attention, the first of them, and the segments of keys that are computed side by side.
+    pub tiles: u32,
+    pub first_tile: u32,
+    pub segments: u32,
     /// Keys that the rows see together.
     pub keys: u64,
 }
@@ -44,6 +49,10 @@ pub(super) struct Call {
 pub(super) struct Buffers {
     pub rows: wgpu::Buffer,
     pub tables: wgpu::Buffer,
+    /// Tiles of attention.
+    pub tiles: wgpu::Buffer,
+    /// What attention leaves of segments that are computed side by side.
+    pub partials: wgpu::Buffer,
     pub cos_sin: wgpu::Buffer,
     pub picked: wgpu::Buffer,
     /// Draws of the steps at hand.
@@ -388,23 +397,50 @@ impl Builder<'_> {
         let (spec, b) = (self.spec, self.buffers);
         let (keys, values) = &b.kv[layer];
         let (heads, kv_heads, head_dim) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32);
-        let storage = [&b.rows, &b.tables, &b.q, keys, values, &b.attn];
+        let storage = [&b.rows, &b.tiles, &b.tables, &b.q, keys, values, &b.attn, &b.partials];
         let scale = 1.0 / (spec.head_dim as f32).sqrt();
         let window = spec.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
         let key_bytes = 2 * (spec.kv_width() as u64) * if self.half_kv { 2 } else { 4 };
         let width = spec.q_width() as u64;
         let rule: Rule = Box::new(move |d| {
-            let params = attention::Params { rows: d.rows, heads, kv_heads, head_dim, scale, window };
+            let params = attention::Params {
+                rows: d.rows,
+                heads,
+                kv_heads,
+                head_dim,
+                scale,
+                window,
+                segments: d.segments,
+                first_meta: d.first_row,
+                first_tile: d.first_tile,
+            };
             Dispatch {
                 shape: TileShape::Narrow,
                 params: Params::of(&params),
-                groups: [heads, d.rows, 1],
+                groups: attention::workgroups(&params, d.tiles as usize),
                 bytes: d.keys * key_bytes + u64::from(d.rows) * 8 * width,
                 multiply_adds: 2 * d.keys * width,
             }
         });
-        let flags = Flags { half_kv: self.half_kv, half_out: self.tile.is_some(), ..Flags::default() };
-        self.push(&attention::KERNEL, flags, &[TileShape::Narrow], &storage, rule)
+        let half_out = self.tile.is_some();
+        let vec4 = head_dim.is_multiple_of(4);
+        let flags = Flags { vec4, half_kv: self.half_kv, half_out, head_dim, ..Flags::default() };
+        self.push(&attention::KERNEL, flags, &[TileShape::Narrow], &storage, rule)?;
+        let storage = [&b.partials, &b.attn];
+        let rule: Rule = Box::new(move |d| {
+            // One segment needs no joining.
+            let rows = if d.segments > 1 { d.rows } else { 0 };
+            let params = attention_join::Params { rows, heads, head_dim, segments: d.segments };
+            Dispatch {
+                shape: TileShape::Narrow,
+                params: Params::of(&params),
+                groups: attention_join::workgroups(&params),
+                bytes: u64::from(rows) * 4 * width * u64::from(d.segments + 1),
+                multiply_adds: 0,
+            }
+        });
+        let flags = Flags { half_out, ..Flags::default() };
+        self.push(&attention_join::KERNEL, flags, &[TileShape::Narrow], &storage, rule)
     }
 
     fn onto_residual(&mut self, name: &str, x: &wgpu::Buffer, part: &Projection, scale: f32) -> Result<()> {

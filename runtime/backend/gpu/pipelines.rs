@@ -64,6 +64,8 @@ pub struct Flags {
     pub half_out: bool,
     /// Keys and values are f16.
     pub half_kv: bool,
+    /// E, for the kernel that takes fewer queries at a time where heads are large.
+    pub head_dim: u32,
 }
 
 impl Flags {
@@ -113,6 +115,8 @@ impl Flags {
             "FOUR" => tiles && (self.shape == TileShape::Medium || (self.head && self.shape == TileShape::Narrow)),
             "HALF_OUT" => self.half_out,
             "HALF_KV" => self.half_kv,
+            "HEAD_ABOVE_128" => self.head_dim > 128,
+            "HEAD_ABOVE_256" => self.head_dim > 256,
             _ => false,
         }
     }
