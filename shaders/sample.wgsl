@@ -5,9 +5,19 @@
 // the ones with the smallest deviations |−ln p − H| that hold typical_p of the mass: a band of z. Then invert the
 // cumulative distribution of the kept w, in the order of ids, at the uniform number that the host drew.
 //
-// A workgroup owns row m. Lane j owns the contiguous ids j·V/256 .. (j + 1)·V/256. Thresholds are found by bisecting
-// the 32 bits of z (or of the deviation) as an ordered integer, exactly; equal values share a fate. −Inf, which a mask
-// leaves, is never kept.
+// A workgroup owns row m. Lane j takes the ids j, j + 256, …, four loads at a time; lanes are added 16 by 16. Thresholds
+// are found exactly, as keys (integers in the order of z or of the deviation; equal values share a fate): a pass sums
+// what lies at or above six bounds and the range shrinks to a seventh. The first bounds lie 0.25·i² below the largest
+// value; later ones split the range evenly, by value and by key in turns. Once no lane meets more than 8 tokens in the
+// range it keeps them, and the rest of the search leaves the vocabulary alone. For the draw, 8 lanes share each
+// of 32 parts of consecutive ids; the part that holds the target is split in the same way until it is one token.
+//
+// Passes over the V logits, each 4·V bytes: greedy 1, plain 2 (largest; draw), min-p and a mask 0 more, top-k and
+// top-p 2 more each (1 where no lane has over 8 tokens in the first range; 24 at the very worst), typical-p 4 more.
+// Barriers: 8 for plain at V ≤ 262144, 2 for every step of a search or pass more.
+//
+// Every sum has an order that depends on V and the row alone. −Inf, which a mask leaves, is never drawn. Counts are
+// summed as floats: V < 2^24.
 //
 // Greedy (negative inverse temperature): the largest z, of equals the smallest id. Infinite temperature (0): all alike.
 
@@ -49,12 +59,25 @@ struct Drawn {
 }
 
 const LANES = 256u;
+// Tokens of a range that a lane can keep.
+const SLOTS = 8u;
+// Parts the draw chooses among, and the lanes of each.
+const PARTS = 32u;
+const SHARE = 8u;
 const NO_TOKEN = 0xffffffffu;
-const LOWEST = -3.4028234e38;
-// The key of −Inf; the next one is that of the smallest finite number.
+// Keys of −Inf, of the smallest finite number, of the largest one; anything larger is +Inf or NaN. 0: no token.
 const LOWEST_KEY = 0x007fffffu;
+const FINITE_KEY = 0x00800000u;
+const HIGHEST_KEY = 0xff7fffffu;
 const NO_MASK = 0xffffffffu;
 const MAX_KEPT_IDS = 1024u;
+// e^−110 is zero.
+const REACH = 110.0;
+
+// What a search adds up: tokens, their w, or their w by deviation.
+const COUNT = 0u;
+const MASS = 1u;
+const NEAR = 2u;
 
 var<immediate> p: Params;
 @group(0) @binding(1) var<storage, read> logits: array<f32>; // (M, V)
@@ -63,66 +86,220 @@ var<immediate> p: Params;
 @group(0) @binding(4) var<storage, read_write> drawn: array<Drawn>; // (first + M)
 @group(0) @binding(5) var<storage, read_write> kept_ids: array<u32>; // (M, MAX_KEPT_IDS)
 
-var<workgroup> floats: array<f32, LANES>;
-var<workgroup> ints: array<u32, LANES>;
+// Each lane's values and what they come to, 16 lanes at a time. A step writes `lane_words`, waits, joins them into
+// `group_words`, waits, and reads those, so that two barriers a step are enough.
+var<workgroup> lane_words: array<vec4<u32>, 2u * LANES>;
+var<workgroup> group_words: array<vec4<u32>, 32>;
+// During a search: keys, [slot, lane]. Then: the kept ids in any order.
+var<workgroup> held: array<u32, SLOTS * LANES>;
+var<workgroup> held_ids: atomic<u32>;
 
-fn sum_floats(lane: u32, v: f32) -> f32 {
-    floats[lane] = v;
+struct Eight {
+    a: vec4<f32>,
+    b: vec4<f32>,
+}
+
+fn sum(lane: u32, mine: Eight) -> Eight {
+    lane_words[lane] = bitcast<vec4<u32>>(mine.a);
+    lane_words[LANES + lane] = bitcast<vec4<u32>>(mine.b);
     workgroupBarrier();
-    for (var half = LANES / 2u; half > 0u; half /= 2u) {
-        if lane < half {
-            floats[lane] += floats[lane + half];
+    if lane < 32u {
+        let first = lane / 16u * LANES + lane % 16u;
+        var total = bitcast<vec4<f32>>(lane_words[first]);
+        for (var i = 16u; i < LANES; i += 16u) {
+            total += bitcast<vec4<f32>>(lane_words[first + i]);
         }
-        workgroupBarrier();
+        group_words[lane] = bitcast<vec4<u32>>(total);
     }
-    let total = floats[0];
     workgroupBarrier();
+    var total = Eight(bitcast<vec4<f32>>(group_words[0]), bitcast<vec4<f32>>(group_words[16]));
+    for (var i = 1u; i < 16u; i++) {
+        total.a += bitcast<vec4<f32>>(group_words[i]);
+        total.b += bitcast<vec4<f32>>(group_words[16u + i]);
+    }
     return total;
 }
 
-fn sum_ints(lane: u32, v: u32) -> u32 {
-    ints[lane] = v;
-    workgroupBarrier();
-    for (var half = LANES / 2u; half > 0u; half /= 2u) {
-        if lane < half {
-            ints[lane] += ints[lane + half];
-        }
-        workgroupBarrier();
-    }
-    let total = ints[0];
-    workgroupBarrier();
-    return total;
+// (Largest key, its smallest id, smallest key) of two sets of tokens together.
+fn joined(a: vec3<u32>, b: vec3<u32>) -> vec3<u32> {
+    let largest = max(a.x, b.x);
+    let id = min(select(NO_TOKEN, a.y, a.x == largest), select(NO_TOKEN, b.y, b.x == largest));
+    return vec3<u32>(largest, id, min(a.z, b.z));
 }
 
-fn max_ints(lane: u32, v: u32) -> u32 {
-    ints[lane] = v;
+fn join(lane: u32, mine: vec3<u32>) -> vec3<u32> {
+    lane_words[lane] = vec4<u32>(mine, 0u);
     workgroupBarrier();
-    for (var half = LANES / 2u; half > 0u; half /= 2u) {
-        if lane < half {
-            ints[lane] = max(ints[lane], ints[lane + half]);
+    if lane < 16u {
+        var all = lane_words[lane].xyz;
+        for (var i = 16u; i < LANES; i += 16u) {
+            all = joined(all, lane_words[lane + i].xyz);
         }
-        workgroupBarrier();
+        group_words[lane] = vec4<u32>(all, 0u);
     }
-    let largest = ints[0];
     workgroupBarrier();
-    return largest;
+    var all = group_words[0].xyz;
+    for (var i = 1u; i < 16u; i++) {
+        all = joined(all, group_words[i].xyz);
+    }
+    return all;
 }
 
 // Order-preserving map of floats to integers, and back. −0 counts as +0: equal values have equal keys. (Adding zero
-// would do, if compilers did not drop it.)
+// would do, if compilers did not drop it.) NaN, by its bits since compilers assume that there is none, is the largest.
 fn key_of(z: f32) -> u32 {
     let bits = select(bitcast<u32>(z), 0u, bitcast<u32>(z) == 0x80000000u);
-    return select(bits | 0x80000000u, ~bits, bits >= 0x80000000u);
+    let key = select(bits | 0x80000000u, ~bits, bits >= 0x80000000u);
+    return select(key, 0xffffffffu, (bits & 0x7fffffffu) > 0x7f800000u);
 }
 
 fn float_of(key: u32) -> f32 {
     return bitcast<f32>(select(~key, key & 0x7fffffffu, key >= 0x80000000u));
 }
 
-fn z_of(r: Request, start: u32, v: u32) -> f32 {
-    let l = logits[start + v];
-    let masked = r.inverse_temperature == 0.0 && bitcast<u32>(l) == 0xff800000u;
-    return l * select(r.inverse_temperature, 1.0, r.inverse_temperature < 0.0 || masked);
+// A row, and what a pass needs to know of it.
+struct Row {
+    start: u32,
+    inverse_temperature: f32,
+    max_z: f32,
+}
+
+fn key_at(row: Row, v: u32) -> u32 {
+    let l = logits[row.start + v];
+    let masked = row.inverse_temperature == 0.0 && bitcast<u32>(l) == 0xff800000u;
+    return key_of(l * select(row.inverse_temperature, 1.0, row.inverse_temperature < 0.0 || masked));
+}
+
+// Keys of z of the tokens v, v + stride, …; 0 from `end` on.
+fn keys_at(row: Row, v: u32, stride: u32, end: u32) -> vec4<u32> {
+    let ids = vec4<u32>(v) + vec4<u32>(0u, 1u, 2u, 3u) * stride;
+    let safe = min(ids, vec4<u32>(end - 1u));
+    let keys = vec4<u32>(key_at(row, safe.x), key_at(row, safe.y), key_at(row, safe.z), key_at(row, safe.w));
+    return select(vec4<u32>(0u), keys, ids < vec4<u32>(end));
+}
+
+// ln w. Through the key, so that no compiler joins the product with the difference in one place only.
+fn log_weight(row: Row, key: u32) -> f32 {
+    return float_of(key) - row.max_z;
+}
+
+// A search for the largest key such that what lies at or above it reaches a target.
+struct Search {
+    by: u32,
+    // Smallest key of z that takes part.
+    floor: u32,
+    // What is left to search, both included.
+    low: u32,
+    high: u32,
+    // COUNT: the tokens wanted; else the share of the mass.
+    wanted: f32,
+    // NEAR: ln Σ w − H.
+    centre: f32,
+}
+
+struct Tally {
+    // What is at or above the bounds 1 to 4; 5, 6 and the low end.
+    a: vec4<f32>,
+    b: vec3<f32>,
+    // Tokens in the range.
+    members: u32,
+}
+
+// The key of −|deviation| of a token: −ln p − H = (ln Σ w − H) − ln w.
+fn nearness(centre: f32, log_w: f32) -> u32 {
+    return key_of(-abs(centre - log_w));
+}
+
+fn bound(s: Search, level: u32, i: u32) -> u32 {
+    var key = 0u;
+    if level == 0u {
+        key = key_of(float_of(s.high) - 0.25 * f32(i * i));
+    } else if level % 2u == 1u {
+        let part = f32(i) / 7.0;
+        key = key_of(float_of(s.high) * (1.0 - part) + float_of(s.low) * part);
+    } else {
+        // Makes the range a seventh, whatever the values are.
+        let keys = s.high - s.low + 1u;
+        key = s.high + 1u - min(i * ((keys + 6u) / 7u), keys);
+    }
+    return clamp(key, s.low, s.high);
+}
+
+fn tally(row: Row, s: Search, near: vec4<u32>, far: vec3<u32>, lane: u32, key: u32, keeps: bool, t: Tally) -> Tally {
+    var next = t;
+    if key >= s.floor {
+        let log_w = log_weight(row, key);
+        var place = key;
+        if s.by == NEAR {
+            place = nearness(s.centre, log_w);
+        }
+        if place >= s.low && place <= s.high {
+            let amount = select(exp(log_w), 1.0, s.by == COUNT);
+            if amount > 0.0 {
+                next.a += select(vec4<f32>(0.0), vec4<f32>(amount), vec4<u32>(place) >= near);
+                next.b += select(vec3<f32>(0.0), vec3<f32>(amount), vec3<u32>(place) >= far);
+                if keeps && t.members < SLOTS {
+                    held[t.members * LANES + lane] = key;
+                }
+                next.members += 1u;
+            }
+        }
+    }
+    return next;
+}
+
+// The key of a token, or 0 if there are fewer tokens than wanted.
+fn search(row: Row, lane: u32, asked: Search) -> u32 {
+    var s = asked;
+    var target_sum = 0.0;
+    var above = 0.0;
+    var is_held = false;
+    var my_held = 0u;
+    for (var level = 0u; level == 0u || s.low < s.high; level++) {
+        let near = vec4<u32>(bound(s, level, 1u), bound(s, level, 2u), bound(s, level, 3u), bound(s, level, 4u));
+        let far = vec3<u32>(bound(s, level, 5u), bound(s, level, 6u), s.low);
+        var t = Tally();
+        if is_held {
+            for (var i = 0u; i < my_held; i++) {
+                t = tally(row, s, near, far, lane, held[i * LANES + lane], false, t);
+            }
+        } else {
+            for (var v = lane; v < p.vocab; v += 4u * LANES) {
+                let keys = keys_at(row, v, LANES, p.vocab);
+                t = tally(row, s, near, far, lane, keys.x, true, t);
+                t = tally(row, s, near, far, lane, keys.y, true, t);
+                t = tally(row, s, near, far, lane, keys.z, true, t);
+                t = tally(row, s, near, far, lane, keys.w, true, t);
+            }
+            my_held = t.members;
+        }
+        // From here on all lanes compute the same.
+        let all = sum(lane, Eight(t.a, vec4<f32>(t.b, select(0.0, 1.0, t.members > SLOTS))));
+        is_held = is_held || all.b.w == 0.0;
+        if level == 0u {
+            if s.by == COUNT && all.b.z < s.wanted {
+                return 0u;
+            }
+            target_sum = select(s.wanted * all.b.z, s.wanted, s.by == COUNT);
+        }
+        // The last token takes what rounding leaves over: the range never loses all of its tokens.
+        let reach = min(target_sum, above + all.b.z);
+        let sums = array<f32, 7>(all.a.x, all.a.y, all.a.z, all.a.w, all.b.x, all.b.y, all.b.z);
+        let bounds = array<u32, 7>(near.x, near.y, near.z, near.w, far.x, far.y, far.z);
+        var high = s.high;
+        var skipped = 0.0;
+        for (var i = 0u; i < 7u; i++) {
+            if sums[i] > 0.0 && above + sums[i] >= reach {
+                s.low = bounds[i];
+                break;
+            }
+            high = bounds[i] - 1u;
+            skipped = sums[i];
+        }
+        s.high = high;
+        above += skipped;
+    }
+    return s.low;
 }
 
 // The logit of a token as the model gave it.
@@ -150,206 +327,201 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let m = group.y * groups.x + group.x;
-    let exists = m < p.rows;
-    let row = min(m, p.rows - 1u);
-    let r = requests[p.first + row];
-    let start = row * p.vocab;
-    let each = (p.vocab + LANES - 1u) / LANES;
-    let from_token = min(lane * each, p.vocab);
-    let to_token = min(from_token + each, p.vocab);
-
-    // 1. The largest z and its smallest id; a NaN or an infinite maximum ends the row.
-    var my_key = 0u;
-    var my_best = NO_TOKEN;
-    var broken = 0u;
-    for (var v = from_token; v < to_token; v++) {
-        let z = z_of(r, start, v);
-        // NaN and +Inf by their bits: compilers assume that there are none.
-        let bits = bitcast<u32>(logits[start + v]);
-        if z != z || bits == 0x7f800000u || (bits & 0x7fffffffu) > 0x7f800000u {
-            broken = 1u;
-        } else if my_best == NO_TOKEN || key_of(z) > my_key {
-            my_key = key_of(z);
-            my_best = v;
-        }
+    if m >= p.rows {
+        return;
     }
-    let top_key = max_ints(lane, my_key);
-    let max_z = float_of(top_key);
-    let best = ~max_ints(lane, select(0u, ~my_best, my_best != NO_TOKEN && my_key == top_key));
-    let any_broken = max_ints(lane, broken) == 1u || !(abs(max_z) <= -LOWEST);
+    let r = requests[p.first + m];
+    if r.is_active != 1u {
+        return;
+    }
+    let infinity = bitcast<f32>(0x7f800000u | (p.rows & 0u));
+    var row = Row(m * p.vocab, r.inverse_temperature, 0.0);
 
-    // 2. The threshold, as a key: bisect the bits from the top.
-    var threshold = select(LOWEST_KEY + 1u, LOWEST_KEY, r.mask_row == NO_MASK);
-    if r.top_k > 0u && r.top_k < p.vocab {
-        var key = 0u;
-        for (var bit = 0x80000000u; bit > 0u; bit >>= 1u) {
-            var count = 0u;
-            for (var v = from_token; v < to_token; v++) {
-                count += select(0u, 1u, key_of(z_of(r, start, v)) >= (key | bit));
-            }
-            if sum_ints(lane, count) >= r.top_k {
-                key |= bit;
+    // 1. The largest z, its smallest id, and the smallest finite z.
+    var mine = vec3<u32>(0u, NO_TOKEN, NO_TOKEN);
+    for (var v = lane; v < p.vocab; v += 4u * LANES) {
+        let keys = keys_at(row, v, LANES, p.vocab);
+        for (var i = 0u; i < 4u; i++) {
+            if keys[i] > mine.x {
+                mine.x = keys[i];
+                mine.y = v + i * LANES;
             }
         }
-        threshold = max(threshold, key);
+        let finite = select(vec4<u32>(NO_TOKEN), keys, keys >= vec4<u32>(FINITE_KEY));
+        mine.z = min(mine.z, min(min(finite.x, finite.y), min(finite.z, finite.w)));
+    }
+    let ends = join(lane, mine);
+    let top_key = ends.x;
+    let best = ends.y;
+    row.max_z = float_of(top_key);
+    if top_key < FINITE_KEY || top_key > HIGHEST_KEY {
+        if lane == 0u {
+            let nan = bitcast<f32>(0x7fc00000u | (p.rows & 0u));
+            drawn[p.first + m] = Drawn(NO_TOKEN, 0u, nan, nan, nan, nan);
+        }
+        return;
+    }
+    if r.inverse_temperature < 0.0 {
+        if lane == 0u {
+            drawn[p.first + m] = Drawn(best, 1u, row.max_z, infinity, 0.0, raw_logit(r, row.start, best));
+        }
+        return;
+    }
+
+    // 2. The threshold and the ceiling, as keys.
+    var threshold = select(FINITE_KEY, LOWEST_KEY, r.mask_row == NO_MASK);
+    if r.top_k > 0u && r.top_k < p.vocab {
+        let s = Search(COUNT, FINITE_KEY, ends.z, top_key, f32(r.top_k), 0.0);
+        threshold = max(threshold, search(row, lane, s));
     }
     if r.top_p < 1.0 {
-        var mass = 0.0;
-        for (var v = from_token; v < to_token; v++) {
-            let z = z_of(r, start, v);
-            mass += select(0.0, exp(z - max_z), key_of(z) >= threshold);
-        }
-        let wanted = r.top_p * sum_floats(lane, mass);
-        var key = 0u;
-        for (var bit = 0x80000000u; bit > 0u; bit >>= 1u) {
-            let candidate = max(threshold, key | bit);
-            var above = 0.0;
-            for (var v = from_token; v < to_token; v++) {
-                let z = z_of(r, start, v);
-                above += select(0.0, exp(z - max_z), key_of(z) >= candidate);
-            }
-            if sum_floats(lane, above) >= wanted && (key | bit) <= top_key {
-                key |= bit;
-            }
-        }
-        threshold = max(threshold, key);
+        let low = max(max(threshold, ends.z), key_of(row.max_z - REACH));
+        let s = Search(MASS, low, low, top_key, r.top_p, 0.0);
+        threshold = max(threshold, search(row, lane, s));
     }
     if r.min_p > 0.0 {
-        threshold = max(threshold, min(key_of(max_z + log(r.min_p)), top_key));
+        threshold = max(threshold, min(key_of(row.max_z + log(r.min_p)), top_key));
     }
-
     var ceiling = 0xffffffffu;
     if r.typical_p < 1.0 {
-        var mass = 0.0;
-        var weighted = 0.0;
-        for (var v = from_token; v < to_token; v++) {
-            let z = z_of(r, start, v);
-            if key_of(z) >= max(threshold, LOWEST_KEY + 1u) {
-                mass += exp(z - max_z);
-                weighted += exp(z - max_z) * (z - max_z);
-            }
-        }
-        let all = sum_floats(lane, mass);
-        let log_all = log(all);
-        let entropy = log_all - sum_floats(lane, weighted) / all;
-        // Keys of −deviation: the largest ones are kept. Weights that are zero do not count.
-        var my_largest = 0u;
-        for (var v = from_token; v < to_token; v++) {
-            let z = z_of(r, start, v);
-            if key_of(z) >= max(threshold, LOWEST_KEY + 1u) && exp(z - max_z) > 0.0 {
-                my_largest = max(my_largest, key_of(-abs((log_all - (z - max_z)) - entropy)));
-            }
-        }
-        let largest = max_ints(lane, my_largest);
-        var key = 0u;
-        for (var bit = 0x80000000u; bit > 0u; bit >>= 1u) {
-            var near = 0.0;
-            for (var v = from_token; v < to_token; v++) {
-                let z = z_of(r, start, v);
-                if key_of(z) >= max(threshold, LOWEST_KEY + 1u) {
-                    let deviation = key_of(-abs((log_all - (z - max_z)) - entropy));
-                    near += select(0.0, exp(z - max_z), deviation >= (key | bit));
+        let low = max(max(threshold, ends.z), key_of(row.max_z - REACH));
+        // Σ w and Σ w ln w.
+        var mine = vec2<f32>(0.0);
+        for (var v = lane; v < p.vocab; v += 4u * LANES) {
+            let keys = keys_at(row, v, LANES, p.vocab);
+            for (var i = 0u; i < 4u; i++) {
+                if keys[i] >= low {
+                    let log_w = log_weight(row, keys[i]);
+                    let w = exp(log_w);
+                    mine += vec2<f32>(w, w * log_w);
                 }
             }
-            if sum_floats(lane, near) >= r.typical_p * all && (key | bit) <= largest {
-                key |= bit;
-            }
         }
-        var my_low = 0u;
-        var my_high = 0u;
-        for (var v = from_token; v < to_token; v++) {
-            let z = z_of(r, start, v);
-            let deviation = key_of(-abs((log_all - (z - max_z)) - entropy));
-            if key_of(z) >= max(threshold, LOWEST_KEY + 1u) && exp(z - max_z) > 0.0 && deviation >= key {
-                my_low = max(my_low, ~key_of(z));
-                my_high = max(my_high, key_of(z));
-            }
-        }
-        threshold = ~max_ints(lane, my_low);
-        ceiling = max_ints(lane, my_high);
-    }
-
-    // 3. Weights of the kept tokens, summed lane by lane.
-    var my_sum = 0.0;
-    var my_kept = 0u;
-    for (var v = from_token; v < to_token; v++) {
-        let z = z_of(r, start, v);
-        if key_of(z) >= threshold && key_of(z) <= ceiling {
-            my_sum += exp(z - max_z);
-            my_kept += 1u;
-        }
-    }
-    let kept = sum_ints(lane, my_kept);
-    let is_drawn = exists && r.is_active == 1u && !any_broken;
-    let reports = is_drawn && r.inverse_temperature >= 0.0 && kept <= min(r.kept_ids, MAX_KEPT_IDS);
-    ints[lane] = my_kept;
-    workgroupBarrier();
-    if reports && my_kept > 0u {
-        var place = m * MAX_KEPT_IDS;
-        for (var i = 0u; i < lane; i++) {
-            place += ints[i];
-        }
-        for (var v = from_token; v < to_token; v++) {
-            let key = key_of(z_of(r, start, v));
-            if key >= threshold && key <= ceiling {
-                kept_ids[place] = v;
-                place += 1u;
-            }
-        }
-    }
-    workgroupBarrier();
-    floats[lane] = my_sum;
-    ints[lane] = select(0u, 1u, my_sum > 0.0);
-    workgroupBarrier();
-
-    // 4. One lane walks the lanes' sums, then the tokens of the one that holds the target.
-    if lane == 0u && exists && r.is_active == 1u {
-        let infinity = bitcast<f32>(0x7f800000u | (p.rows & 0u));
-        var result = Drawn(best, 1u, max_z, infinity, 0.0, 0.0);
-        if any_broken {
-            let nan = bitcast<f32>(0x7fc00000u | (p.rows & 0u));
-            result = Drawn(NO_TOKEN, 0u, nan, nan, nan, nan);
-        } else {
-            if r.inverse_temperature >= 0.0 {
-                var total = 0.0;
-                var last_lane = 0u;
-                for (var i = 0u; i < LANES; i++) {
-                    total += floats[i];
-                    if ints[i] == 1u {
-                        last_lane = i;
+        let all = sum(lane, Eight(vec4<f32>(mine, 0.0, 0.0), vec4<f32>(0.0))).a;
+        // ln Σ w − H, since H = ln Σ w − Σ w ln w / Σ w.
+        let centre = all.y / all.x;
+        let farthest = min(nearness(centre, 0.0), nearness(centre, log_weight(row, low)));
+        let nearest = search(row, lane, Search(NEAR, low, farthest, key_of(0.0), r.typical_p, centre));
+        var band = vec3<u32>(0u, NO_TOKEN, NO_TOKEN);
+        for (var v = lane; v < p.vocab; v += 4u * LANES) {
+            let keys = keys_at(row, v, LANES, p.vocab);
+            for (var i = 0u; i < 4u; i++) {
+                if keys[i] >= low {
+                    let log_w = log_weight(row, keys[i]);
+                    if exp(log_w) > 0.0 && nearness(centre, log_w) >= nearest {
+                        band = vec3<u32>(max(band.x, keys[i]), NO_TOKEN, min(band.z, keys[i]));
                     }
                 }
-                let wanted = r.uniform_number * total;
-                var below = 0.0;
-                var holder = last_lane;
-                for (var i = 0u; i < last_lane; i++) {
-                    if below + floats[i] > wanted {
-                        holder = i;
-                        break;
-                    }
-                    below += floats[i];
-                }
-                var token = best;
-                for (var v = holder * each; v < min((holder + 1u) * each, p.vocab); v++) {
-                    let z = z_of(r, start, v);
-                    let w = exp(z - max_z);
-                    if key_of(z) >= threshold && key_of(z) <= ceiling && w > 0.0 {
-                        // The last kept token takes what rounding leaves over.
-                        token = v;
-                        below += w;
-                        if below > wanted {
-                            break;
+            }
+        }
+        band = join(lane, band);
+        threshold = band.z;
+        ceiling = band.x;
+    }
+
+    // 3. The draw: the part of the ids in which the target lies, again and again. The first round also counts the
+    // kept tokens and collects their ids.
+    let is_cut = threshold > LOWEST_KEY || ceiling < 0xffffffffu;
+    let most_ids = min(r.kept_ids, MAX_KEPT_IDS);
+    let collects = is_cut && most_ids > 0u || p.vocab <= most_ids;
+    var first = 0u;
+    var len = p.vocab;
+    var total = 0.0;
+    var kept = 0u;
+    var wanted = 0.0;
+    var below = 0.0;
+    var part = 0u;
+    var holder = 0u;
+    // All lanes compute the same `part`, from V alone.
+    for (var round = 0u; part != SHARE; round++) {
+        part = (len + PARTS * SHARE - 1u) / (PARTS * SHARE) * SHARE;
+        let end = min(min(first + len, p.vocab), first + (lane / SHARE + 1u) * part);
+        var my_sum = 0.0;
+        var my_kept = 0u;
+        for (var v = first + lane / SHARE * part + lane % SHARE; v < end; v += 4u * SHARE) {
+            let keys = keys_at(row, v, SHARE, end);
+            for (var i = 0u; i < 4u; i++) {
+                if keys[i] >= threshold && keys[i] <= ceiling {
+                    my_sum += select(0.0, exp(log_weight(row, keys[i])), keys[i] > LOWEST_KEY);
+                    my_kept += 1u;
+                    // Once there are too many, nobody wants them.
+                    if round == 0u && collects && atomicLoad(&held_ids) < most_ids {
+                        let slot = atomicAdd(&held_ids, 1u);
+                        if slot < most_ids {
+                            held[slot] = v + i * SHARE;
                         }
                     }
                 }
-                let z = z_of(r, start, token);
-                let top = select(float_of(ceiling), infinity, ceiling == 0xffffffffu);
-                // One token alone is certain, whatever rounding says.
-                let logprob = select((z - max_z) - log(total), 0.0, kept == 1u);
-                result = Drawn(token, kept, float_of(threshold), top, logprob, 0.0);
             }
-            result.logit = raw_logit(r, start, result.token);
         }
-        drawn[p.first + m] = result;
+        lane_words[lane % SHARE * PARTS + lane / SHARE] = vec4<u32>(bitcast<u32>(my_sum), my_kept, 0u, 0u);
+        workgroupBarrier();
+        if lane < PARTS {
+            var sum = bitcast<f32>(lane_words[lane].x);
+            var count = lane_words[lane].y;
+            for (var i = 1u; i < SHARE; i++) {
+                sum += bitcast<f32>(lane_words[i * PARTS + lane].x);
+                count += lane_words[i * PARTS + lane].y;
+            }
+            group_words[lane] = vec4<u32>(bitcast<u32>(sum), count, 0u, 0u);
+        }
+        workgroupBarrier();
+        var last = 0u;
+        for (var i = 0u; i < PARTS; i++) {
+            let sum = bitcast<f32>(group_words[i].x);
+            if sum > 0.0 {
+                last = i;
+            }
+            if round == 0u {
+                total += sum;
+                kept += group_words[i].y;
+            }
+        }
+        if round == 0u {
+            wanted = r.uniform_number * total;
+        }
+        // The last part with a kept token takes what rounding leaves over.
+        for (holder = 0u; holder < last; holder++) {
+            let sum = bitcast<f32>(group_words[holder].x);
+            if below + sum > wanted {
+                break;
+            }
+            below += sum;
+        }
+        first += holder * part;
+        len = part;
+    }
+
+    // 4. The ids, by rank: the order in which they were collected does not show.
+    if collects && kept <= most_ids {
+        let ids = vec4<u32>(held[lane], held[LANES + lane], held[2u * LANES + lane], held[3u * LANES + lane]);
+        var ranks = vec4<u32>(0u);
+        for (var i = 0u; i < kept; i++) {
+            ranks += select(vec4<u32>(0u), vec4<u32>(1u), vec4<u32>(held[i]) < ids);
+        }
+        for (var i = 0u; i < 4u; i++) {
+            if i * LANES + lane < kept {
+                kept_ids[m * MAX_KEPT_IDS + ranks[i]] = ids[i];
+            }
+        }
+    }
+
+    // 5. The last round had one token a lane.
+    if lane == 0u {
+        var token = best;
+        for (var i = 0u; i < SHARE; i++) {
+            let w = bitcast<f32>(lane_words[i * PARTS + holder].x);
+            if w > 0.0 {
+                token = first + i;
+                below += w;
+                if below > wanted {
+                    break;
+                }
+            }
+        }
+        let top = select(float_of(ceiling), infinity, ceiling == 0xffffffffu);
+        // One token alone is certain, whatever rounding says.
+        let logprob = select(log_weight(row, key_at(row, token)) - log(total), 0.0, kept == 1u);
+        drawn[p.first + m] = Drawn(token, kept, float_of(threshold), top, logprob, raw_logit(r, row.start, token));
     }
 }
