@@ -93,7 +93,8 @@ var<workgroup> queries: array<vec4<f32>, 2048u / 4u>; // (E, QUERIES), scaled
 var<workgroup> blocks: array<u32, BLOCKS>; // the first element of each block of the segment
 var<workgroup> tops: array<vec4<f32>, GROUPS * 17u>; // of each scorer, with a gap: what every lane reads
 var<workgroup> weights: array<vec4<f32>, GROUPS * 65u>; // (QUERIES / 4, key % 4, key / 4), with a gap
-var<workgroup> joined: array<vec4<f32>, 8u * THREADS>; // sums over the segments so far, each its owner's
+var<workgroup> joined: array<vec4<f32>, 8u * THREADS>; // (query % 4 and which vector, owner): sums, all segments so far
+var<workgroup> stats: array<vec2<f32>, QUERIES>; // m and l of each query at last
 
 fn first_key(position: u32) -> u32 {
     return select(0u, position + 1u - min(p.window, position + 1u), p.window > 0u);
@@ -145,26 +146,8 @@ fn value(at: u32, e: u32) -> vec4<f32> {
 #endif
 }
 
-fn write_out(query: u32, e: u32, sums: vec4<f32>) {
-    let at = places[query] * p.head_dim + e;
-    let count = p.head_dim - e;
-    out[at] = Out(sums.x);
-    if count > 1u { out[at + 1u] = Out(sums.y); }
-    if count > 2u { out[at + 2u] = Out(sums.z); }
-    if count > 3u { out[at + 3u] = Out(sums.w); }
-}
-
 fn partial_at(query: u32, z: u32) -> u32 {
     return (z * p.rows * p.heads + places[query]) * (p.head_dim + 2u);
-}
-
-fn write_partial(query: u32, z: u32, e: u32, sums: vec4<f32>) {
-    let at = partial_at(query, z) + 2u + e;
-    let count = p.head_dim - e;
-    partials[at] = sums.x;
-    if count > 1u { partials[at + 1u] = sums.y; }
-    if count > 2u { partials[at + 2u] = sums.z; }
-    if count > 3u { partials[at + 3u] = sums.w; }
 }
 
 // One segment further for a query's sums, unless it saw nothing there.
@@ -185,7 +168,7 @@ fn main(
     let first_head = workgroup.y % head_tiles * QUERIES;
     let heads = min(QUERIES, heads_per_kv - first_head);
     let tile = tiles[p.first_tile + workgroup.x];
-    let count = tile.y * heads;
+    let count = min(tile.y * heads, QUERIES);
 
     // 1. The queries of the tile, and the segments that they see.
     if thread < QUERIES {
@@ -206,7 +189,7 @@ fn main(
         segment += workgroup.z;
         end = min(end, segment + 1u);
         if segment >= end {
-            if thread < min(count, QUERIES) {
+            if thread < count {
                 let at = partial_at(thread, workgroup.z);
                 partials[at] = LOWEST;
                 partials[at + 1u] = 0.0;
@@ -411,41 +394,42 @@ fn main(
             join(thread + 6u * THREADS, sums1.z, a.z, b.z, unseen.z);
             join(thread + 7u * THREADS, sums1.w, a.w, b.w, unseen.w);
         } else {
-            let z = workgroup.z;
-            for (var i = 0u; i < 4u; i++) {
-                if query + i < count {
-                    if lane == 0u {
-                        let at = partial_at(query + i, z);
-                        partials[at] = running_max[i];
-                        partials[at + 1u] = total[i];
-                    }
-                    var own0 = sums0.x;
-                    var own1 = sums1.x;
-                    if i == 1u { own0 = sums0.y; own1 = sums1.y; }
-                    if i == 2u { own0 = sums0.z; own1 = sums1.z; }
-                    if i == 3u { own0 = sums0.w; own1 = sums1.w; }
-                    if owns0 {
-                        write_partial(query + i, z, e0, own0);
-                    }
-                    if owns1 {
-                        write_partial(query + i, z, e1, own1);
-                    }
-                }
-            }
+            joined_total = total;
+            joined_max = running_max;
+            joined[thread] = sums0.x;
+            joined[thread + THREADS] = sums0.y;
+            joined[thread + 2u * THREADS] = sums0.z;
+            joined[thread + 3u * THREADS] = sums0.w;
+            joined[thread + 4u * THREADS] = sums1.x;
+            joined[thread + 5u * THREADS] = sums1.y;
+            joined[thread + 6u * THREADS] = sums1.z;
+            joined[thread + 7u * THREADS] = sums1.w;
         }
     }
 
-    if alone {
-        let inverse = vec4<f32>(1.0) / joined_total;
-        for (var i = 0u; i < 4u; i++) {
-            if query + i < count {
-                if owns0 {
-                    write_out(query + i, e0, joined[thread + i * THREADS] * inverse[i]);
-                }
-                if owns1 {
-                    write_out(query + i, e1, joined[thread + (i + 4u) * THREADS] * inverse[i]);
-                }
-            }
+    // 8. Out they go, neighbours by neighbouring threads.
+    if lane == 0u {
+        stats[query] = vec2<f32>(joined_max.x, joined_total.x);
+        stats[query + 1u] = vec2<f32>(joined_max.y, joined_total.y);
+        stats[query + 2u] = vec2<f32>(joined_max.z, joined_total.z);
+        stats[query + 3u] = vec2<f32>(joined_max.w, joined_total.w);
+    }
+    workgroupBarrier();
+    if !alone && thread < count {
+        let at = partial_at(thread, workgroup.z);
+        partials[at] = stats[thread].x;
+        partials[at + 1u] = stats[thread].y;
+    }
+    for (var i = thread; i < count * e_count; i += THREADS) {
+        let owner = i / e_count;
+        let e = i % e_count;
+        let slot = owner % 4u + e / (4u * LANES) * 4u;
+        let sum = joined[slot * THREADS + owner / 4u * LANES + e / 4u % LANES][e % 4u];
+        if alone {
+            let inverse = 1.0 / stats[owner].y;
+            out[places[owner] * e_count + e] = Out(sum * inverse);
+        } else {
+            partials[partial_at(owner, workgroup.z) + 2u + e] = sum;
         }
     }
 }

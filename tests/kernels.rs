@@ -785,7 +785,7 @@ fn attention_on_the_gpu_is_the_formula_and_batch_invariant() {
 #[test]
 fn attention_in_half_precision() {
     for (gpu, _) in gpus().iter().filter(|(gpu, _)| gpu.info().has_f16) {
-        for (group, head_dim, window) in [(4, 64, None), (3, 33, Some(17)), (7, 256, None)] {
+        for (group, head_dim, window) in [(4, 64, None), (3, 33, Some(17))] {
             let mut call = Paged::new([group, 2, head_dim], window, &[&[15, 16, 17], &[1024], &[63, 64, 65]]);
             for stored in [&mut call.keys, &mut call.values] {
                 stored.iter_mut().for_each(|v| *v = half::f16::from_f32(*v).to_f32());
