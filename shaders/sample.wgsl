@@ -99,23 +99,28 @@ struct Eight {
     b: vec4<f32>,
 }
 
+// n, in a way that keeps a loop a loop: llvmpipe unrolls loops over a constant and then compiles for seconds.
+fn rolled(n: u32) -> u32 {
+    return n * min(p.rows, 1u);
+}
+
 fn sum(lane: u32, mine: Eight) -> Eight {
     lane_words[lane] = bitcast<vec4<u32>>(mine.a);
     lane_words[LANES + lane] = bitcast<vec4<u32>>(mine.b);
     workgroupBarrier();
     if lane < 32u {
         let first = lane / 16u * LANES + lane % 16u;
-        var total = bitcast<vec4<f32>>(lane_words[first]);
-        for (var i = 16u; i < LANES; i += 16u) {
-            total += bitcast<vec4<f32>>(lane_words[first + i]);
+        var total = vec4<f32>(0.0);
+        for (var i = first; i < rolled(first + LANES); i += 32u) {
+            total += bitcast<vec4<f32>>(lane_words[i]) + bitcast<vec4<f32>>(lane_words[i + 16u]);
         }
         group_words[lane] = bitcast<vec4<u32>>(total);
     }
     workgroupBarrier();
-    var total = Eight(bitcast<vec4<f32>>(group_words[0]), bitcast<vec4<f32>>(group_words[16]));
-    for (var i = 1u; i < 16u; i++) {
-        total.a += bitcast<vec4<f32>>(group_words[i]);
-        total.b += bitcast<vec4<f32>>(group_words[16u + i]);
+    var total = Eight(vec4<f32>(0.0), vec4<f32>(0.0));
+    for (var i = 0u; i < rolled(16u); i += 2u) {
+        total.a += bitcast<vec4<f32>>(group_words[i]) + bitcast<vec4<f32>>(group_words[i + 1u]);
+        total.b += bitcast<vec4<f32>>(group_words[16u + i]) + bitcast<vec4<f32>>(group_words[17u + i]);
     }
     return total;
 }
@@ -132,14 +137,14 @@ fn join(lane: u32, mine: vec3<u32>) -> vec3<u32> {
     workgroupBarrier();
     if lane < 16u {
         var all = lane_words[lane].xyz;
-        for (var i = 16u; i < LANES; i += 16u) {
+        for (var i = 16u; i < rolled(LANES); i += 16u) {
             all = joined(all, lane_words[lane + i].xyz);
         }
         group_words[lane] = vec4<u32>(all, 0u);
     }
     workgroupBarrier();
     var all = group_words[0].xyz;
-    for (var i = 1u; i < 16u; i++) {
+    for (var i = 1u; i < rolled(16u); i++) {
         all = joined(all, group_words[i].xyz);
     }
     return all;
@@ -197,14 +202,6 @@ struct Search {
     centre: f32,
 }
 
-struct Tally {
-    // What is at or above the bounds 1 to 4; 5, 6 and the low end.
-    a: vec4<f32>,
-    b: vec3<f32>,
-    // Tokens in the range.
-    members: u32,
-}
-
 // The key of −|deviation| of a token: −ln p − H = (ln Σ w − H) − ln w.
 fn nearness(centre: f32, log_w: f32) -> u32 {
     return key_of(-abs(centre - log_w));
@@ -225,57 +222,53 @@ fn bound(s: Search, level: u32, i: u32) -> u32 {
     return clamp(key, s.low, s.high);
 }
 
-fn tally(row: Row, s: Search, near: vec4<u32>, far: vec3<u32>, lane: u32, key: u32, keeps: bool, t: Tally) -> Tally {
-    var next = t;
-    if key >= s.floor {
-        let log_w = log_weight(row, key);
-        var place = key;
-        if s.by == NEAR {
-            place = nearness(s.centre, log_w);
-        }
-        if place >= s.low && place <= s.high {
-            let amount = select(exp(log_w), 1.0, s.by == COUNT);
-            if amount > 0.0 {
-                next.a += select(vec4<f32>(0.0), vec4<f32>(amount), vec4<u32>(place) >= near);
-                next.b += select(vec3<f32>(0.0), vec3<f32>(amount), vec3<u32>(place) >= far);
-                if keeps && t.members < SLOTS {
-                    held[t.members * LANES + lane] = key;
-                }
-                next.members += 1u;
-            }
-        }
-    }
-    return next;
-}
-
 // The key of a token, or 0 if there are fewer tokens than wanted.
 fn search(row: Row, lane: u32, asked: Search) -> u32 {
     var s = asked;
     var target_sum = 0.0;
     var above = 0.0;
     var is_held = false;
-    var my_held = 0u;
     for (var level = 0u; level == 0u || s.low < s.high; level++) {
         let near = vec4<u32>(bound(s, level, 1u), bound(s, level, 2u), bound(s, level, 3u), bound(s, level, 4u));
         let far = vec3<u32>(bound(s, level, 5u), bound(s, level, 6u), s.low);
-        var t = Tally();
-        if is_held {
-            for (var i = 0u; i < my_held; i++) {
-                t = tally(row, s, near, far, lane, held[i * LANES + lane], false, t);
+        // What is at or above the bounds 1 to 4; 5, 6 and the low end; tokens in the range.
+        var my_near = vec4<f32>(0.0);
+        var my_far = vec3<f32>(0.0);
+        var members = 0u;
+        let end = select(p.vocab, SLOTS * LANES, is_held);
+        for (var v = lane; v < end; v += 4u * LANES) {
+            var keys = vec4<u32>(0u);
+            if is_held {
+                keys = vec4<u32>(held[v], held[v + LANES], held[v + 2u * LANES], held[v + 3u * LANES]);
+            } else {
+                keys = keys_at(row, v, LANES, p.vocab);
             }
-        } else {
-            for (var v = lane; v < p.vocab; v += 4u * LANES) {
-                let keys = keys_at(row, v, LANES, p.vocab);
-                t = tally(row, s, near, far, lane, keys.x, true, t);
-                t = tally(row, s, near, far, lane, keys.y, true, t);
-                t = tally(row, s, near, far, lane, keys.z, true, t);
-                t = tally(row, s, near, far, lane, keys.w, true, t);
+            for (var i = 0u; i < 4u; i++) {
+                let key = keys.x;
+                keys = keys.yzwx;
+                let log_w = log_weight(row, key);
+                let place = select(key, nearness(s.centre, log_w), s.by == NEAR);
+                if key >= s.floor && place >= s.low && place <= s.high {
+                    let amount = select(exp(log_w), 1.0, s.by == COUNT);
+                    if amount > 0.0 {
+                        my_near += select(vec4<f32>(0.0), vec4<f32>(amount), vec4<u32>(place) >= near);
+                        my_far += select(vec3<f32>(0.0), vec3<f32>(amount), vec3<u32>(place) >= far);
+                        if !is_held && members < SLOTS {
+                            held[members * LANES + lane] = key;
+                        }
+                        members += 1u;
+                    }
+                }
             }
-            my_held = t.members;
+        }
+        if !is_held {
+            for (var i = members; i < SLOTS; i++) {
+                held[i * LANES + lane] = 0u;
+            }
         }
         // From here on all lanes compute the same.
-        let all = sum(lane, Eight(t.a, vec4<f32>(t.b, select(0.0, 1.0, t.members > SLOTS))));
-        is_held = is_held || all.b.w == 0.0;
+        let all = sum(lane, Eight(my_near, vec4<f32>(my_far, select(0.0, 1.0, members > SLOTS))));
+        is_held = all.b.w == 0.0;
         if level == 0u {
             if s.by == COUNT && all.b.z < s.wanted {
                 return 0u;
@@ -284,22 +277,63 @@ fn search(row: Row, lane: u32, asked: Search) -> u32 {
         }
         // The last token takes what rounding leaves over: the range never loses all of its tokens.
         let reach = min(target_sum, above + all.b.z);
-        let sums = array<f32, 7>(all.a.x, all.a.y, all.a.z, all.a.w, all.b.x, all.b.y, all.b.z);
-        let bounds = array<u32, 7>(near.x, near.y, near.z, near.w, far.x, far.y, far.z);
+        var sums = all.a;
+        var bounds = near;
         var high = s.high;
         var skipped = 0.0;
-        for (var i = 0u; i < 7u; i++) {
-            if sums[i] > 0.0 && above + sums[i] >= reach {
-                s.low = bounds[i];
+        for (var i = 0u; i < rolled(7u); i++) {
+            if i == 4u {
+                sums = all.b;
+                bounds = vec4<u32>(far, 0u);
+            }
+            s.low = bounds.x;
+            if sums.x > 0.0 && above + sums.x >= reach {
                 break;
             }
-            high = bounds[i] - 1u;
-            skipped = sums[i];
+            high = bounds.x - 1u;
+            skipped = sums.x;
+            sums = sums.yzwx;
+            bounds = bounds.yzwx;
         }
         s.high = high;
         above += skipped;
     }
     return s.low;
+}
+
+// ln Σ w − H of the tokens from `low` on, which is Σ w ln w / Σ w since H = ln Σ w − Σ w ln w / Σ w.
+fn typical_centre(row: Row, lane: u32, low: u32) -> f32 {
+    var mine = vec4<f32>(0.0);
+    for (var v = lane; v < p.vocab; v += 4u * LANES) {
+        var keys = keys_at(row, v, LANES, p.vocab);
+        for (var i = 0u; i < 4u; i++) {
+            if keys.x >= low {
+                let log_w = log_weight(row, keys.x);
+                let w = exp(log_w);
+                mine += vec4<f32>(w, w * log_w, 0.0, 0.0);
+            }
+            keys = keys.yzwx;
+        }
+    }
+    let all = sum(lane, Eight(mine, vec4<f32>(0.0))).a;
+    return all.y / all.x;
+}
+
+// The smallest and the largest key of z among the tokens that are near enough.
+fn typical_band(row: Row, lane: u32, s: Search, nearest: u32) -> vec2<u32> {
+    var mine = vec3<u32>(0u, NO_TOKEN, NO_TOKEN);
+    for (var v = lane; v < p.vocab; v += 4u * LANES) {
+        var keys = keys_at(row, v, LANES, p.vocab);
+        for (var i = 0u; i < 4u; i++) {
+            let key = keys.x;
+            keys = keys.yzwx;
+            let log_w = log_weight(row, key);
+            if key >= s.floor && nearness(s.centre, log_w) >= nearest && exp(log_w) > 0.0 {
+                mine = vec3<u32>(max(mine.x, key), NO_TOKEN, min(mine.z, key));
+            }
+        }
+    }
+    return join(lane, mine).zx;
 }
 
 // The logit of a token as the model gave it.
@@ -340,15 +374,15 @@ fn main(
     // 1. The largest z, its smallest id, and the smallest finite z.
     var mine = vec3<u32>(0u, NO_TOKEN, NO_TOKEN);
     for (var v = lane; v < p.vocab; v += 4u * LANES) {
-        let keys = keys_at(row, v, LANES, p.vocab);
+        var keys = keys_at(row, v, LANES, p.vocab);
         for (var i = 0u; i < 4u; i++) {
-            if keys[i] > mine.x {
-                mine.x = keys[i];
+            if keys.x > mine.x {
+                mine.x = keys.x;
                 mine.y = v + i * LANES;
             }
+            mine.z = min(mine.z, select(NO_TOKEN, keys.x, keys.x >= FINITE_KEY));
+            keys = keys.yzwx;
         }
-        let finite = select(vec4<u32>(NO_TOKEN), keys, keys >= vec4<u32>(FINITE_KEY));
-        mine.z = min(mine.z, min(min(finite.x, finite.y), min(finite.z, finite.w)));
     }
     let ends = join(lane, mine);
     let top_key = ends.x;
@@ -368,55 +402,35 @@ fn main(
         return;
     }
 
-    // 2. The threshold and the ceiling, as keys.
+    // 2. The threshold and the ceiling, as keys. One call of the search in a loop, since compilers copy what is called.
     var threshold = select(FINITE_KEY, LOWEST_KEY, r.mask_row == NO_MASK);
-    if r.top_k > 0u && r.top_k < p.vocab {
-        let s = Search(COUNT, FINITE_KEY, ends.z, top_key, f32(r.top_k), 0.0);
-        threshold = max(threshold, search(row, lane, s));
-    }
-    if r.top_p < 1.0 {
-        let low = max(max(threshold, ends.z), key_of(row.max_z - REACH));
-        let s = Search(MASS, low, low, top_key, r.top_p, 0.0);
-        threshold = max(threshold, search(row, lane, s));
-    }
-    if r.min_p > 0.0 {
-        threshold = max(threshold, min(key_of(row.max_z + log(r.min_p)), top_key));
-    }
     var ceiling = 0xffffffffu;
-    if r.typical_p < 1.0 {
+    for (var by = COUNT; by <= NEAR; by++) {
+        if by == NEAR && r.min_p > 0.0 {
+            threshold = max(threshold, min(key_of(row.max_z + log(r.min_p)), top_key));
+        }
+        let is_on = array<bool, 3>(r.top_k > 0u && r.top_k < p.vocab, r.top_p < 1.0, r.typical_p < 1.0);
+        if !is_on[by] {
+            continue;
+        }
+        // The w of smaller ones are zero.
         let low = max(max(threshold, ends.z), key_of(row.max_z - REACH));
-        // Σ w and Σ w ln w.
-        var mine = vec2<f32>(0.0);
-        for (var v = lane; v < p.vocab; v += 4u * LANES) {
-            let keys = keys_at(row, v, LANES, p.vocab);
-            for (var i = 0u; i < 4u; i++) {
-                if keys[i] >= low {
-                    let log_w = log_weight(row, keys[i]);
-                    let w = exp(log_w);
-                    mine += vec2<f32>(w, w * log_w);
-                }
-            }
+        var s = Search(by, low, low, top_key, r.top_p, 0.0);
+        if by == COUNT {
+            s = Search(by, FINITE_KEY, ends.z, top_key, f32(r.top_k), 0.0);
+        } else if by == NEAR {
+            let centre = typical_centre(row, lane, low);
+            let farthest = min(nearness(centre, 0.0), nearness(centre, log_weight(row, low)));
+            s = Search(by, low, farthest, key_of(0.0), r.typical_p, centre);
         }
-        let all = sum(lane, Eight(vec4<f32>(mine, 0.0, 0.0), vec4<f32>(0.0))).a;
-        // ln Σ w − H, since H = ln Σ w − Σ w ln w / Σ w.
-        let centre = all.y / all.x;
-        let farthest = min(nearness(centre, 0.0), nearness(centre, log_weight(row, low)));
-        let nearest = search(row, lane, Search(NEAR, low, farthest, key_of(0.0), r.typical_p, centre));
-        var band = vec3<u32>(0u, NO_TOKEN, NO_TOKEN);
-        for (var v = lane; v < p.vocab; v += 4u * LANES) {
-            let keys = keys_at(row, v, LANES, p.vocab);
-            for (var i = 0u; i < 4u; i++) {
-                if keys[i] >= low {
-                    let log_w = log_weight(row, keys[i]);
-                    if exp(log_w) > 0.0 && nearness(centre, log_w) >= nearest {
-                        band = vec3<u32>(max(band.x, keys[i]), NO_TOKEN, min(band.z, keys[i]));
-                    }
-                }
-            }
+        let found = search(row, lane, s);
+        if by == NEAR {
+            let band = typical_band(row, lane, s, found);
+            threshold = band.x;
+            ceiling = band.y;
+        } else {
+            threshold = max(threshold, found);
         }
-        band = join(lane, band);
-        threshold = band.z;
-        ceiling = band.x;
     }
 
     // 3. The draw: the part of the ids in which the target lies, again and again. The first round also counts the
@@ -439,10 +453,12 @@ fn main(
         var my_sum = 0.0;
         var my_kept = 0u;
         for (var v = first + lane / SHARE * part + lane % SHARE; v < end; v += 4u * SHARE) {
-            let keys = keys_at(row, v, SHARE, end);
+            var keys = keys_at(row, v, SHARE, end);
             for (var i = 0u; i < 4u; i++) {
-                if keys[i] >= threshold && keys[i] <= ceiling {
-                    my_sum += select(0.0, exp(log_weight(row, keys[i])), keys[i] > LOWEST_KEY);
+                let key = keys.x;
+                keys = keys.yzwx;
+                if key >= threshold && key <= ceiling {
+                    my_sum += select(0.0, exp(log_weight(row, key)), key > LOWEST_KEY);
                     my_kept += 1u;
                     // Once there are too many, nobody wants them.
                     if round == 0u && collects && atomicLoad(&held_ids) < most_ids {
@@ -459,34 +475,30 @@ fn main(
         if lane < PARTS {
             var sum = bitcast<f32>(lane_words[lane].x);
             var count = lane_words[lane].y;
-            for (var i = 1u; i < SHARE; i++) {
+            for (var i = 1u; i < rolled(SHARE); i++) {
                 sum += bitcast<f32>(lane_words[i * PARTS + lane].x);
                 count += lane_words[i * PARTS + lane].y;
             }
             group_words[lane] = vec4<u32>(bitcast<u32>(sum), count, 0u, 0u);
         }
         workgroupBarrier();
-        var last = 0u;
-        for (var i = 0u; i < PARTS; i++) {
-            let sum = bitcast<f32>(group_words[i].x);
-            if sum > 0.0 {
-                last = i;
-            }
-            if round == 0u {
-                total += sum;
+        if round == 0u {
+            for (var i = 0u; i < rolled(PARTS); i++) {
+                total += bitcast<f32>(group_words[i].x);
                 kept += group_words[i].y;
             }
-        }
-        if round == 0u {
             wanted = r.uniform_number * total;
         }
         // The last part with a kept token takes what rounding leaves over.
-        for (holder = 0u; holder < last; holder++) {
-            let sum = bitcast<f32>(group_words[holder].x);
-            if below + sum > wanted {
-                break;
+        holder = 0u;
+        var next = below;
+        for (var i = 0u; i < rolled(PARTS) && next <= wanted; i++) {
+            let sum = bitcast<f32>(group_words[i].x);
+            if sum > 0.0 {
+                holder = i;
+                below = next;
+                next += sum;
             }
-            below += sum;
         }
         first += holder * part;
         len = part;
@@ -509,7 +521,7 @@ fn main(
     // 5. The last round had one token a lane.
     if lane == 0u {
         var token = best;
-        for (var i = 0u; i < SHARE; i++) {
+        for (var i = 0u; i < rolled(SHARE); i++) {
             let w = bitcast<f32>(lane_words[i * PARTS + holder].x);
             if w > 0.0 {
                 token = first + i;

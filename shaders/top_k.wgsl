@@ -40,6 +40,11 @@ var<workgroup> found_count: atomic<u32>;
 // Tokens at or above each bound. A step of the search uses one row and clears the next one, which nobody reads any more.
 var<workgroup> reached: array<array<atomic<u32>, 8>, 3>;
 
+// n, in a way that keeps a loop a loop: llvmpipe unrolls loops over a constant and then compiles for long.
+fn rolled(n: u32) -> u32 {
+    return n * min(p.rows, 1u);
+}
+
 // Order-preserving map of floats to integers: −0 counts as +0, NaN is 0.
 fn key_at(start: u32, v: u32) -> u32 {
     let stored = bitcast<u32>(logits[start + v]);
@@ -58,15 +63,16 @@ fn keys_at(start: u32, v: u32) -> vec4<u32> {
 
 // Collects the tokens of a tile whose keys are in a range.
 fn collect(start: u32, v: u32, low: u32, high: u32) {
-    let keys = keys_at(start, v);
-    for (var i = 0u; i < 4u; i++) {
+    var keys = keys_at(start, v);
+    for (var i = 0u; i < rolled(4u); i++) {
         // Once there is no room, how many more there are does not matter.
-        if keys[i] >= low && keys[i] <= high && atomicLoad(&found_count) <= ROOM {
+        if keys.x >= low && keys.x <= high && atomicLoad(&found_count) <= ROOM {
             let slot = atomicAdd(&found_count, 1u);
             if slot < ROOM {
-                found[slot] = vec2<u32>(keys[i], ~(v + i * LANES));
+                found[slot] = vec2<u32>(keys.x, ~(v + i * LANES));
             }
         }
+        keys = keys.yzwx;
     }
 }
 
@@ -83,23 +89,26 @@ fn kth_largest(start: u32, lane: u32, floor: u32) -> u32 {
         var near_count = vec4<u32>(0u);
         var far_count = vec4<u32>(0u);
         for (var v = lane; v < p.vocab; v += 4u * LANES) {
-            let keys = keys_at(start, v);
+            var keys = keys_at(start, v);
             for (var i = 0u; i < 4u; i++) {
-                near_count += select(vec4<u32>(0u), vec4<u32>(1u), vec4<u32>(keys[i]) >= near);
-                far_count += select(vec4<u32>(0u), vec4<u32>(1u), vec4<u32>(keys[i]) >= far);
+                near_count += select(vec4<u32>(0u), vec4<u32>(1u), vec4<u32>(keys.x) >= near);
+                far_count += select(vec4<u32>(0u), vec4<u32>(1u), vec4<u32>(keys.x) >= far);
+                keys = keys.yzwx;
             }
         }
         if lane < 8u {
             atomicStore(&reached[(level + 1u) % 3u][lane], 0u);
         }
         let now = level % 3u;
-        for (var i = 0u; i < 4u; i++) {
-            atomicAdd(&reached[now][i], near_count[i]);
-            atomicAdd(&reached[now][i + 4u], far_count[i]);
+        for (var i = 0u; i < rolled(4u); i++) {
+            atomicAdd(&reached[now][i], near_count.x);
+            atomicAdd(&reached[now][i + 4u], far_count.x);
+            near_count = near_count.yzwx;
+            far_count = far_count.yzwx;
         }
         workgroupBarrier();
         let bounds = array<u32, 8>(near.x, near.y, near.z, near.w, far.x, far.y, far.z, far.w);
-        for (var i = 0u; i < 8u; i++) {
+        for (var i = 0u; i < rolled(8u); i++) {
             low = bounds[i];
             if atomicLoad(&reached[now][i]) >= p.k {
                 break;

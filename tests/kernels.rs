@@ -942,3 +942,38 @@ fn top_k_twins() {
     }
     assert!(top_k::top_k(&[f32::NAN, 1.0], 2)[1].token == top_k::NO_TOKEN);
 }
+
+/// Rows in which more tokens reach the shader's floor than it has room for, and fewer than K.
+#[test]
+fn top_k_of_hard_rows() {
+    for vocab in [1usize, 255, 257, 1000, 20_000] {
+        let plain: Vec<f32> = Numbers(vocab as u64).floats(vocab).iter().map(|v| v * 8.0).collect();
+        let equal = vec![-0.0; vocab];
+        let two: Vec<f32> = (0..vocab).map(|v| if v % 7 == 3 { 1.0 } else { 0.0 }).collect();
+        let lanes: Vec<f32> =
+            plain.iter().enumerate().map(|(v, l)| if v % 256 < 100 { l + 50.0 } else { *l }).collect();
+        let odd = |(v, l): (usize, &f32)| match v % 5 {
+            0 => f32::NAN,
+            1 => f32::NEG_INFINITY,
+            2 => f32::INFINITY,
+            _ => *l,
+        };
+        let odd: Vec<f32> = plain.iter().enumerate().map(odd).collect();
+        let few: Vec<f32> = (0..vocab).map(|v| if v == vocab / 2 { 1.0 } else { -f32::NAN }).collect();
+        let rows = [plain, equal, two, lanes, odd, few];
+        for k in [1, 20, top_k::MAX_K] {
+            let want: Vec<top_k::Candidate> = rows.iter().flat_map(|row| top_k::top_k(row, k)).collect();
+            for (gpu, _) in &gpus() {
+                let params = top_k::Params { rows: rows.len() as u32, vocab: vocab as u32, k: k as u32 };
+                let mut storage = [bytes(&rows.concat()), vec![0; rows.len() * k * 8]];
+                let groups = [rows.len() as u32, 1, 1];
+                dispatch_once(gpu, &top_k::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups).unwrap();
+                let got: Vec<top_k::Candidate> = pod_collect_to_vec(&storage[1]);
+                for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                    assert_eq!(got.token, want.token, "V{vocab} K{k} row {} place {}", i / k, i % k);
+                    assert!(want.token == top_k::NO_TOKEN || got.logit == want.logit);
+                }
+            }
+        }
+    }
+}

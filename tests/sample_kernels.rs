@@ -306,6 +306,58 @@ fn twins_follow_the_definition() {
     }
 }
 
+/// Vocabularies around the shader's tiles, and rows that are hard on its searches.
+#[test]
+fn sizes_and_extremes() {
+    let off = sample::Request { uniform: 0.37, kept_ids: 1024, ..sample::Request::default() };
+    for vocab in [1usize, 2, 255, 256, 257, 1000, 49152, 151_936] {
+        let spread: Vec<f32> = numbers(vocab as u64, vocab).iter().map(|l| l * 8.0).collect();
+        let steps: Vec<f32> = spread.iter().map(|l| (l * 2.0).round() / 2.0).collect();
+        let two: Vec<f32> = (0..vocab).map(|v| if v % 7 == 3 { -1.0 } else { 0.5 }).collect();
+        let mut outlier = steps.clone();
+        outlier[vocab / 2] = -3e38;
+        let most = vocab as u32;
+        let exact = [
+            case(off),
+            case(sample::Request { inverse_temperature: -1.0, ..off }),
+            case(sample::Request { uniform: 0.999_999_9, inverse_temperature: 0.01, ..off }),
+            case(sample::Request { top_k: 1, ..off }),
+            case(sample::Request { top_k: most / 3, ..off }),
+            case(sample::Request { top_k: most - 1, ..off }),
+            case(sample::Request { top_k: most, ..off }),
+            case(sample::Request { top_k: 900, ..off }),
+            case(sample::Request { min_p: 0.3, inverse_temperature: 100.0, ..off }),
+            Case { mask: mask_of(vocab, |v| v == vocab / 2), ..case(sample::Request { top_k: 3, top_p: 0.5, ..off }) },
+        ];
+        // Where the mass that decides has many summands, the sets are only told apart if many of them are equal.
+        let summed = [
+            case(sample::Request { top_p: 1e-6, ..off }),
+            case(sample::Request { top_p: 0.9999, ..off }),
+            case(sample::Request { top_p: 0.9, inverse_temperature: 100.0, ..off }),
+            case(sample::Request { top_p: 0.43, inverse_temperature: 0.01, ..off }),
+            case(sample::Request { typical_p: 0.3, ..off }),
+            case(sample::Request { typical_p: 0.93, top_k: most / 2 + 1, min_p: 1e-4, ..off }),
+        ];
+        for (logits, is_summed) in
+            [(spread, vocab < 1000), (steps, true), (vec![0.25; vocab], true), (two, true), (outlier, true)]
+        {
+            let mut cases = exact.to_vec();
+            cases.extend(summed.iter().filter(|_| is_summed).cloned());
+            for gpu in gpus() {
+                let together = on_gpu(gpu, &logits, &cases);
+                for (case, got) in cases.iter().zip(&together) {
+                    check("gpu", &logits, case, got);
+                }
+                // A row's result has the same bits alone.
+                let last = cases.len() - 1;
+                let alone = &on_gpu(gpu, &logits, &cases[last..])[0];
+                assert_eq!(bytes_of(&alone.drawn), bytes_of(&together[last].drawn));
+                assert_eq!(alone.kept_ids, together[last].kept_ids);
+            }
+        }
+    }
+}
+
 /// Rows without a distribution are reported as such, not drawn from; tokens that the model itself makes impossible are.
 #[test]
 fn broken_rows() {
