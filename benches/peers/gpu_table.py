@@ -101,7 +101,7 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    steps = read(folder / "steps.jsonl")
+    steps = list({step["step"]: step for step in read(folder / "steps.jsonl")}.values())  # the last run of each
     suffixes = (".bench.jsonl", ".peer.jsonl")
     models = list(dict.fromkeys(p.name.removesuffix(s) for s in suffixes for p in sorted(folder.glob(f"*{s}"))))
     files = {model: [read(folder / (model + s)) for s in suffixes] for model in models}
