@@ -2,6 +2,7 @@
 # make test         everything that must hold
 # make bench        criterion benches; REWARDRT_BENCH_MODEL=FOLDER for a real model
 # make bench-peers  against transformers and llama.cpp, in one run
+# make bench-gpu    tests and times on a GPU, against transformers where torch has CUDA
 #
 # Each does its own set-up: Python packages into .cache/; for the tests llvmpipe and valgrind from the system packages
 # where they are missing (Debian and Ubuntu, as root).
@@ -10,7 +11,7 @@ MODEL  ?= .cache/smollm2
 CARGO  ?= cargo
 PYTHON ?= python3
 
-.PHONY: demo test lint ffi model tools bench bench-peers golden
+.PHONY: demo test lint ffi model tools bench bench-peers bench-gpu golden
 
 demo: model
 	$(CARGO) build --release --example demo
@@ -58,6 +59,10 @@ bench-peers: model .cache/venv-ref/ready
 	$(CARGO) build --release --example work
 	.cache/venv-ref/bin/python benches/peers/compare.py $(MODEL) target/release/examples/work
 	.cache/venv-ref/bin/python benches/peers/compare.py $(MODEL) target/release/examples/work --scaling
+
+# Takes the Python with torch that is there (REWARDRT_PYTHON, .cache/venv-ref, python3).
+bench-gpu:
+	benches/gpu.sh
 
 # Writes the expected values of tests/golden and tests/real anew.
 golden: model .cache/venv-ref/ready

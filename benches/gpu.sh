@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Tests and times rewardrt on a GPU, unattended, and prints one Markdown table for benches/RESULTS.md.
 #
-#     benches/gpu.sh [devices] [tests] [limits] [bench]      all of them if none is named
+#     benches/gpu.sh [devices] [tests] [limits] [bench]
+#
+# Without a part named it does all of them, from scratch; parts by name join what earlier calls left in the table.
 #
 #   devices  what there is
 #   tests    the test binaries that run on a device, on this one
@@ -16,6 +18,7 @@
 #   REWARDRT_GPU_QUICK=1  a smoke test: a tiny model, one test binary, transformers on the CPU and not compiled
 #   REWARDRT_SCRATCH      where models, results and logs go [target/gpu-bench]
 #   REWARDRT_STEP_SECONDS how long a step may take [1800]
+#   REWARDRT_CARGO        cargo; empty: take the binaries that are there
 #   REWARDRT_PYTHON       a Python with torch and transformers [.cache/venv-ref, else python3]
 #   KEEP=1                keep the models
 #   OUT                   a folder that the table (gpu.md), results and logs are copied to
@@ -28,7 +31,7 @@ SECONDS_A_STEP=${REWARDRT_STEP_SECONDS:-1800}
 BINARY=target/release/rewardrt
 PYTHON=${REWARDRT_PYTHON:-.cache/venv-ref/bin/python}
 command -v "$PYTHON" >/dev/null || PYTHON=python3
-HAS_CARGO=$(command -v cargo || true)
+CARGO=${REWARDRT_CARGO-$(command -v cargo || true)}
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
 
 if [ "${REWARDRT_GPU_QUICK:-}" = 1 ]; then
@@ -55,7 +58,7 @@ wants() { [[ $PARTS == *" $1 "* ]]; }
 RESULTS=$SCRATCH/results
 LOGS=$SCRATCH/logs
 mkdir -p "$RESULTS" "$LOGS"
-rm -f "$RESULTS"/*.jsonl "$LOGS"/*.log
+[ $# -gt 0 ] || rm -f "$RESULTS"/*.jsonl "$LOGS"/*.log
 FAILED=0
 
 # step NAME OUTPUT COMMAND…: runs the command, its stdout into OUTPUT (- for the log); notes how it ended.
@@ -63,7 +66,8 @@ step() {
     local name=$1 output=$2 log=$LOGS/${1// /-}.log status=0 begin=$SECONDS ok=true
     shift 2
     [ "$output" != - ] || output=$log
-    echo "+ $*" >>"$log"
+    : >"$output"
+    echo "+ $*" >"$log"
     timeout -k 10 "$SECONDS_A_STEP" "$@" >>"$output" 2>>"$log" </dev/null || status=$?
     [ $status = 0 ] || ok=false FAILED=1
     printf '{"step": "%s", "ok": %s, "status": %d, "seconds": %d, "log": "%s"}\n' \
@@ -80,8 +84,8 @@ prebuilt() {
 
 run_test() {
     local binary
-    if [ -n "$HAS_CARGO" ]; then
-        step "tests $1" - env REWARDRT_TEST_DEVICES="$DEVICE" cargo test --release --test "$1" || true
+    if [ -n "$CARGO" ]; then
+        step "tests $1" - env REWARDRT_TEST_DEVICES="$DEVICE" "$CARGO" test --release --test "$1" || true
         return
     fi
     binary=$(prebuilt "$1")
@@ -103,8 +107,8 @@ run_model() {
     [ "${KEEP:-}" = 1 ] || rm -rf "$model"
 }
 
-if [ -n "$HAS_CARGO" ]; then
-    step "build" - cargo build --release --bin rewardrt || true
+if [ -n "$CARGO" ]; then
+    step "build" - "$CARGO" build --release --bin rewardrt || true
 fi
 if wants devices; then
     step "devices" - "$BINARY" devices --json || true

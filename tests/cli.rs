@@ -335,7 +335,7 @@ fn synth_refuses() {
     fails(&["synth", &config, "--out", "/nowhere/above/out"], 2, "/nowhere/above/out");
     fails(&["synth", &config, "--out", ".."], 2, "it exists");
     fails(&["synth", &config, "--out", out, "--dtype", "int8"], 2, "bf16, f16, f32");
-    fails(&["synth", &config, "--out", out, "--seed", "-1"], 2, "--seed");
+    fails(&["synth", &config, "--out", out, "--seed", "x"], 2, "--seed");
     fails(&["synth", &config], 2, "--out");
     let bad = write(folder.path(), "bad.json", &[json!({"architectures": ["LlamaForCausalLM"], "hidden_size": "x"})]);
     fails(&["synth", &bad, "--out", out], 2, "\"hidden_size\" is \"x\"");
@@ -423,4 +423,15 @@ fn bench_refuses() {
     bench(&fits, "--score BxL: L is 256, at most the model's context of 64 is possible");
     bench(&["--out", "x.jsonl"], "--out takes JSON: add --json");
     fails(&["bench", "--model", "/nowhere"], 2, "/nowhere");
+}
+
+#[test]
+fn configs_of_benches_have_the_public_sizes() {
+    for (name, parameters) in [("llama-3.2-1b", 1_235_814_400), ("smollm2-135m", 134_515_008)] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("benches/configs/{name}.json"));
+        let spec = rewardrt::model::parse_config(&std::fs::read(path).unwrap(), None).unwrap();
+        let plan = rewardrt::model::Plan::new(&spec).unwrap();
+        let count: usize = plan.expected().map(|e| e.shape.iter().product::<usize>()).sum();
+        assert_eq!(count, parameters, "{name}");
+    }
 }

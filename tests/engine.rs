@@ -400,3 +400,31 @@ fn guided_samples_are_valid() {
         model.sample(&SampleRequest { guide: Some(Guide::Regex("(".into())), ..asked }).map(|_| ()).unwrap_err();
     assert!(error.kind() == ErrorKind::Argument && error.to_string().contains("regular expression"), "{error}");
 }
+
+/// Profiling changes no result, begins and ends between two steps, and hands out each time once.
+#[test]
+fn profiles_between_steps() {
+    let model = load(&open("cpu", 2), NAME, &small());
+    let draw = |salt| model.sample(&request(vec![ids(20, salt), ids(9, salt + 1)])).unwrap();
+    let expected = draw(0).wait().unwrap();
+    assert!(model.take_profile().unwrap().is_empty(), "off unless it is asked for");
+    model.set_profiling(true).unwrap();
+    let tokens = |answers: &[rewardrt::SampledSequence]| -> Vec<Vec<_>> {
+        answers.iter().map(|a| a.tokens.iter().map(|t| (t.id, t.model_logprob.to_bits())).collect()).collect()
+    };
+    let steps = model.stats().steps;
+    assert_eq!(tokens(&draw(0).wait().unwrap()), tokens(&expected));
+    let profile = model.take_profile().unwrap();
+    let of = |name: &str| profile.iter().find(|k| k.name == name).unwrap();
+    assert_eq!(of("head").calls, model.stats().steps - steps);
+    assert!(profile.iter().all(|k| k.seconds > 0.0 && k.bytes > 0), "{profile:?}");
+    assert!(model.take_profile().unwrap().is_empty());
+    // While a job runs.
+    let job = draw(50);
+    model.set_profiling(false).unwrap();
+    model.take_profile().unwrap();
+    job.wait().unwrap();
+    assert!(model.take_profile().unwrap().is_empty());
+    let limits = model.limits().unwrap();
+    assert!(limits.bytes_per_second > 1e8 && limits.flops > 1e8, "{limits:?}");
+}

@@ -4,7 +4,7 @@
 
 FOLDER has steps.jsonl (a line a step: step, ok, status, seconds, log), and for each model NAME.bench.jsonl from
 `rewardrt bench --json --profile` and NAME.peer.jsonl from gpu.py; limits.peer.jsonl is gpu.py --limits. Whatever is
-missing leaves its cells empty; a step that failed has a row. Needs nothing but Python.
+missing leaves its cells empty; a step that failed has a row, with the last line of its log. Needs nothing but Python.
 
 A ratio is rewardrt's speed over transformers'. "of read" and "of flops" are what rewardrt's kernels must move and
 compute by count, over the median time of the whole job, as a share of the device's limits: the higher of what rewardrt
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 HEADER = ["model", "job", "rewardrt tokens/s", "ms a step", "transformers tokens/s", "ms a step", "ratio", "of read",
-          "of flops", "how transformers ran"]
+          "of flops", "notes"]
 
 
 def read(path):
@@ -58,7 +58,7 @@ def row(model, ours, theirs, limits):
     def share(what, limit):
         return percent(sum(k[what] for k in kernels) / ours["seconds"], limits[limit]) if kernels else ""
 
-    how = theirs.get("error") or theirs.get("how", "")
+    how = f"transformers: {theirs['how']}" if "how" in theirs else theirs.get("error", "")
     if theirs.get("fallback"):
         how += f" ({theirs['fallback']})"
     return [model, name_of(ours or theirs), number(speed), number(ours.get("step_ms"), 2), number(their_speed),
@@ -78,8 +78,8 @@ def failure(step):
     log = Path(step["log"])
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
     said = next((line for line in reversed(lines) if line), "no output")
-    text = f"FAILED with {step['status']} after {step['seconds']} s: {said[:160]}"
-    return [step["step"], text, *[""] * (len(HEADER) - 2)]
+    what = "timed out" if step["status"] in (124, 137) else f"FAILED with {step['status']}"
+    return [step["step"], f"{what} after {step['seconds']} s", *[""] * (len(HEADER) - 3), said[:160]]
 
 
 def print_table(rows):
@@ -101,7 +101,7 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    steps = read(folder / "steps.jsonl")
+    steps = list({step["step"]: step for step in read(folder / "steps.jsonl")}.values())  # the last run of each
     suffixes = (".bench.jsonl", ".peer.jsonl")
     models = list(dict.fromkeys(p.name.removesuffix(s) for s in suffixes for p in sorted(folder.glob(f"*{s}"))))
     files = {model: [read(folder / (model + s)) for s in suffixes] for model in models}
