@@ -384,6 +384,9 @@ fn main(
             keys = keys.yzwx;
         }
     }
+    if lane == 0u {
+        atomicStore(&held_ids, 0u);
+    }
     let ends = join(lane, mine);
     let top_key = ends.x;
     let best = ends.y;

@@ -138,6 +138,12 @@ fn main(
     }
     let mine = max(max(largest.x, largest.y), max(largest.z, largest.w));
     lane_keys[lane] = mine;
+    if lane == 0u {
+        atomicStore(&found_count, 0u);
+    }
+    if lane < 8u {
+        atomicStore(&reached[0][lane], 0u);
+    }
     workgroupBarrier();
     var rank = 0u;
     for (var i = 0u; i < LANES; i++) {

@@ -286,6 +286,7 @@ fn line<'a>(
         weights: match args.common.weights {
             WeightsArg::Stored => "stored",
             WeightsArg::Int8 => "int8",
+            WeightsArg::Int4 => "int4",
         },
         device,
         model: args.common.model.display().to_string(),

@@ -22,11 +22,7 @@ pub struct Params {
     pub first_drawn: u32,
 }
 
-super::kernel!(
-    "embed",
-    Params,
-    [("rows", Read), ("drawn", Read), ("table", Read), ("out", Write)]
-);
+super::kernel!("embed", Params, [("rows", Read), ("drawn", Read), ("table", Read), ("out", Write)]);
 
 /// In [`RowMeta::token`]: the rest is the number of the output of the step before whose draw is the token.
 pub const FROM_DRAW: u32 = 1 << 31;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::CpuOptions;
 use crate::backend::Limits;
 use crate::error::{Error, Result, try_vec};
-use crate::kernels::linear::{self, Arithmetic, Hint, Quantised, PackBuffer, ROW_BLOCK, Source, Weight};
+use crate::kernels::linear::{self, Arithmetic, Hint, PackBuffer, Quantised, ROW_BLOCK, Source, Weight};
 use crate::kernels::{MatrixView, SharedMut};
 use crate::weights::{Dtype, WeightFormat};
 

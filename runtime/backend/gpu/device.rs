@@ -85,7 +85,10 @@ impl Gpu {
             MatrixUnits::Auto if has_f16 => matrix_tile(adapter),
             MatrixUnits::Emulated if has_f16 => Some(16),
             MatrixUnits::Emulated => {
-                return Err(Error::unsupported(format!("{}: matrix units are emulated in f16, which it lacks", info.name)));
+                return Err(Error::unsupported(format!(
+                    "{}: matrix units are emulated in f16, which it lacks",
+                    info.name
+                )));
             }
             _ => None,
         };

@@ -391,6 +391,7 @@ pub(crate) fn scratch_bytes(spec: &ModelSpec, max_rows: usize) -> u64 {
     let between = spec.hidden_size + spec.head_dim;
     let passing = 2 * spec.layers * KV_BLOCK * spec.kv_width();
     // Of each row, 64 entries of block tables and a tile of attention.
-    partial_bytes(spec) + 4 * ((widths + between + 66) as u64 * max_rows as u64 + passing as u64) + head::bytes(spec.vocab_size, max_rows)
+    partial_bytes(spec)
+        + 4 * ((widths + between + 66) as u64 * max_rows as u64 + passing as u64)
+        + head::bytes(spec.vocab_size, max_rows)
 }
-

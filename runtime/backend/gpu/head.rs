@@ -14,8 +14,8 @@ use super::record::{Bound, Dispatch, Params, Recorder, fold};
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, top_logprobs};
 use crate::error::{Error, Result};
 use crate::kernels::adjust_logits::Edit;
-use crate::kernels::log_sum_exp::RowStats;
 use crate::kernels::linear::Weight;
+use crate::kernels::log_sum_exp::RowStats;
 use crate::kernels::top_k::{Candidate, MAX_K, NO_TOKEN};
 use crate::kernels::{adjust_logits, head, linear, log_sum_exp, sample, top_k};
 use crate::model::{self, ModelSpec, Projection};
@@ -152,7 +152,9 @@ impl Head {
         let id = builder.plan.head;
         let matrix = match builder.tied.take() {
             Some(matrix) if !builder.is_quantised(id) => matrix,
-            _ if language_model => builder.matrix("head", &[&Projection { weight: id, bias: None }], Order::Plain, true)?,
+            _ if language_model => {
+                builder.matrix("head", &[&Projection { weight: id, bias: None }], Order::Plain, true)?
+            }
             _ => {
                 let part = Weight::Stored(super::executor::stored(builder.plan, builder.weights, id)?);
                 let matrix = Matrix::upload(&mut builder.uploader, gpu, "score head", &[part], Order::Plain, None)?;

@@ -9,8 +9,8 @@ use super::matrix::{Matrix, Order, Slice};
 use super::pipelines::{Flags, Format, Pipelines, TileShape};
 use super::record::{Bound, Dispatch, Params, fold};
 use super::upload::Uploader;
-use crate::error::{Error, Result};
 use crate::backend::cpu::Pool;
+use crate::error::{Error, Result};
 use crate::kernels::linear::{Quantised, Weight};
 use crate::kernels::{
     Kernel, attention, attention_join, embed, gather_rows, linear, linear_gated, linear_qkv, rms_norm,
@@ -186,7 +186,13 @@ impl Builder<'_> {
     }
 
     /// Uploads what `projections` multiply with, merged.
-    pub(super) fn matrix(&mut self, name: &str, projections: &[&Projection], order: Order, tiled: bool) -> Result<Matrix> {
+    pub(super) fn matrix(
+        &mut self,
+        name: &str,
+        projections: &[&Projection],
+        order: Order,
+        tiled: bool,
+    ) -> Result<Matrix> {
         // What is quantised is let go of once it is on the device.
         let mut integers = Vec::new();
         let mut views = Vec::new();
@@ -198,7 +204,8 @@ impl Builder<'_> {
             integers.push(quantised);
             views.push(view);
         }
-        let weight = |(quantised, view)| Option::map_or(Option::as_ref(quantised), Weight::Stored(view), Quantised::weight);
+        let weight =
+            |(quantised, view)| Option::map_or(Option::as_ref(quantised), Weight::Stored(view), Quantised::weight);
         let parts: Vec<Weight> = integers.iter().zip(views).map(weight).collect();
         let tile = if tiled { self.tile } else { None };
         let matrix = Matrix::upload(&mut self.uploader, self.gpu, name, &parts, order, tile)?;
@@ -247,7 +254,14 @@ impl Builder<'_> {
     }
 
     /// A norm over all rows, or over the rows that have outputs; the Euclidean length that a row of it can have.
-    fn norm(&mut self, x: &wgpu::Buffer, weight: VectorId, out: &wgpu::Buffer, all: bool, half_out: bool) -> Result<f32> {
+    fn norm(
+        &mut self,
+        x: &wgpu::Buffer,
+        weight: VectorId,
+        out: &wgpu::Buffer,
+        all: bool,
+        half_out: bool,
+    ) -> Result<f32> {
         let values = self.vector(weight)?;
         let buffer = self.upload_vector("norm", &values)?;
         let (width, eps) = (self.spec.hidden_size as u32, self.spec.rms_norm_eps);
@@ -282,7 +296,9 @@ impl Builder<'_> {
                     self.qkv(layer, &parts.iter().map(|(p, _)| p).collect::<Vec<_>>(), length)?;
                 }
                 Op::Attention { layer } => self.attention(*layer)?,
-                Op::LinearAdd { x: Buf::Attn, part, .. } => self.onto_residual("attention output", &b.attn, part, 1.0)?,
+                Op::LinearAdd { x: Buf::Attn, part, .. } => {
+                    self.onto_residual("attention output", &b.attn, part, 1.0)?
+                }
                 Op::LinearAdd { part, .. } => self.onto_residual("mlp down", &b.gated, part, 1.0 / gated_scale)?,
                 Op::LinearGated { norm, gate, up, .. } => {
                     let length = self.norm(&b.hidden, *norm, &b.normed, true, half)?;
@@ -358,17 +374,8 @@ impl Builder<'_> {
         for slice in &matrix.slices {
             let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
             let bias = bias.as_ref();
-            let storage = [
-                &b.normed,
-                &slice.buffer,
-                scales,
-                bias.unwrap_or(&b.nothing),
-                &b.rows,
-                &b.cos_sin,
-                &b.q,
-                keys,
-                values,
-            ];
+            let storage =
+                [&b.normed, &slice.buffer, scales, bias.unwrap_or(&b.nothing), &b.rows, &b.cos_sin, &b.q, keys, values];
             let (k, stride, count, first) = (matrix.cols, matrix.stride, slice.count, slice.first);
             let (has_bias, bytes) = (u32::from(bias.is_some()), slice_bytes(slice));
             let rule: Rule = Box::new(move |d| {

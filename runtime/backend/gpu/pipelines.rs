@@ -96,7 +96,13 @@ impl Flags {
         let tiles = self.tile().is_some();
         match name {
             "SUBGROUP" => self.subgroup && !tiles,
-            "BY_SUBGROUP" => if tiles { !self.emulated } else { self.subgroup },
+            "BY_SUBGROUP" => {
+                if tiles {
+                    !self.emulated
+                } else {
+                    self.subgroup
+                }
+            }
             "F16" => self.needs_f16(),
             "NATIVE_F16" => self.native_f16(),
             "HALF_TABLE" => self.native_f16() || tiles,
@@ -225,9 +231,7 @@ pub(super) fn build(gpu: &Gpu, kernel: &Kernel, layout: &wgpu::BindGroupLayout, 
         } else {
             // SAFETY: loops end and indices are in range, for what is bound has the sizes that the Plan says, and token
             // ids, slots and block tables are checked by the engine. Tests run the same shaders with the checks.
-            unsafe {
-                gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
-            }
+            unsafe { gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
         };
         let pipeline_layout = gpu.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label: Some(kernel.name),

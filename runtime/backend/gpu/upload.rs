@@ -82,7 +82,8 @@ impl<'a> Uploader<'a> {
         let slot = self.slot()?;
         let staging = slot.buffer.clone();
         let total = (units * bytes) as u64;
-        let mut view = staging.slice(0..total).get_mapped_range_mut().map_err(|e| Error::gpu(format!("staging: {e}")))?;
+        let mut view =
+            staging.slice(0..total).get_mapped_range_mut().map_err(|e| Error::gpu(format!("staging: {e}")))?;
         // 1. Threads fill parts of whole units.
         let each = (TASK / bytes).max(1);
         let mut rest = view.slice(..);
