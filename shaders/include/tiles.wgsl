@@ -7,7 +7,7 @@
 // Weights are packed in tiles of TILE rows by TILE elements, one after the other along K; rows of x are read up to the
 // end of a tile, so their buffer has whole tiles of them, and whoever is past the end is not used.
 //
-// EMULATED computes what the matrix units would, with the same indices: for adapters without them, in tests.
+// ONE_CHUNK gives that up for many rows: to measure what it costs. EMULATED computes what the matrix units would, with the same indices: for adapters without them, in tests.
 
 #if TILE8
 const TILE = 8u;
@@ -15,7 +15,11 @@ const TILE = 8u;
 const TILE = 16u;
 #endif
 const AREA = TILE * TILE;
+#if ONE_CHUNK
+const CHUNKS = 1u;
+#else
 const CHUNKS = 8u;
+#endif
 #if WIDE
 // Four subgroups, each 2 by 2 tiles.
 const ROWS = 4u * TILE;

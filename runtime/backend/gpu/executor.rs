@@ -10,7 +10,7 @@ use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
 use super::upload::Uploader;
 use crate::backend::cpu::Pool;
-use crate::backend::{BlockCopy, Capacity, Executor, KernelTime, Limits, Memory, Output, Step, Want};
+use crate::backend::{BlockCopy, Capacity, Executor, KernelTime, Limits, Memory, Output, Step};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::embed::FROM_DRAW;
@@ -23,7 +23,7 @@ use crate::weights::{WeightFormat, Weights};
 const SOFTWARE_SUBMISSION: u64 = 4_000_000_000;
 const SUBMISSION: u64 = 4_000_000_000_000;
 /// Decode steps that are computed before their results are read.
-const STEPS_AHEAD: usize = 8;
+const STEPS_AT_ONCE: usize = 8;
 /// Workgroups of attention that keep a GPU busy.
 const ENOUGH_WORKGROUPS: usize = 1024;
 /// Rows of x that products on matrix units read together at most: buffers end on a multiple of it.
@@ -335,13 +335,13 @@ impl Executor for GpuExecutor {
         self.head.results(&gpu, pending, last, steps, &orders)
     }
 
-    fn steps_ahead(&self) -> usize {
-        STEPS_AHEAD
+    fn steps_at_once(&self) -> usize {
+        STEPS_AT_ONCE
     }
 
-    fn feeds(&self, want: &Want) -> bool {
-        // What is read back block by block would need a place for each step.
-        matches!(want, Want::Sample(sampling) if sampling.top == 0 && sampling.request.kept_ids == 0)
+    fn feeds(&self, request: &sample::Request, top: usize) -> bool {
+        // What is read back block by block costs more than it gains.
+        top == 0 && request.kept_ids == 0
     }
 
     fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
