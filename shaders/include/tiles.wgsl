@@ -5,7 +5,8 @@
 // subgroup does all chunks of its own part of the tile. The same additions in either shape.
 //
 // Weights are packed in tiles of TILE rows by TILE elements, one after the other along K; rows of x are read up to the
-// end of a tile, so their buffer has whole tiles of them, and whoever is past the end is not used.
+// end of a tile, so their buffer has whole tiles of them, and whoever is past the end is not used. The same holds for rows
+// of weights, 64 at a time: slices have whole 64 rows, and slice_row is a multiple of 64.
 //
 // ONE_CHUNK gives that up for many rows: to measure what it costs. EMULATED computes what the matrix units would, with the same indices: for adapters without them, in tests.
 
@@ -49,7 +50,7 @@ var<workgroup> sums: array<f32, MEMORY>;
 #if EMULATED
 // The elements lane, lane + 32, … of a tile.
 struct Sums {
-    of: array<f32, 8>,
+    at: array<f32, 8>,
 }
 
 fn multiply_add(x_at: u32, w_at: u32, c: Sums, lane: u32) -> Sums {
@@ -59,7 +60,7 @@ fn multiply_add(x_at: u32, w_at: u32, c: Sums, lane: u32) -> Sums {
         for (var k = 0u; k < TILE; k++) {
             let a = f32(x[x_at + element / TILE * p.k + k]);
             let b = f32(weight[w_at + element % TILE * TILE + k]);
-            s.of[i] = fma(a, b, s.of[i]);
+            s.at[i] = fma(a, b, s.at[i]);
         }
     }
     return s;
@@ -68,7 +69,7 @@ fn multiply_add(x_at: u32, w_at: u32, c: Sums, lane: u32) -> Sums {
 fn plus(a: Sums, b: Sums) -> Sums {
     var s = a;
     for (var i = 0u; i < AREA / 32u; i++) {
-        s.of[i] += b.of[i];
+        s.at[i] += b.at[i];
     }
     return s;
 }
@@ -76,7 +77,7 @@ fn plus(a: Sums, b: Sums) -> Sums {
 fn store(c: Sums, at: u32, lane: u32) {
     for (var i = 0u; i < AREA / 32u; i++) {
         let element = lane + 32u * i;
-        sums[at + element / TILE * COLS + element % TILE] = c.of[i];
+        sums[at + element / TILE * COLS + element % TILE] = c.at[i];
     }
 }
 #else
