@@ -100,7 +100,7 @@ struct Eight {
 
 // n, in a way that keeps a loop a loop: llvmpipe unrolls loops over a constant and then compiles for seconds.
 fn rolled(n: u32) -> u32 {
-    return n * min(p.rows, 1u);
+    return n + (p.rows >> 31u);
 }
 
 fn sum(lane: u32, mine: Eight) -> Eight {

@@ -164,6 +164,8 @@ fn kept_by_definition(adjusted: &[f32], r: &sample::Request) -> (Vec<usize>, Vec
     }
     let mut kept: Vec<usize> = (0..z.len()).filter(|v| z[*v] >= floor).collect();
     if r.typical_p < 1.0 {
+        // Without a probability there is no surprise.
+        kept.retain(|v| w(*v) > 0.0);
         let total: f64 = kept.iter().map(|v| w(*v)).sum();
         let surprise = |v: usize| -(w(v) / total).ln();
         let entropy: f64 = kept.iter().map(|v| w(*v) / total * surprise(*v)).sum();
@@ -315,7 +317,7 @@ fn sizes_and_extremes() {
         let steps: Vec<f32> = spread.iter().map(|l| (l * 2.0).round() / 2.0).collect();
         let two: Vec<f32> = (0..vocab).map(|v| if v % 7 == 3 { -1.0 } else { 0.5 }).collect();
         let mut outlier = steps.clone();
-        outlier[vocab / 2] = -3e38;
+        outlier[vocab / 2] = -1e36;
         let most = vocab as u32;
         let exact = [
             case(off),
