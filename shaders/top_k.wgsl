@@ -42,7 +42,7 @@ var<workgroup> reached: array<array<atomic<u32>, 8>, 3>;
 
 // n, in a way that keeps a loop a loop: llvmpipe unrolls loops over a constant and then compiles for long.
 fn rolled(n: u32) -> u32 {
-    return n * min(p.rows, 1u);
+    return n + (p.rows >> 31u);
 }
 
 // Order-preserving map of floats to integers: −0 counts as +0, NaN is 0.

@@ -13,6 +13,20 @@
 //! Equal values share a fate, so count, threshold and ceiling are enough to rebuild the set. What is −∞ is never kept. The
 //! draw inverts the cumulative distribution over the kept tokens in the order of their ids. At temperature 0 the
 //! largest z wins, of equals the smallest id.
+//!
+//! What the shader reads, in passes over the vocabulary:
+//!
+//! | feature | passes | worst case |
+//! |---|---|---|
+//! | greedy, or a row without a finite maximum | 1 | 1 |
+//! | plain: temperature, mask, min-p | 2 | 2 |
+//! | top-k | + 1 or 2 | + 25 |
+//! | top-p | + 1 or 2 | + 25 |
+//! | typical-p | + 3 or 4 | + 27 |
+//! | ids of a kept set that is small enough to report | + 1 | + 1 |
+//!
+//! A search costs one pass if no lane has more than 8 tokens within 0.25 (or 1, 2.25, 4, …: where its target lies) of the
+//! largest z, and two on the logits of a language model. The worst case takes values over all orders of magnitude.
 
 use super::lanes::{Lanes, for_each_isa, for_lanes, load, store};
 use super::log_sum_exp::CHUNK;
