@@ -208,6 +208,7 @@ fn failures_and_exit_codes() {
     sample(&[&good, "--top-p", "2"], 2, "top_p is 2");
     sample(&[&good, "--memory", "12q"], 2, "suffix");
     sample(&[&good, "--memory", "1K"], 2, "memory budget is 1024");
+    sample(&[&good, "--weights", "int3"], 2, "stored, int8, int4");
     sample(&[&good, "--stop", "x"], 2, "tokenizer.json");
     sample(&[&good, "--frobnicate"], 2, "--frobnicate");
     sample(&[&good, "--out", "/nowhere/out.jsonl"], 1, "/nowhere/out.jsonl");

@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 
 use common::{golden, load, open, small};
-use rewardrt::weights::{Checkpoint, LoadOptions};
+use rewardrt::weights::{Checkpoint, LoadOptions, WeightFormat};
 use rewardrt::{Error, ErrorKind, LogprobRequest, ModelOptions, SampleRequest};
 use serde_json::{Value, json};
 
@@ -462,6 +462,31 @@ fn f12_nan_weights_fail_the_job() {
         let request = LogprobRequest { sequences: vec![vec![5, 6, 7]], ..LogprobRequest::default() };
         let e = model.logprobs(&request).unwrap().wait().unwrap_err();
         assert_eq!(e.kind(), ErrorKind::NonFinite, "{device}: {e}");
+    }
+}
+
+/// F12: a weight that has no place among integers is named when it is quantised.
+#[test]
+fn f12_nan_weights_cannot_be_quantised() {
+    const NAME: &str = "model.layers.1.mlp.up_proj.weight";
+    let folder = copy("llama-shards");
+    for entry in std::fs::read_dir(folder.path()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            let (header, mut data) = parts(&std::fs::read(&path).unwrap());
+            if let Some(at) = header[NAME]["data_offsets"][0].as_u64() {
+                data[at as usize + 8..at as usize + 12].copy_from_slice(&f32::NEG_INFINITY.to_le_bytes());
+                std::fs::write(&path, file(&header.to_string(), &data)).unwrap();
+            }
+        }
+    }
+    for (weights, bits) in [(WeightFormat::Int8, "8 bits"), (WeightFormat::Int4, "4 bits")] {
+        let options = ModelOptions { weights, ..small() };
+        let e = open("cpu", 1).load_model(folder.path(), &options).map(|_| ()).unwrap_err();
+        assert_eq!(e.kind(), Format, "{e}");
+        for part in [NAME, "row 0, column 2 is -inf", bits] {
+            assert!(e.to_string().contains(part), "{e}\nlacks {part}");
+        }
     }
 }
 
