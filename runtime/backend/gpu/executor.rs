@@ -41,7 +41,9 @@ pub struct GpuExecutor {
     pub(super) capacity: Capacity,
     kv_element: u64,
     memory: Memory,
+    /// Kept when it is stopped, for what it measured.
     clock: Option<Clock>,
+    is_timed: bool,
 }
 
 /// How the attention of a step is cut.
@@ -208,6 +210,7 @@ impl GpuExecutor {
             kv_element: element as u64,
             memory,
             clock: None,
+            is_timed: false,
             buffers,
             spec,
             gpu,
@@ -306,7 +309,7 @@ impl Executor for GpuExecutor {
                 segments: work[s].segments,
                 keys: step.rows.iter().map(seen).sum(),
             };
-            let clock = self.clock.as_mut();
+            let clock = self.clock.as_mut().filter(|_| self.is_timed);
             // A step runs while the next one is encoded.
             last = Some(gpu.checked("a step", || {
                 let mut recorder = Recorder::new(&gpu, clock);
@@ -328,7 +331,7 @@ impl Executor for GpuExecutor {
             first_row += dims.rows;
             first_output += dims.outputs;
         }
-        if let Some(clock) = &mut self.clock {
+        if let Some(clock) = self.clock.as_mut().filter(|_| self.is_timed) {
             clock.add_encoding(begin.elapsed());
         }
         let last = last.ok_or_else(|| Error::internal("no step"))?;
@@ -371,7 +374,10 @@ impl Executor for GpuExecutor {
     }
 
     fn set_profiling(&mut self, on: bool) -> Result<()> {
-        self.clock = if on { Some(Clock::new(&self.gpu)?) } else { None };
+        if on && self.clock.is_none() {
+            self.clock = Some(Clock::new(&self.gpu)?);
+        }
+        self.is_timed = on;
         Ok(())
     }
 
