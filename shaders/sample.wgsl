@@ -12,9 +12,9 @@
 // range it keeps them, and the rest of the search leaves the vocabulary alone. For the draw, 8 lanes share each
 // of 32 parts of consecutive ids; the part that holds the target is split in the same way until it is one token.
 //
-// Passes over the V logits, each 4·V bytes: greedy 1, plain 2 (largest; draw); min-p and a mask none more, top-k and top-p
-// 2 more each (1 if no lane has over 8 tokens in the first range, 25 at the very worst), typical-p 2 more than these,
-// reported ids 1 more. Barriers: 8 for plain at 8192 < V ≤ 262144, 2 more for each further pass or step of a search.
+// Passes over the V logits, each 4·V bytes: greedy 1, plain 2 (largest; draw); min-p and a mask none more, top-p and top-k
+// what their searches take (runtime/kernels/sample.rs has figures), typical-p a search and 2 more, reported ids 1 more.
+// Barriers: 8 for plain at 8192 < V ≤ 262144, 2 more for each further pass and for each step of a search in what is kept.
 //
 // Every sum has an order that depends on V and the row alone. −Inf, which a mask leaves, is never drawn. Counts are
 // summed as floats: V < 2^24.
