@@ -193,7 +193,13 @@ fn deadlines_and_cancels_return_what_there_is() {
 
 #[test]
 fn a_full_queue_refuses_and_recovers() {
-    let options = RuntimeOptions { device: "cpu".into(), threads: Some(1), max_jobs: 3, max_queued_tokens: 1000 };
+    let options = RuntimeOptions {
+        device: "cpu".into(),
+        threads: Some(1),
+        max_jobs: 3,
+        max_queued_tokens: 1000,
+        ..RuntimeOptions::default()
+    };
     let runtime = Runtime::open(&options).unwrap();
     let model = runtime.load_model(&golden(NAME), &small()).unwrap();
     let long = SampleRequest { max_tokens: 200, ..request(vec![ids(10, 0)]) };
