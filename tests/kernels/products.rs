@@ -22,7 +22,7 @@ fn formats(device: &Device, k: usize) -> Vec<Flags> {
 }
 
 /// The variants that must have the same bits: shapes, and what the adapter may have.
-fn same_bits(device: &Device, flags: Flags, k: usize) -> Vec<Flags> {
+fn same_bits(device: &Device, flags: Flags, k: usize, case: usize) -> Vec<Flags> {
     let tiled = flags.is_tiled();
     let mut shapes = vec![TileShape::Narrow, TileShape::Wide];
     if tiled && !flags.head {
@@ -30,14 +30,13 @@ fn same_bits(device: &Device, flags: Flags, k: usize) -> Vec<Flags> {
     }
     let mut all: Vec<Flags> = shapes.into_iter().map(|shape| Flags { shape, ..flags }).collect();
     if !tiled {
-        // What is at hand for one shape is for the other: each feature once.
-        if device.gpu.info().has_subgroups {
-            all.push(Flags { subgroup: true, vec4: k % 4 == 0, ..flags });
-            all.push(Flags { subgroup: true, shape: TileShape::Wide, ..flags });
-        }
-        if k % 4 == 0 {
-            all.push(Flags { vec4: true, shape: TileShape::Wide, ..flags });
-        }
+        // One of what the adapter may have: the cases take turns.
+        let (subgroup, vec4, wide) = (device.gpu.info().has_subgroups, k % 4 == 0, TileShape::Wide);
+        all.push(match case % 3 {
+            0 => Flags { subgroup, vec4, ..flags },
+            1 => Flags { subgroup, shape: wide, ..flags },
+            _ => Flags { vec4, shape: wide, ..flags },
+        });
     }
     all
 }
@@ -182,7 +181,7 @@ fn linear_twins_on_the_gpu() {
                     magnitude[at] = size * f64::from(scale) + b.abs() + old.abs();
                 }
                 let mut bits_of_first = None;
-                for (i, flags) in same_bits(device, flags, k).into_iter().enumerate() {
+                for (i, flags) in same_bits(device, flags, k, case).into_iter().enumerate() {
                     let what = format!("linear {flags:?} T{t} N{n} K{k}");
                     // With checks once a shape of tile.
                     let run = if case % 5 == 3 && i < 3 { Device::run_checked } else { Device::run };
@@ -232,7 +231,7 @@ fn linear_keeps_nan_and_infinity_to_their_elements() {
                 scale: 1.0,
             };
             let storage = operands.storage(&[0.0], &[bytes(&vec![UNTOUCHED; t * n])]);
-            for flags in same_bits(device, flags, k) {
+            for flags in (0..3).flat_map(|case| same_bits(device, flags, k, case)) {
                 let out = device.run(&linear::KERNEL, flags, &params, &storage, groups(flags, t, n));
                 compare(&format!("linear {flags:?}"), &floats(&out[4]), &want, &sizes, Dtype::F32);
             }
@@ -307,7 +306,7 @@ fn linear_qkv_twins() {
                     operands.storage(&ordered_bias, &rest)
                 };
                 let mut first_bits = None;
-                for (i, flags) in same_bits(device, flags, k).into_iter().enumerate() {
+                for (i, flags) in same_bits(device, flags, k, case).into_iter().enumerate() {
                     let what = format!("linear_qkv {flags:?} H{heads} G{kv_heads} E{head_dim}");
                     let run = if case == 1 && i < 3 { Device::run_checked } else { Device::run };
                     let out = run(device, &linear_qkv::KERNEL, flags, &params, &storage_of(false), groups(flags, t, n));
@@ -376,7 +375,7 @@ fn linear_gated_twins() {
                 };
                 let storage = operands.storage(&bias, &[bytes(&vec![f32::NAN; t * width])]);
                 let mut first_bits = None;
-                for (i, flags) in same_bits(device, flags, k).into_iter().enumerate() {
+                for (i, flags) in same_bits(device, flags, k, case).into_iter().enumerate() {
                     let what = format!("linear_gated {flags:?} T{t} F{width} K{k}");
                     let run = if case == 1 && i < 3 { Device::run_checked } else { Device::run };
                     let out = run(device, &linear_gated::KERNEL, flags, &params, &storage, groups(flags, t, n));
@@ -422,7 +421,7 @@ fn statistics(logits: &[f32]) -> [f64; 3] {
 #[test]
 fn head_and_log_sum_exp_twins() {
     // M, V, K: less than a tile of tokens, whole tiles, and several with a rest.
-    for [rows, vocab, k] in [[1, 37, 9], [5, 128, 32], [18, 150, 64], [66, 193, 112]] {
+    for (case, [rows, vocab, k]) in [[1, 37, 9], [5, 128, 32], [18, 150, 64], [66, 193, 112]].into_iter().enumerate() {
         let mut numbers = Numbers((vocab * 10 + k) as u64);
         let (x_first, first_target, targets_before) = (3, 2, [1u32, 1]);
         // Every row begins with 1, so that a weight of −Inf makes logits of −Inf.
@@ -473,7 +472,7 @@ fn head_and_log_sum_exp_twins() {
                     [cast_slice(&all_targets).to_vec(), empty.clone(), bytes(&vec![UNTOUCHED; rows * tiles * 4])];
                 let storage = operands.storage(&[0.0], &rest);
                 let mut first_bits = None;
-                for (i, flags) in same_bits(device, flags, k).into_iter().enumerate() {
+                for (i, flags) in same_bits(device, flags, k, case).into_iter().enumerate() {
                     let what = format!("head {flags:?} M{rows} V{vocab} K{k}");
                     let run = if rows == 5 && i < 2 { Device::run_checked } else { Device::run };
                     let out = run(device, &head::KERNEL, flags, &params, &storage, groups(flags, rows, vocab));
