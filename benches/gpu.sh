@@ -101,6 +101,8 @@ run_model() {
     if step "synth $name" - "$BINARY" synth "$config" --out "$model"; then
         step "bench $name" "$RESULTS/$name.bench.jsonl" \
             "$BINARY" bench --model "$model" --device "$DEVICE" --json --profile "${SIZES[@]}" || true
+        step "contract off $name" "$RESULTS/$name.free.jsonl" \
+            "$BINARY" bench --model "$model" --device "$DEVICE" --json --batch-variant "${SIZES[@]}" || true
         step "peer $name" "$RESULTS/$name.peer.jsonl" \
             "$PYTHON" benches/peers/gpu.py "$model" "${PEER[@]}" "${SIZES[@]}" || true
     fi

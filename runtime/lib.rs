@@ -27,8 +27,8 @@
 //! - [`Rule`]: how a sequence becomes a score.
 //! - [`Tokenizer`]: ids from text and from chat messages.
 //!
-//! It does: Llama and Mistral checkpoints and their sequence classifiers, f32/f16/bf16 weights (8-bit on load), ragged
-//! batches, paged KV with shared prefixes, seeded sampling under every usual control. It does not yet: other
+//! It does: Llama, Mistral and Qwen2 checkpoints and their sequence classifiers, f32/f16/bf16 weights (8-bit on load),
+//! ragged batches, paged KV with shared prefixes, seeded sampling under every usual control. It does not yet: other
 //! architectures, quantised checkpoints, weight updates. It never downloads anything, exits, prints, or installs a signal
 //! handler or a logger (a panic inside a dependency is caught, but the process's panic hook sees it; the first [`Guide`]
 //! makes llguidance put a hook before it that hides the panics which that crate catches itself).

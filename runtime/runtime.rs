@@ -74,6 +74,9 @@ pub struct ModelOptions {
     pub memory: Option<u64>,
     /// Longest sequence; `None`: what the config says.
     pub max_context: Option<usize>,
+    /// Decode steps that are computed before their tokens are looked at, from 1 to 64; `None`: 8 on a GPU, 1 on the CPU. The
+    /// results are the same; streams, cancelling and new jobs wait that long.
+    pub steps_at_once: Option<usize>,
     /// The version that results carry.
     pub weights_version: u64,
 }
@@ -164,6 +167,9 @@ impl Runtime {
         if max_context < 2 {
             return Err(Error::argument(format!("max_context is {max_context}, it must be at least 2")));
         }
+        if let Some(steps) = options.steps_at_once.filter(|n| !(1..=64).contains(n)) {
+            return Err(Error::argument(format!("steps_at_once is {steps}, it must be from 1 to 64")));
+        }
         let plan = Arc::new(Plan::new(&spec)?);
         let weights = plan.load_weights(&spec, folder, &options.load)?;
         let capacity = self.capacity(&spec, &plan, &weights, options)?;
@@ -189,7 +195,14 @@ impl Runtime {
         let memory = executor.memory();
         let stats = Arc::new(Mutex::new(ModelStats { kv_blocks: capacity.kv_blocks, ..ModelStats::default() }));
         let version = options.weights_version;
-        let id = self.inner.engine.add(executor, spec.rope.clone(), capacity, version, stats.clone())?;
+        let id = self.inner.engine.add(
+            executor,
+            spec.rope.clone(),
+            capacity,
+            options.steps_at_once,
+            version,
+            stats.clone(),
+        )?;
         log::info!(
             "{}: {} on {}, {} MiB allocated, {} MiB mapped, {} KV positions",
             folder.display(),

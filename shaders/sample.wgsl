@@ -12,9 +12,9 @@
 // range it keeps them, and the rest of the search leaves the vocabulary alone. For the draw, 8 lanes share each
 // of 32 parts of consecutive ids; the part that holds the target is split in the same way until it is one token.
 //
-// Passes over the V logits, each 4·V bytes: greedy 1, plain 2 (largest; draw), min-p and a mask 0 more, top-k and
-// top-p 2 more each (1 where no lane has over 8 tokens in the first range; 24 at the very worst), typical-p 4 more.
-// Barriers: 8 for plain at V ≤ 262144, 2 for every step of a search or pass more.
+// Passes over the V logits, each 4·V bytes: greedy 1, plain 2 (largest; draw); min-p and a mask none more, top-p and top-k
+// what their searches take (runtime/kernels/sample.rs has figures), typical-p a search and 2 more, reported ids 1 more.
+// Barriers: 8 for plain at 8192 < V ≤ 262144, 2 more for each further pass and for each step of a search in what is kept.
 //
 // Every sum has an order that depends on V and the row alone. −Inf, which a mask leaves, is never drawn. Counts are
 // summed as floats: V < 2^24.
@@ -101,7 +101,7 @@ struct Eight {
 
 // n, in a way that keeps a loop a loop: llvmpipe unrolls loops over a constant and then compiles for seconds.
 fn rolled(n: u32) -> u32 {
-    return n * min(p.rows, 1u);
+    return n + (p.rows >> 31u);
 }
 
 fn sum(lane: u32, mine: Eight) -> Eight {
@@ -437,10 +437,7 @@ fn main(
     }
 
     // 3. The draw: the part of the ids in which the target lies, again and again. The first round also counts the
-    // kept tokens and collects their ids.
-    let is_cut = threshold > LOWEST_KEY || ceiling < 0xffffffffu;
-    let most_ids = min(r.kept_ids, MAX_KEPT_IDS);
-    let collects = is_cut && most_ids > 0u || p.vocab <= most_ids;
+    // kept tokens.
     var first = 0u;
     var len = p.vocab;
     var total = 0.0;
@@ -463,13 +460,6 @@ fn main(
                 if key >= threshold && key <= ceiling {
                     my_sum += select(0.0, exp(log_weight(row, key)), key > LOWEST_KEY);
                     my_kept += 1u;
-                    // Once there are too many, nobody wants them.
-                    if round == 0u && collects && atomicLoad(&held_ids) < most_ids {
-                        let slot = atomicAdd(&held_ids, 1u);
-                        if slot < most_ids {
-                            held[slot] = v + i * SHARE;
-                        }
-                    }
                 }
             }
         }
@@ -507,8 +497,18 @@ fn main(
         len = part;
     }
 
-    // 4. The ids, by rank: the order in which they were collected does not show.
-    if collects && kept <= most_ids {
+    // 4. The ids, where they are few: collected in any order, and put where their ranks say.
+    if kept <= min(r.kept_ids, MAX_KEPT_IDS) {
+        for (var v = lane; v < p.vocab; v += 4u * LANES) {
+            var keys = keys_at(row, v, LANES, p.vocab);
+            for (var i = 0u; i < 4u; i++) {
+                if keys.x >= threshold && keys.x <= ceiling {
+                    held[atomicAdd(&held_ids, 1u)] = v + i * LANES;
+                }
+                keys = keys.yzwx;
+            }
+        }
+        workgroupBarrier();
         let ids = vec4<u32>(held[lane], held[LANES + lane], held[2u * LANES + lane], held[3u * LANES + lane]);
         var ranks = vec4<u32>(0u);
         for (var i = 0u; i < kept; i++) {

@@ -5,7 +5,7 @@
 // A workgroup owns row m; lane j takes the ids j, j + 256, …, four loads at a time.
 // 1. Each lane finds its largest logit. The K-th largest of these 256 is no larger than the K-th of all: a floor.
 // 2. What reaches the floor is collected, in any order; a token's place is the number of those that come before it.
-// Two passes over the V logits and four barriers, where at most 1280 tokens reach the floor (for K = 128 and ids without
+// Two passes over the V logits and three barriers, where at most 1280 tokens reach the floor (for K = 128 and ids without
 // a pattern about 180 do). Where more do, the K-th largest is searched exactly, an eighth of the range of keys a pass (11
 // at most); then what is larger is collected, and of what equals it the smallest ids, until there are K.
 //
@@ -42,7 +42,7 @@ var<workgroup> reached: array<array<atomic<u32>, 8>, 3>;
 
 // n, in a way that keeps a loop a loop: llvmpipe unrolls loops over a constant and then compiles for long.
 fn rolled(n: u32) -> u32 {
-    return n * min(p.rows, 1u);
+    return n + (p.rows >> 31u);
 }
 
 // Order-preserving map of floats to integers: −0 counts as +0, NaN is 0.

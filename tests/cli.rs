@@ -208,6 +208,7 @@ fn failures_and_exit_codes() {
     sample(&[&good, "--top-p", "2"], 2, "top_p is 2");
     sample(&[&good, "--memory", "12q"], 2, "suffix");
     sample(&[&good, "--memory", "1K"], 2, "memory budget is 1024");
+    sample(&[&good, "--weights", "int3"], 2, "stored, int8, int4");
     sample(&[&good, "--stop", "x"], 2, "tokenizer.json");
     sample(&[&good, "--frobnicate"], 2, "--frobnicate");
     sample(&[&good, "--out", "/nowhere/out.jsonl"], 1, "/nowhere/out.jsonl");
@@ -323,6 +324,37 @@ fn synth_makes_checkpoints() {
     assert!(!about[0]["tensors"].to_string().contains("lm_head"), "a tied head is not written");
 }
 
+/// The bench's 7B model, with fewer layers, a narrower MLP and a small vocabulary: it is made, fits and runs.
+#[test]
+fn synth_makes_the_bench_s_qwen2() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/configs/qwen2.5-7b.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    for (key, value) in [("num_hidden_layers", 1), ("vocab_size", 64), ("intermediate_size", 32)] {
+        config[key] = json!(value);
+    }
+    let config = write(folder.path(), "config.json", &[config]);
+    let out = folder.path().join("qwen2").to_str().unwrap().to_owned();
+    let output = rewardrt(&["synth", &config, "--out", &out]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    let about = lines(&["inspect", &out, "--json"]);
+    assert_eq!(
+        ["architecture", "fits_config", "head_dim", "sliding_window"].map(|key| &about[0][key]),
+        [&json!("Qwen2ForCausalLM"), &json!(true), &json!(128), &Value::Null]
+    );
+    let tensors = about[0]["tensors"].as_array().unwrap();
+    let names: Vec<_> = tensors.iter().map(|t| t["name"].as_str().unwrap()).collect();
+    let biases: Vec<_> = names.iter().filter_map(|n| n.strip_suffix("_proj.bias")).collect();
+    assert_eq!(biases, ["k", "q", "v"].map(|p| format!("model.layers.0.self_attn.{p}")));
+    assert!(names.contains(&"lm_head.weight"));
+
+    let prompt = write(folder.path(), "prompt.jsonl", &[json!({"prompt_ids": [5, 6]})]);
+    let args = ["sample", "--model", &out, "--device", "cpu", "--prompts", &prompt, "--max-tokens", "4"];
+    let sample = &lines(&args)[0];
+    assert_eq!(sample["model_logprobs"].as_array().unwrap().len(), 4, "{sample}");
+}
+
 #[test]
 fn synth_refuses() {
     let folder = tempfile::tempdir().unwrap();
@@ -427,7 +459,8 @@ fn bench_refuses() {
 
 #[test]
 fn configs_of_benches_have_the_public_sizes() {
-    for (name, parameters) in [("llama-3.2-1b", 1_235_814_400), ("smollm2-135m", 134_515_008)] {
+    let sizes = [("llama-3.2-1b", 1_235_814_400), ("qwen2.5-7b", 7_615_616_512), ("smollm2-135m", 134_515_008)];
+    for (name, parameters) in sizes {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("benches/configs/{name}.json"));
         let spec = rewardrt::model::parse_config(&std::fs::read(path).unwrap(), None).unwrap();
         let plan = rewardrt::model::Plan::new(&spec).unwrap();

@@ -3,21 +3,23 @@
 
 mod common;
 
-use common::{devices, load, open, small};
+use common::{devices_and_matrix_units as devices, load, open, small};
 use rewardrt::weights::WeightFormat;
 use rewardrt::{LogprobRequest, Model, ModelOptions, Precision, SampleRequest, SampledToken, ScoreRequest};
 
 const MODELS: [&str; 4] = ["llama-gqa-9-3", "llama-odd-widths", "mistral-window", "llama-wide"];
 
-/// Models and how they are loaded. 4-bit weights are not on GPUs yet.
+/// Models and how they are loaded.
 fn cases(device: &str) -> Vec<(&'static str, ModelOptions)> {
     let int8 = ModelOptions { weights: WeightFormat::Int8, ..small() };
     let int4 = ModelOptions { weights: WeightFormat::Int4, ..small() };
     let exact = ModelOptions { precision: Precision::F32, ..small() };
     let mut cases = MODELS.map(|name| (name, small())).to_vec();
     cases.extend([("llama-odd-widths", int8.clone()), ("llama-wide", int8), ("llama-wide", exact)]);
-    if device == "cpu" {
-        cases.extend([("llama-odd-widths", int4.clone()), ("llama-wide", int4)]);
+    cases.extend([("llama-odd-widths", int4.clone()), ("llama-wide", int4)]);
+    if device.contains("emulated") {
+        // Matrix units take stored 16-bit weights with whole tiles along K.
+        cases = ["llama-wide", "llama-tied", "mistral-window"].map(|name| (name, small())).to_vec();
     }
     cases
 }

@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{devices, golden, load, open, small};
+use common::{devices, devices_and_matrix_units, golden, load, open, small};
 use rewardrt::kernels::Isa;
 use rewardrt::weights::WeightFormat;
 use rewardrt::{LogprobRequest, Model, ModelOptions, Precision, SampleRequest, ScoreRequest};
@@ -122,13 +122,10 @@ fn what_rounds_keeps_its_gate() {
     let auto = small();
     let int8 = ModelOptions { weights: WeightFormat::Int8, ..small() };
     let int4 = ModelOptions { weights: WeightFormat::Int4, ..small() };
-    for device in devices() {
+    for device in devices_and_matrix_units() {
         let runtime = open(&device, 2);
-        let mut cases = vec![("auto", &auto, 1.01), ("int8", &int8, 1.03)];
-        if device == "cpu" {
-            // Not much of a gate: what 4 bits cost is told, not bounded.
-            cases.push(("int4", &int4, 2.0));
-        }
+        // Not much of a gate for 4 bits: what they cost is told, not bounded.
+        let cases = [("auto", &auto, 1.01), ("int8", &int8, 1.03), ("int4", &int4, 2.0)];
         for (what, options, gate) in cases {
             let mut ratios = Vec::new();
             for name in names() {

@@ -617,6 +617,9 @@ struct Paged {
     window: Option<usize>,
 }
 
+/// The positions of each sequence's rows.
+type Sequences<'a> = &'a [&'a [usize]];
+
 /// What is stored as f16.
 #[derive(Clone, Copy, Debug, Default)]
 struct Halves {
@@ -626,7 +629,7 @@ struct Halves {
 
 impl Paged {
     /// Random contents. Each sequence has the keys up to its last position, and rows at the positions given.
-    fn new([group, kv_heads, head_dim]: [usize; 3], window: Option<usize>, sequences: &[&[usize]]) -> Paged {
+    fn new([group, kv_heads, head_dim]: [usize; 3], window: Option<usize>, sequences: Sequences) -> Paged {
         let mut numbers = Numbers((group * 1000 + head_dim) as u64);
         let lengths: Vec<usize> = sequences.iter().map(|s| s.last().unwrap() + 1).collect();
         let blocks = lengths.iter().map(|n| n.div_ceil(KV_BLOCK)).sum::<usize>() + 3;
@@ -775,11 +778,11 @@ fn bits(values: &[f32]) -> Vec<u32> {
 /// into tiles, the segments walked or dispatched side by side, and whoever shares the step.
 #[test]
 fn attention_on_the_gpu_is_the_formula_and_batch_invariant() {
-    let short: &[&[usize]] = &[&[15, 16, 17], &[0], &[62, 63, 64, 65, 66, 67]];
-    let long: &[&[usize]] = &[&[15, 16, 17], &[1023, 1024, 1025], &[63, 64, 65], &[0, 1], &[2500]];
-    let lone: &[&[usize]] = &[&[1022, 1023, 1024, 1025], &[17]];
+    let short: Sequences = &[&[15, 16, 17], &[0], &[62, 63, 64, 65, 66, 67]];
+    let long: Sequences = &[&[15, 16, 17], &[1023, 1024, 1025], &[63, 64, 65], &[0, 1], &[2500]];
+    let lone: Sequences = &[&[1022, 1023, 1024, 1025], &[17]];
     let prefill: Vec<usize> = (0..140).collect();
-    let cases: [(usize, usize, usize, Option<usize>, &[&[usize]]); 14] = [
+    let cases: [(usize, usize, usize, Option<usize>, Sequences); 14] = [
         (1, 1, 1, None, short),
         (3, 2, 8, None, long),
         (4, 1, 20, Some(17), long),

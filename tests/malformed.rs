@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 
 use common::{golden, load, open, small};
-use rewardrt::weights::{Checkpoint, LoadOptions};
+use rewardrt::weights::{Checkpoint, LoadOptions, WeightFormat};
 use rewardrt::{Error, ErrorKind, LogprobRequest, ModelOptions, SampleRequest};
 use serde_json::{Value, json};
 
@@ -390,6 +390,105 @@ fn f10_config_values() {
         .unwrap();
 }
 
+/// F10: keys that only some families read, or that stand for what this version does not compute.
+#[test]
+fn f10_values_of_families() {
+    let (full, slides) = ("full_attention", "sliding_attention");
+    let cases = [
+        ("llama-biases", json!({"is_causal": false}), ErrorKind::Unsupported, "\"is_causal\" is false"),
+        (
+            "llama-biases",
+            json!({"per_layer_config": {"0": {"head_dim": 8}}}),
+            ErrorKind::Unsupported,
+            "per_layer_config",
+        ),
+        ("llama-biases", json!({"layer_types": [full]}), Format, "num_hidden_layers = 2 strings"),
+        ("llama-biases", json!({"layer_types": [slides, slides]}), ErrorKind::Unsupported, "has no sliding window"),
+        (
+            "mistral-window",
+            json!({"layer_types": [full, full]}),
+            ErrorKind::Unsupported,
+            "unless \"sliding_window\" is null",
+        ),
+        ("mistral-window", json!({"attention_bias": true}), ErrorKind::Unsupported, "it must be false or absent"),
+        ("qwen2-gqa-14-2", json!({"attention_bias": false}), ErrorKind::Unsupported, "it must be true or absent"),
+        ("qwen2-gqa-14-2", json!({"mlp_bias": true}), ErrorKind::Unsupported, "it must be false or absent"),
+        ("qwen2-gqa-14-2", json!({"attention_bias": 1}), Format, "\"attention_bias\" is 1"),
+        ("qwen2-gqa-14-2", json!({"use_mrope": true}), ErrorKind::Unsupported, "\"use_mrope\" is true"),
+        ("qwen2-gqa-14-2", json!({"use_sliding_window": 1}), Format, "\"use_sliding_window\" is 1"),
+        // Layer 1 of the two would slide.
+        (
+            "qwen2-gqa-14-2",
+            json!({"use_sliding_window": true}),
+            ErrorKind::Unsupported,
+            "\"max_window_layers\" is 1, so with \"use_sliding_window\" the layers below 1 do not slide",
+        ),
+        ("qwen2-gqa-14-2", json!({"layer_types": [full, slides]}), ErrorKind::Unsupported, "\"layer_types\" is ["),
+        ("qwen2-gqa-14-2", json!({"layer_types": [full, full, full]}), Format, "num_hidden_layers = 2 strings"),
+        ("qwen2-gqa-14-2", json!({"layer_types": full}), Format, "\"layer_types\" is \"full_attention\""),
+        (
+            "qwen2-gqa-14-2",
+            json!({"layer_types": [slides, slides]}),
+            ErrorKind::Unsupported,
+            "only if \"use_sliding_window\"",
+        ),
+        (
+            "qwen2-tied-window",
+            json!({"layer_types": [slides, slides], "sliding_window": null}),
+            ErrorKind::Unsupported,
+            "\"sliding_window\" is not null",
+        ),
+        (
+            "qwen2-tied-window",
+            json!({"layer_types": ["chunked_attention", "chunked_attention"]}),
+            ErrorKind::Unsupported,
+            "it must be all \"sliding_attention\"",
+        ),
+        ("qwen2-tied-window", json!({"max_window_layers": -1}), Format, "an integer from 0"),
+        ("qwen2-tied-window", json!({"sliding_window": 0}), Format, "\"sliding_window\" is 0"),
+    ];
+    for (name, values, kind, says) in cases {
+        let folder = copy(name);
+        edit(folder.path(), "config.json", |v| v.as_object_mut().unwrap().extend(values.as_object().unwrap().clone()));
+        let e = load_error(folder.path());
+        assert_eq!(e.kind(), kind, "{name} {values}: {e}");
+        assert!(e.to_string().contains(says), "{name} {values}: {e}\ndoes not say {says:?}");
+    }
+}
+
+/// Which layers of a Qwen2 model slide, as transformers reads it.
+#[test]
+fn f10_windows_that_are_all_or_none() {
+    let (full, slides) = ("full_attention", "sliding_attention");
+    for (values, window) in [
+        (json!({}), Some(7)),
+        (json!({"attention_bias": true, "mlp_bias": false}), Some(7)),
+        (json!({"use_sliding_window": false}), None),
+        (json!({"use_sliding_window": null}), None),
+        // Not read.
+        (json!({"use_sliding_window": false, "sliding_window": 0, "max_window_layers": 1}), None),
+        (json!({"sliding_window": null, "max_window_layers": 1}), None),
+        (json!({"max_window_layers": 2}), None),
+        (json!({"max_window_layers": null}), None),
+        // `layer_types` wins over `max_window_layers`.
+        (json!({"max_window_layers": 1, "layer_types": [slides, slides]}), Some(7)),
+        (json!({"max_window_layers": 1, "layer_types": [full, full]}), None),
+        (json!({"use_sliding_window": false, "layer_types": [full, full]}), None),
+    ] {
+        let folder = copy("qwen2-tied-window");
+        edit(folder.path(), "config.json", |v| v.as_object_mut().unwrap().extend(values.as_object().unwrap().clone()));
+        let spec = rewardrt::model::read_spec(folder.path()).unwrap();
+        assert_eq!(spec.sliding_window, window, "{values}");
+    }
+    let folder = copy("qwen2-tied-window");
+    edit(folder.path(), "config.json", |v| {
+        v.as_object_mut().unwrap().remove("sliding_window");
+        v.as_object_mut().unwrap().remove("eos_token_id");
+    });
+    let spec = rewardrt::model::read_spec(folder.path()).unwrap();
+    assert_eq!((spec.sliding_window, spec.eos_token_ids), (Some(4096), vec![]), "Qwen2Config's defaults");
+}
+
 /// F11: every difference at once, not the first only.
 #[test]
 fn f11_differences_are_listed_together() {
@@ -421,6 +520,25 @@ fn f11_reward_head_with_other_labels() {
     edit(folder.path(), "config.json", |v| v["id2label"] = json!({"0": "a", "1": "b"}));
     let e = load_error(folder.path());
     assert!(e.to_string().contains("score.weight") && e.to_string().contains("[2, 48]"), "{e}");
+}
+#[test]
+fn f11_biases_of_qwen2() {
+    // None on o, and none may be missing on q, k and v.
+    for (from, to, says) in [
+        (
+            "0.self_attn.q_proj.bias",
+            "0.self_attn.o_proj.bias",
+            "missing tensor \"model.layers.0.self_attn.q_proj.bias\"",
+        ),
+        ("1.self_attn.v_proj.bias", "1.self_attn.o_proj.bias", "\"model.layers.1.self_attn.o_proj.bias\""),
+    ] {
+        let folder = copy("qwen2-gqa-14-2");
+        let path = folder.path().join("model.safetensors");
+        let (header, data) = parts(&std::fs::read(&path).unwrap());
+        std::fs::write(&path, file(&header.to_string().replace(from, to), &data)).unwrap();
+        let e = load_error(folder.path());
+        assert!(e.kind() == ErrorKind::Shape && e.to_string().contains(says), "{e}\nlacks {says}");
+    }
 }
 #[test]
 fn f11_tied_head_stored_as_another_matrix() {
@@ -462,6 +580,31 @@ fn f12_nan_weights_fail_the_job() {
         let request = LogprobRequest { sequences: vec![vec![5, 6, 7]], ..LogprobRequest::default() };
         let e = model.logprobs(&request).unwrap().wait().unwrap_err();
         assert_eq!(e.kind(), ErrorKind::NonFinite, "{device}: {e}");
+    }
+}
+
+/// F12: a weight that has no place among integers is named when it is quantised.
+#[test]
+fn f12_nan_weights_cannot_be_quantised() {
+    const NAME: &str = "model.layers.1.mlp.up_proj.weight";
+    let folder = copy("llama-shards");
+    for entry in std::fs::read_dir(folder.path()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            let (header, mut data) = parts(&std::fs::read(&path).unwrap());
+            if let Some(at) = header[NAME]["data_offsets"][0].as_u64() {
+                data[at as usize + 8..at as usize + 12].copy_from_slice(&f32::NEG_INFINITY.to_le_bytes());
+                std::fs::write(&path, file(&header.to_string(), &data)).unwrap();
+            }
+        }
+    }
+    for (weights, bits) in [(WeightFormat::Int8, "8 bits"), (WeightFormat::Int4, "4 bits")] {
+        let options = ModelOptions { weights, ..small() };
+        let e = open("cpu", 1).load_model(folder.path(), &options).map(|_| ()).unwrap_err();
+        assert_eq!(e.kind(), Format, "{e}");
+        for part in [NAME, "row 0, column 2 is -inf", bits] {
+            assert!(e.to_string().contains(part), "{e}\nlacks {part}");
+        }
     }
 }
 

@@ -6,7 +6,8 @@
 mod common;
 
 use ErrorKind::Limit;
-use common::{golden, load, open, small};
+use common::{devices, golden, load, open, small};
+use rewardrt::weights::WeightFormat;
 use rewardrt::{
     ChatTemplate, Error, ErrorKind, LogprobRequest, Message, ModelOptions, Rule, SampleRequest, ScoreRequest, Tokenizer,
 };
@@ -243,6 +244,35 @@ fn requests_out_of_range() {
     // One token: nothing to score, which is a result and not a wait for ever.
     let single = LogprobRequest { sequences: vec![vec![5]], ..LogprobRequest::default() };
     assert_eq!(model.logprobs(&single).unwrap().wait().unwrap()[0].logprobs, [None]);
+}
+
+/// What quantised weights take is part of the budget, to the byte.
+#[test]
+fn quantised_weights_are_counted() {
+    let runtime = open("cpu", 2);
+    let load = |weights, memory| {
+        runtime.load_model(&golden("llama-tied"), &ModelOptions { weights, memory, ..small() }).map(|m| m.memory())
+    };
+    let stored = load(WeightFormat::Stored, None).unwrap();
+    let mut sizes = Vec::new();
+    for weights in [WeightFormat::Int8, WeightFormat::Int4] {
+        let memory = load(weights, None).unwrap();
+        assert_eq!(load(weights, Some(memory.allocated())).unwrap(), memory);
+        let e = load(weights, Some(memory.allocated() - 1)).unwrap_err();
+        assert!(e.kind() == Limit && e.to_string().contains(&memory.weights.to_string()), "{e}");
+        assert_eq!(memory.mapped, stored.mapped);
+        sizes.push(memory.weights - stored.weights);
+    }
+    assert!(sizes[0] > sizes[1] && sizes[1] > 0, "{sizes:?}");
+}
+
+#[test]
+fn four_bits_are_for_the_cpu() {
+    for device in devices().iter().filter(|d| *d != "cpu") {
+        let options = ModelOptions { weights: WeightFormat::Int4, ..small() };
+        let e = open(device, 1).load_model(&golden("llama-tied"), &options).map(|_| ()).unwrap_err();
+        assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("int4"), "{e}");
+    }
 }
 
 #[test]

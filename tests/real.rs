@@ -127,7 +127,11 @@ fn logprobs_are_those_of_transformers() {
         let all = differences(&model.logprobs(&request).unwrap().wait().unwrap(), &expected);
         let max = all.iter().copied().fold(0.0, f64::max);
         let mean_exp = all.iter().map(|d| d.exp()).sum::<f64>() / all.len() as f64;
-        println!("{precision:?} {weights:?}: {} tokens, max |Δ| {max:.2e}, mean exp|Δ| {mean_exp:.6}", all.len());
+        let mean = all.iter().sum::<f64>() / all.len() as f64;
+        println!(
+            "{precision:?} {weights:?}: {} tokens, |Δ| mean {mean:.2e}, max {max:.2e}, mean exp|Δ| {mean_exp:.6}",
+            all.len()
+        );
         assert!(mean_exp <= mean_gate && max <= max_gate);
     }
 }

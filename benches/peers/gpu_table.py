@@ -3,7 +3,7 @@
     python benches/peers/gpu_table.py FOLDER
 
 FOLDER has steps.jsonl (a line a step: step, ok, status, seconds, log), and for each model NAME.bench.jsonl from
-`rewardrt bench --json --profile` and NAME.peer.jsonl from gpu.py; limits.peer.jsonl is gpu.py --limits. Whatever is
+`rewardrt bench --json --profile`, NAME.free.jsonl from the same with --batch-variant, and NAME.peer.jsonl from gpu.py; limits.peer.jsonl is gpu.py --limits. Whatever is
 missing leaves its cells empty; a step that failed has a row, with the last line of its log. Needs nothing but Python.
 
 A ratio is rewardrt's speed over transformers'. "of read" and "of flops" are what rewardrt's kernels must move and
@@ -51,7 +51,7 @@ def best_limits(lines):
     return {key: max((m[key] for m in measured), default=None) for key in ("bytes_per_second", "flops")}
 
 
-def row(model, ours, theirs, limits):
+def row(model, ours, theirs, free, limits):
     kernels = ours.get("kernels", [])
     speed, their_speed = ours.get("tokens_per_second"), theirs.get("tokens_per_second")
 
@@ -61,17 +61,20 @@ def row(model, ours, theirs, limits):
     how = f"transformers: {theirs['how']}" if "how" in theirs else theirs.get("error", "")
     if theirs.get("fallback"):
         how += f" ({theirs['fallback']})"
+    if speed and free.get("tokens_per_second"):
+        gain = 100 * (free["tokens_per_second"] / speed - 1)
+        how = "; ".join(filter(None, [how, f"without the determinism contract {gain:+.1f} %"]))
     return [model, name_of(ours or theirs), number(speed), number(ours.get("step_ms"), 2), number(their_speed),
             number(theirs.get("step_ms"), 2), number(speed / their_speed, 2) if speed and their_speed else "",
             share("bytes", "bytes_per_second"), share("flops", "flops"), how]
 
 
-def rows_of(model, ours, theirs, limits):
+def rows_of(model, ours, theirs, free, limits):
     def keyed(lines):
         return {(x["job"], x["sequences"], x["tokens"]): x for x in lines if "sequences" in x}
 
-    ours, theirs = keyed(ours), keyed(theirs)
-    return [row(model, ours.get(key, {}), theirs.get(key, {}), limits) for key in dict.fromkeys([*ours, *theirs])]
+    ours, theirs, free = keyed(ours), keyed(theirs), keyed(free)
+    return [row(model, ours.get(key, {}), theirs.get(key, {}), free.get(key, {}), limits) for key in dict.fromkeys([*ours, *theirs])]
 
 
 def failure(step):
@@ -102,7 +105,7 @@ def main():
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     steps = list({step["step"]: step for step in read(folder / "steps.jsonl")}.values())  # the last run of each
-    suffixes = (".bench.jsonl", ".peer.jsonl")
+    suffixes = (".bench.jsonl", ".peer.jsonl", ".free.jsonl")
     models = list(dict.fromkeys(p.name.removesuffix(s) for s in suffixes for p in sorted(folder.glob(f"*{s}"))))
     files = {model: [read(folder / (model + s)) for s in suffixes] for model in models}
     all_lines = [line for both in files.values() for lines in both for line in lines]
@@ -118,7 +121,7 @@ def main():
     print(f"Peer: {'; '.join([*peers, *reasons]) or 'none'}.")
     passed = sum(step["ok"] for step in steps)
     print(f"Steps: {passed} of {len(steps)} passed.\n")
-    rows = [r for model, (ours, theirs) in files.items() for r in rows_of(model, ours, theirs, limits)]
+    rows = [r for model, lines in files.items() for r in rows_of(model, *lines, limits)]
     print_table(rows + [failure(step) for step in steps if not step["ok"]])
 
 

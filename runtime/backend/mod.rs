@@ -128,8 +128,8 @@ pub trait Executor: Send {
     fn step(&mut self, step: &Step) -> Result<Vec<Output>>;
 
     /// Executes steps one after the other, all with the same block tables. The token of a row may be [`FROM_DRAW`] with the
-    /// number of an output of the step before: the token that was drawn there. All of their outputs are draws that
-    /// [`feeds`](Executor::feeds) allows; together they have at most [`Capacity::max_rows`] rows.
+    /// number of an output of the step before: the token that was drawn there. Where there are several, all outputs are
+    /// draws that [`feeds`](Executor::feeds) allows; together they have at most [`Capacity::max_rows`] rows.
     ///
     /// [`FROM_DRAW`]: crate::kernels::embed::FROM_DRAW
     ///
@@ -153,13 +153,13 @@ pub trait Executor: Send {
     }
 
     /// How many decode steps are best computed before their results are read.
-    fn steps_ahead(&self) -> usize {
+    fn steps_at_once(&self) -> usize {
         1
     }
 
-    /// True if what this wants may be drawn in [`steps`](Executor::steps) that follow one another.
-    fn feeds(&self, want: &Want) -> bool {
-        matches!(want, Want::Sample(_))
+    /// True if such draws, with `top` alternatives, may be made in [`steps`](Executor::steps) that follow one another.
+    fn feeds(&self, _request: &sample::Request, _top: usize) -> bool {
+        true
     }
 
     /// Copies whole KV blocks in every layer, one pair after the other, before the next step.

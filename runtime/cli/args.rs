@@ -87,6 +87,12 @@ pub struct Common {
     /// Read the weights into memory instead of mapping the files.
     #[arg(long)]
     pub no_mmap: bool,
+    /// Keep compiled shaders in this folder, for a quicker start on a GPU.
+    #[arg(long, value_name = "DIR")]
+    pub shader_cache: Option<PathBuf>,
+    /// Decode steps between two looks at what was drawn; results do not depend on it [default: 8 on a GPU, 1 on the CPU].
+    #[arg(long, value_name = "N")]
+    pub steps_at_once: Option<usize>,
     /// Longest sequence [default: what config.json says].
     #[arg(long)]
     pub max_context: Option<usize>,
@@ -118,9 +124,14 @@ impl Common {
 
     /// Opens the runtime alone.
     pub fn open(&self) -> Result<Runtime> {
-        let options =
+        Runtime::open(&self.runtime_options())
+    }
+
+    pub fn runtime_options(&self) -> RuntimeOptions {
+        let mut options =
             RuntimeOptions { device: self.device.clone(), threads: self.threads, ..RuntimeOptions::default() };
-        Runtime::open(&options)
+        options.gpu.shader_cache = self.shader_cache.clone();
+        options
     }
 
     /// Loads the model with this many positions in its KV cache.
@@ -139,6 +150,7 @@ impl Common {
             memory: self.memory,
             kv_tokens,
             max_context: self.max_context,
+            steps_at_once: self.steps_at_once,
             ..ModelOptions::default()
         };
         options.load.use_mmap = !self.no_mmap;
@@ -404,6 +416,9 @@ pub struct Bench {
     /// Run each job once more and time every kernel; measure what the device can do.
     #[arg(long)]
     pub profile: bool,
+    /// Let the order of additions on a GPU's matrix units depend on how many rows a step has: what the determinism costs.
+    #[arg(long)]
+    pub batch_variant: bool,
     /// Print a JSON object a job.
     #[arg(long)]
     pub json: bool,

@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use rewardrt::model::Head;
 use rewardrt::{
-    Error, ErrorKind, KernelTime, Limits, LogprobRequest, Model, Result, SampleRequest, SampledSequence, ScoreRequest,
+    Error, ErrorKind, KernelTime, Limits, LogprobRequest, Model, Result, Runtime, SampleRequest, SampledSequence,
+    ScoreRequest,
 };
 use serde::Serialize;
 
@@ -198,7 +199,9 @@ pub fn run(args: &Bench) -> Result<()> {
         }
     }
     let needed = jobs.iter().map(|job| job.kv_tokens()).max().unwrap_or(0);
-    let runtime = args.common.open()?;
+    let mut options = args.common.runtime_options();
+    options.gpu.batch_variant = args.batch_variant;
+    let runtime = Runtime::open(&options)?;
     let model = args.common.load_onto(&runtime, args.common.kv_tokens.or(Some(needed.max(256))))?;
     let device = runtime.device_name();
     let limits = if args.profile { limits(&model)? } else { None };

@@ -15,6 +15,7 @@ pub fn run(args: &Devices) -> Result<()> {
                 json!({
                     "name": d.name, "driver": d.driver, "backend": d.backend, "type": d.device_type.name(),
                     "max_binding_bytes": d.max_binding, "f16": d.has_f16, "subgroups": d.has_subgroups,
+                    "matrix_tile": d.matrix_tile,
                 })
             })
             .collect();
@@ -25,7 +26,9 @@ pub fn run(args: &Devices) -> Result<()> {
     print_line(&format!("cpu              {} threads, {} (of {available})", cpu.threads, cpu.isa))?;
     for d in &gpus {
         let features = [(d.has_f16, "f16"), (d.has_subgroups, "subgroups")];
-        let features: Vec<_> = features.iter().filter(|(has, _)| *has).map(|(_, name)| *name).collect();
+        let mut features: Vec<_> =
+            features.iter().filter(|(has, _)| *has).map(|(_, name)| (*name).to_owned()).collect();
+        features.extend(d.matrix_tile.map(|n| format!("matrix units ({n} x {n}, f16)")));
         print_line(&format!(
             "gpu {:<12} {}\n                 {}, {}, bindings up to {} MiB, {}",
             d.device_type.name(),

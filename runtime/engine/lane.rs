@@ -28,6 +28,8 @@ pub(super) struct Lane {
     angles: Angles,
     max_rows: usize,
     max_table_entries: usize,
+    /// Decode steps that are computed before anybody looks at what was drawn.
+    steps_at_once: usize,
     version: u64,
     kv: KvCache,
     /// By number, which is the order of submission.
@@ -73,14 +75,17 @@ impl Lane {
         executor: Box<dyn Executor>,
         rope: Rope,
         capacity: Capacity,
+        steps_at_once: Option<usize>,
         version: u64,
         published: Arc<Mutex<ModelStats>>,
     ) -> Self {
+        let steps_at_once = steps_at_once.unwrap_or(executor.steps_at_once());
         Lane {
             executor,
             angles: Angles::new(rope),
             max_rows: capacity.max_rows,
             max_table_entries: capacity.max_table_entries(),
+            steps_at_once,
             version,
             kv: KvCache::new(capacity.kv_blocks),
             jobs: BTreeMap::new(),
@@ -167,23 +172,31 @@ impl Lane {
                 Err(error) => self.break_down(error),
             };
         }
-        let Packed { rows, tables, cos_sin, outputs, owners, kinds } = packed;
-        let step = Step { rows: &rows, tables: &tables, cos_sin: &cos_sin, outputs: &outputs };
+        let (tables, kinds) = (&packed.tables, packed.kinds);
+        let steps: Vec<&Packed> = std::iter::once(&packed).chain(&packed.ahead).collect();
+        let mut as_given = Vec::new();
+        for Packed { rows, cos_sin, outputs, .. } in &steps {
+            as_given.push(Step { rows, tables, cos_sin, outputs });
+        }
         let begin = Instant::now();
-        let results = self.executor.copy_blocks(&copies).and_then(|()| self.executor.step(&step));
+        let copied = self.executor.copy_blocks(&copies);
+        let results = copied.and_then(|()| self.executor.steps(&as_given));
+        let owners: Vec<Owner> = steps.iter().flat_map(|p| p.owners.iter().copied()).collect();
+        let results = results.map(|steps| steps.into_iter().flatten().collect::<Vec<_>>());
         match results {
             Ok(results) if results.len() == owners.len() => {
-                self.stats.steps += 1;
+                self.stats.steps += steps.len() as u64;
                 self.stats.rows.add(kinds);
                 log::debug!(
-                    "step {}: {} rows (prefill {}, decode {}, drafted {}, again {}), {} outputs, {} running, {} of {} KV blocks used, {:.2} ms",
+                    "step {} ({} at once): {} rows (prefill {}, decode {}, drafted {}, again {}), {} outputs, {} running, {} of {} KV blocks used, {:.2} ms",
                     self.stats.steps,
-                    rows.len(),
+                    steps.len(),
+                    steps.iter().map(|p| p.rows.len()).sum::<usize>(),
                     kinds.prefill,
                     kinds.decode,
                     kinds.drafted,
                     kinds.recomputed,
-                    outputs.len(),
+                    owners.len(),
                     self.running.len(),
                     self.kv.total() - self.kv.available(),
                     self.kv.total(),
@@ -366,13 +379,20 @@ impl Lane {
                 Ok(finished) => {
                     if let Role::Sample { sampler, .. } = &mut sequence.role
                         && finished.is_none()
-                        && sampler.confirms(sequence.tokens.ids[owner.position + 1])
                     {
                         let position = owner.position + 1;
-                        self.kv.pack(&mut sequence.path, position, sequence.tokens.key(position));
-                        sequence.seen = sequence.seen.max(position + 1);
-                        sequence.job.count(|stats| stats.rows.accepted += 1);
-                        self.stats.rows.accepted += 1;
+                        // The row after it is computed already if it was fed with the draw, or with a guess that was right.
+                        let is_fed = sampler.ahead > 0;
+                        sampler.ahead = sampler.ahead.saturating_sub(1);
+                        let is_guessed = !is_fed && sampler.confirms(sequence.tokens.ids[position]);
+                        if is_fed || is_guessed {
+                            self.kv.pack(&mut sequence.path, position, sequence.tokens.key(position));
+                            sequence.seen = sequence.seen.max(position + 1);
+                        }
+                        if is_guessed {
+                            sequence.job.count(|stats| stats.rows.accepted += 1);
+                            self.stats.rows.accepted += 1;
+                        }
                     }
                     self.note_output(owner.sequence, finished);
                 }

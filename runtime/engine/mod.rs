@@ -101,6 +101,7 @@ impl Engine {
         executor: Box<dyn Executor>,
         rope: Rope,
         capacity: Capacity,
+        steps_at_once: Option<usize>,
         version: u64,
         stats: Arc<Mutex<ModelStats>>,
     ) -> Result<u64> {
@@ -108,7 +109,7 @@ impl Engine {
             return Err(error);
         }
         let model = self.next_model.fetch_add(1, Ordering::Relaxed);
-        let lane = Box::new(Lane::new(executor, rope, capacity, version, stats));
+        let lane = Box::new(Lane::new(executor, rope, capacity, steps_at_once, version, stats));
         self.send(Command::Add { model, lane })?;
         Ok(model)
     }

@@ -95,6 +95,8 @@ pub(super) struct Sampler {
     drafts: Vec<u32>,
     /// The next token comes from a row that was computed from a guess.
     after_guess: bool,
+    /// Rows of the steps at hand whose tokens are drawn in the step before.
+    pub ahead: usize,
 }
 
 impl Sampler {
@@ -112,6 +114,7 @@ impl Sampler {
             first_token: None,
             drafts: Vec::new(),
             after_guess: false,
+            ahead: 0,
             plan,
         }
     }
@@ -169,6 +172,24 @@ impl Sampler {
         let draw = Draw { seed: self.plan.seed, stream: self.stream, sample, position: position as u32 };
         let request = sample::Request { uniform: draw.uniform(), ..self.plan.request };
         Sampling { request, edits, mask, top: self.plan.top }
+    }
+
+    /// True if draws can be prepared before the tokens before them are known.
+    pub fn foresees(&self) -> bool {
+        self.guide.is_none() && !self.plan.counts_tokens() && self.plan.speculate == 0
+    }
+
+    /// Tokens that may still come after the next one.
+    pub fn remaining(&self) -> usize {
+        self.max_tokens.saturating_sub(self.tokens.len() + 1)
+    }
+
+    /// What the draw of the token at `position` needs, `after` more tokens than there are now; `None` if no token may come
+    /// there.
+    pub fn foresee(&self, position: usize, after: usize) -> Result<Option<Sampling>> {
+        let mask = Self::mask(&self.plan, None, self.tokens.len() + after)?;
+        let edits = || self.counts.edits(&self.plan);
+        Ok((!is_empty(&mask)).then(|| self.sampling(position, self.sample, edits(), mask)))
     }
 
     /// Guesses for the places after the next one, at most `room`, and what drawing at each of the places after them

@@ -1,4 +1,7 @@
 //! The K tokens with the largest logits of a row, largest first; of equal logits the smaller id first.
+//!
+//! The shader reads the row twice, whatever K is. Only where more than 1280 tokens reach the K-th largest of its 256
+//! lanes' maxima (many equal logits, or large ones at ids with a pattern) it reads it up to 15 times.
 
 /// Parameters of the shader.
 #[repr(C)]

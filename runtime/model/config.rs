@@ -1,10 +1,12 @@
 //! config.json → [`ModelSpec`]: every number checked where it enters, every unknown choice refused by name.
 
+use std::ops::RangeInclusive;
+
 use serde_json::{Map, Value};
 
-use super::families::{FAMILIES, Family, NEUTRAL};
+use super::families::{Biases, FAMILIES, Family, NEUTRAL, Window};
 use super::rope::{Rope, RopeKind};
-use super::spec::{Head, ModelSpec};
+use super::spec::{AttentionBias, Head, ModelSpec};
 use crate::error::{Error, Result};
 
 const MAX_LAYERS: u64 = 1024;
@@ -15,6 +17,10 @@ const MAX_HEAD_DIM: u64 = 1024;
 const MAX_VOCAB: u64 = 1 << 20;
 const MAX_LABELS: u64 = 1 << 16;
 const MAX_POSITIONS: u64 = 1 << 31;
+
+// The kinds of `layer_types`.
+const FULL: &str = "full_attention";
+const SLIDING: &str = "sliding_attention";
 
 /// Reads config.json, and generation_config.json where there is one (its `eos_token_id` wins, as in transformers).
 ///
@@ -54,15 +60,20 @@ impl Fields<'_> {
     }
 
     fn integer(&self, key: &str, max: u64) -> Result<Option<usize>> {
+        self.integer_in(key, 1..=max)
+    }
+
+    fn integer_in(&self, key: &str, range: RangeInclusive<u64>) -> Result<Option<usize>> {
+        let (min, max) = range.clone().into_inner();
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64() {
-            Some(n) if n >= 1 && n <= max => {
+            Some(n) if range.contains(&n) => {
                 usize::try_from(n).map(Some).map_err(|_| self.wrong(key, "a number that fits this machine"))
             }
             Some(n) if n > max => {
                 Err(Error::limit(format!("{}: {key:?} is {n}, at most {max} is allowed", self.place)))
             }
-            _ => Err(self.wrong(key, &format!("an integer from 1 to {max}"))),
+            _ => Err(self.wrong(key, &format!("an integer from {min} to {max}"))),
         }
     }
 
@@ -138,6 +149,7 @@ impl Fields<'_> {
         };
         let max_positions =
             self.integer("max_position_embeddings", MAX_POSITIONS)?.unwrap_or(family.default_max_positions);
+        let layers = self.required("num_hidden_layers", MAX_LAYERS)?;
         let head = if classifies {
             Head::SequenceClassification { labels: self.labels()? }
         } else {
@@ -148,14 +160,18 @@ impl Fields<'_> {
             vocab_size: self.required("vocab_size", MAX_VOCAB)?,
             hidden_size,
             intermediate_size: self.required("intermediate_size", MAX_MLP_WIDTH)?,
-            layers: self.required("num_hidden_layers", MAX_LAYERS)?,
+            layers,
             heads,
             kv_heads,
             head_dim,
             rms_norm_eps,
-            attention_bias: family.has_bias && self.flag("attention_bias")?,
-            mlp_bias: family.has_bias && self.flag("mlp_bias")?,
-            sliding_window: self.sliding_window(family)?,
+            attention_bias: match family.biases {
+                Biases::AttentionInputs => AttentionBias::Inputs,
+                Biases::Configured if self.flag("attention_bias")? => AttentionBias::All,
+                Biases::Configured | Biases::Never => AttentionBias::Never,
+            },
+            mlp_bias: family.biases == Biases::Configured && self.flag("mlp_bias")?,
+            sliding_window: self.sliding_window(family, layers)?,
             rope: self.rope(head_dim, max_positions)?,
             max_positions,
             head,
@@ -166,7 +182,7 @@ impl Fields<'_> {
             },
             eos_token_ids: match self.map.contains_key("eos_token_id") {
                 true => self.token_ids("eos_token_id")?.unwrap_or_default(),
-                false => vec![2],
+                false => family.default_eos_token_ids.to_vec(),
             },
         })
     }
@@ -198,10 +214,12 @@ impl Fields<'_> {
             }
         }
         for key in ["attention_bias", "mlp_bias"] {
-            if !family.has_bias && self.flag(key)? {
+            let value = self.flag(key)?;
+            if let Some(fixed) = family.biases.fixed(key).filter(|fixed| self.get(key).is_some() && value != *fixed) {
                 return Err(Error::unsupported(format!(
-                    "config.json: {key:?} is true, but {} has no such biases",
-                    family.causal_lm
+                    "config.json: {key:?} is {value}, it must be {fixed} or absent: {} has {}",
+                    family.causal_lm,
+                    family.biases.describe()
                 )));
             }
         }
@@ -221,28 +239,63 @@ impl Fields<'_> {
         Ok((0..count).map(|i| format!("LABEL_{i}")).collect())
     }
 
-    fn sliding_window(&self, family: &Family) -> Result<Option<usize>> {
-        if !family.has_sliding_window {
-            return self.check_layer_types("full_attention").map(|()| None);
-        }
-        let window = match self.map.contains_key("sliding_window") {
-            true => self.integer("sliding_window", MAX_POSITIONS)?,
-            false => family.default_sliding_window,
+    /// The window of every layer, or of none.
+    fn sliding_window(&self, family: &Family, layers: usize) -> Result<Option<usize>> {
+        let kind = self.layer_type(layers)?;
+        let window = |default: usize| match self.map.contains_key("sliding_window") {
+            true => self.integer("sliding_window", MAX_POSITIONS),
+            false => Ok(Some(default)),
         };
-        self.check_layer_types(if window.is_some() { "sliding_attention" } else { "full_attention" })?;
+        let window = match family.window {
+            Window::Never => None,
+            Window::EveryLayer { default } => window(default)?,
+            Window::FromLayer { .. } if !self.flag("use_sliding_window")? => None,
+            Window::FromLayer { default, default_first } => match (kind, window(default)?) {
+                // Here `layer_types` decides; elsewhere it may only say what the other keys say.
+                (Some(FULL), _) | (_, None) => None,
+                (Some(_), window) => window,
+                (None, window) if self.every_layer_slides(default_first, layers)? => window,
+                (None, _) => None,
+            },
+        };
+        let computed = if window.is_some() { SLIDING } else { FULL };
+        if let Some(kind) = kind.filter(|kind| *kind != computed) {
+            return Err(Error::unsupported(format!(
+                "config.json: \"layer_types\" is all {kind:?}, it must be all {computed:?} or absent: {} has {}",
+                family.causal_lm,
+                family.window.describe()
+            )));
+        }
         Ok(window)
     }
 
-    /// `layer_types` may only say what the rest of the config says already: the same kind for every layer.
-    fn check_layer_types(&self, kind: &str) -> Result<()> {
-        let Some(value) = self.get("layer_types") else { return Ok(()) };
-        let same = value.as_array().is_some_and(|list| list.iter().all(|v| v.as_str() == Some(kind)));
-        if same {
-            return Ok(());
+    /// What `layer_types` says of every layer.
+    fn layer_type(&self, layers: usize) -> Result<Option<&str>> {
+        let key = "layer_types";
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let kinds: Option<Vec<&str>> = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+        match kinds.as_deref() {
+            Some([first, rest @ ..]) if rest.len() + 1 == layers => match rest.iter().all(|kind| kind == first) {
+                true => Ok(Some(first)),
+                false => Err(Error::unsupported(format!(
+                    "config.json: {key:?} is {value}; this version computes only all {FULL:?} or all {SLIDING:?}"
+                ))),
+            },
+            _ => Err(self.wrong(key, &format!("a list of num_hidden_layers = {layers} strings"))),
         }
-        Err(Error::unsupported(format!(
-            "config.json: \"layer_types\" is {value}; this version computes only all {kind:?}"
-        )))
+    }
+
+    /// Whether the layers from `max_window_layers` on, which slide, are all there are; false if there are none.
+    fn every_layer_slides(&self, default_first: usize, layers: usize) -> Result<bool> {
+        let key = "max_window_layers";
+        match self.integer_in(key, 0..=MAX_LAYERS)?.unwrap_or(default_first) {
+            0 => Ok(true),
+            first if first >= layers => Ok(false),
+            first => Err(Error::unsupported(format!(
+                "config.json: {key:?} is {first}, so with \"use_sliding_window\" the layers below {first} do not slide and \
+                 the others do; this version computes only 0 (all slide) or at least num_hidden_layers = {layers} (none does)"
+            ))),
+        }
     }
 
     /// Reads the old spelling (`rope_theta` + `rope_scaling`) and the newer one (`rope_parameters`), with

@@ -12,6 +12,6 @@ pub use config::parse_config;
 pub use families::FAMILIES;
 pub use plan::{Buf, MatrixId, Op, Plan, Projection, VectorId};
 pub use rope::{Rope, RopeKind};
-pub use spec::{Head, ModelSpec};
+pub use spec::{AttentionBias, Head, ModelSpec};
 
 pub use crate::runtime::read_spec;

@@ -1,7 +1,7 @@
 //! [`ModelSpec`] → the flat list of kernel calls that both backends execute for every step.
 
 use super::families;
-use super::spec::{Head, ModelSpec};
+use super::spec::{AttentionBias, Head, ModelSpec};
 use crate::error::{Result, checked_size};
 use crate::weights::{Checkpoint, Expected, LoadOptions, Weights};
 
@@ -254,21 +254,23 @@ impl Builder {
 
     fn layer(&mut self, spec: &ModelSpec, layer: usize) -> Result<()> {
         let (d, f, q, kv) = (spec.hidden_size, spec.intermediate_size, spec.q_width(), spec.kv_width());
-        let (attention_bias, mlp_bias) = (spec.attention_bias, spec.mlp_bias);
+        let (input_bias, output_bias) =
+            (spec.attention_bias != AttentionBias::Never, spec.attention_bias == AttentionBias::All);
+        let mlp_bias = spec.mlp_bias;
         let name = |suffix: &str| format!("model.layers.{layer}.{suffix}");
 
         let norm = Some(self.vector(name("input_layernorm.weight"), d));
         let parts = vec![
-            (self.projection(&name("self_attn.q_proj"), [q, d], attention_bias)?, Buf::Q),
-            (self.projection(&name("self_attn.k_proj"), [kv, d], attention_bias)?, Buf::K),
-            (self.projection(&name("self_attn.v_proj"), [kv, d], attention_bias)?, Buf::V),
+            (self.projection(&name("self_attn.q_proj"), [q, d], input_bias)?, Buf::Q),
+            (self.projection(&name("self_attn.k_proj"), [kv, d], input_bias)?, Buf::K),
+            (self.projection(&name("self_attn.v_proj"), [kv, d], input_bias)?, Buf::V),
         ];
         self.ops.push(Op::Linear { x: Buf::Hidden, norm, parts });
         self.ops.push(Op::Rope { x: Buf::Q, heads: spec.heads });
         self.ops.push(Op::Rope { x: Buf::K, heads: spec.kv_heads });
         self.ops.push(Op::KvWrite { layer });
         self.ops.push(Op::Attention { layer });
-        let part = self.projection(&name("self_attn.o_proj"), [d, q], attention_bias)?;
+        let part = self.projection(&name("self_attn.o_proj"), [d, q], output_bias)?;
         self.ops.push(Op::LinearAdd { x: Buf::Attn, part, to: Buf::Hidden });
 
         let norm = self.vector(name("post_attention_layernorm.weight"), d);

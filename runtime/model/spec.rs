@@ -17,6 +17,17 @@ pub enum Head {
     },
 }
 
+/// Which of an attention block's projections have a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionBias {
+    /// None.
+    Never,
+    /// q, k and v.
+    Inputs,
+    /// q, k, v and o.
+    All,
+}
+
 /// A decoder-only transformer with RMS norms, rotary positions and a gated MLP.
 ///
 /// Letters: D model width, H heads, G kv heads, E head size, F MLP width, V vocabulary, L layers.
@@ -40,8 +51,8 @@ pub struct ModelSpec {
     pub head_dim: usize,
     /// Added to the mean square inside every RMS norm.
     pub rms_norm_eps: f32,
-    /// Bias on q, k, v and o.
-    pub attention_bias: bool,
+    /// Biases on q, k, v and o.
+    pub attention_bias: AttentionBias,
     /// Bias on gate, up and down.
     pub mlp_bias: bool,
     /// A query at position p sees the keys at positions > p − window.

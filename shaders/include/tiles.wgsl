@@ -8,7 +8,7 @@
 // end of a tile, so their buffer has whole tiles of them, and whoever is past the end is not used. The same holds for rows
 // of weights, 64 at a time: slices have whole 64 rows, and slice_row is a multiple of 64.
 //
-// EMULATED computes what the matrix units would, with the same indices: for adapters without them, in tests.
+// ONE_CHUNK gives that up for many rows: to measure what it costs. EMULATED computes what the matrix units would, with the same indices: for adapters without them, in tests.
 
 #if TILE8
 const TILE = 8u;
@@ -16,7 +16,11 @@ const TILE = 8u;
 const TILE = 16u;
 #endif
 const AREA = TILE * TILE;
+#if ONE_CHUNK
+const CHUNKS = 1u;
+#else
 const CHUNKS = 8u;
+#endif
 #if WIDE
 // Four subgroups, each 2 by 2 tiles.
 const ROWS = 4u * TILE;

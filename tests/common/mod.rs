@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rewardrt::backend::gpu::MatrixUnits;
 use rewardrt::kernels::Isa;
 use rewardrt::{Model, ModelOptions, Runtime, RuntimeOptions};
 
@@ -61,10 +62,28 @@ pub fn isas() -> Vec<Isa> {
     Isa::available()
 }
 
+/// After a device's name: matrix units are emulated on it.
+const EMULATED: &str = "+emulated";
+
+/// The devices to test on, and llvmpipe with matrix units emulated: for tests that do not mind f16 inputs.
+pub fn devices_and_matrix_units() -> Vec<String> {
+    let mut all = devices();
+    all.extend(devices().iter().filter(|d| d.contains("llvmpipe")).map(|d| format!("{d}{EMULATED}")));
+    all
+}
+
+/// Opens one of [`devices_and_matrix_units`].
 pub fn open(device: &str, threads: usize) -> Runtime {
     prepare();
-    Runtime::open(&RuntimeOptions { device: device.into(), threads: Some(threads), ..RuntimeOptions::default() })
-        .unwrap()
+    let mut options = RuntimeOptions { threads: Some(threads), ..RuntimeOptions::default() };
+    match device.strip_suffix(EMULATED) {
+        Some(device) => {
+            options.device = device.into();
+            options.gpu.matrix_units = MatrixUnits::Emulated;
+        }
+        None => options.device = device.into(),
+    }
+    Runtime::open(&options).unwrap()
 }
 
 /// Options for the small golden models.

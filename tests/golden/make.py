@@ -1,7 +1,7 @@
 """Makes the golden checkpoints: small random models of every kind, and what transformers computes from them in f32.
 
     pip install -r tests/golden/requirements.txt
-    python tests/golden/make.py            # writes tests/golden/<name>/{config.json,*.safetensors,expected.json}
+    python tests/golden/make.py [name …]   # writes tests/golden/<name>/{config.json,*.safetensors,expected.json}
 
 config.json is written by hand in the spelling under test (old and new), and the reference reads that very file.
 Weights are stored in the dtype under test and computed with in f32, so rounding of weights is not part of the
@@ -10,6 +10,7 @@ difference. The seeds are fixed: running this again gives the same files up to t
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ BASE = dict(
     hidden_act="silu", rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )
 MISTRAL = dict(architectures=["MistralForCausalLM"], model_type="mistral")
+QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2")
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 
 
@@ -63,7 +65,19 @@ CASES = {
     # Beyond one block of everything the CPU works in: vocabulary chunks, attention chunks, tiles; eight heads a kv head.
     "llama-wide": (dict(hidden_size=160, intermediate_size=400, num_hidden_layers=1, num_attention_heads=16,
                         num_key_value_heads=2, vocab_size=700, max_position_embeddings=256), "bf16", 1),
+    # Seven heads a kv head, as in Qwen2.5-7B; what use_sliding_window leaves unread.
+    "qwen2-gqa-14-2": (dict(QWEN2, hidden_size=84, num_attention_heads=14, num_key_value_heads=2,
+                            use_sliding_window=False, sliding_window=7, max_window_layers=1), "bf16", 1),
+    "qwen2-tied-window": (dict(QWEN2, hidden_size=45, num_attention_heads=3, num_key_value_heads=1, head_dim=18,
+                               tie_word_embeddings=True, use_sliding_window=True, sliding_window=7,
+                               max_window_layers=0), "f32", 1),
+    "qwen2-labels-2": (classifier("Qwen2", 2, num_attention_heads=4, use_sliding_window=True, sliding_window=6,
+                                  max_window_layers=2, layer_types=["full_attention"] * 2,
+                                  rope_scaling={"type": "yarn", "factor": 4.0,
+                                                "original_max_position_embeddings": 16}), "f16", 1),
 }
+# The standard deviation of the embedding table, if not 1: as a tied head, that makes logits too steep for few-bit weights.
+EMBEDDING_DEVIATION = {"qwen2-tied-window": 0.15}
 NULL_KEPT = {"sliding_window", "num_key_value_heads"}
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -79,7 +93,7 @@ def write_checkpoint(folder, config, dtype, shards, seed):
             if name.endswith("norm.weight"):
                 p.uniform_(0.5, 1.5)
             elif "embed" in name:
-                p.normal_(0, 1.0)
+                p.normal_(0, EMBEDDING_DEVIATION.get(folder.name, 1.0))
             else:
                 p.normal_(0, 0.15)
             p.copy_(p.to(DTYPES[dtype]).float())
@@ -132,7 +146,12 @@ def expected(model, config, name):
 
 
 def main():
+    unknown = set(sys.argv[1:]) - set(CASES)
+    if unknown:
+        sys.exit(f"no such case: {', '.join(sorted(unknown))}")
     for seed, (name, (changes, dtype, shards)) in enumerate(CASES.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         config = {k: v for k, v in {**BASE, **changes}.items() if v is not None or k in NULL_KEPT}
         if config["model_type"] == "mistral" and "sliding_window" not in config:
             config["sliding_window"] = None

@@ -38,6 +38,9 @@ pub struct GpuOptions {
     pub shader_cache: Option<PathBuf>,
     /// Whether products use matrix units.
     pub matrix_units: MatrixUnits,
+    /// Lets the order of additions depend on how many rows a step has, where matrix units are used: to measure what it costs
+    /// that it does not.
+    pub batch_variant: bool,
     /// Compiles shaders with checks of every index and loop: for tests, at a cost.
     pub shader_checks: bool,
 }
@@ -52,6 +55,7 @@ pub struct Gpu {
     pub(super) f16: bool,
     pub(super) timestamps: bool,
     pub(super) shader_checks: bool,
+    pub(super) batch_variant: bool,
     pub(super) cache: Mutex<Option<ShaderCache>>,
     matrix_units: MatrixUnits,
     /// Rows of the square tiles that the matrix units multiply.
@@ -84,7 +88,7 @@ impl Gpu {
             | wgpu::Features::TIMESTAMP_QUERY;
         let has_f16 = adapter.features().contains(wgpu::Features::SHADER_F16);
         let tile = match options.matrix_units {
-            MatrixUnits::Auto if has_f16 => matrix_tile(adapter),
+            MatrixUnits::Auto => info.matrix_tile,
             MatrixUnits::Emulated if has_f16 => Some(16),
             MatrixUnits::Emulated => {
                 return Err(Error::unsupported(format!(
@@ -146,6 +150,7 @@ impl Gpu {
             f16,
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             shader_checks: options.shader_checks,
+            batch_variant: options.batch_variant,
             cache: Mutex::new(cache),
             matrix_units: options.matrix_units,
             tile,
@@ -320,18 +325,6 @@ impl Gpu {
 
 /// Bytes of immediates that the largest parameter struct needs.
 pub(super) const MOST_PARAMS: u32 = 64;
-
-/// Rows of the square tiles that an adapter multiplies with f16 inputs and f32 sums.
-fn matrix_tile(adapter: &wgpu::Adapter) -> Option<u32> {
-    use wgpu::CooperativeScalarType::{F16, F32};
-    if !adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
-        return None;
-    }
-    let properties = adapter.cooperative_matrix_properties();
-    let usable = properties.iter().filter(|p| (p.ab_type, p.cr_type) == (F16, F32));
-    let square = usable.filter(|p| p.m_size == p.n_size && p.n_size == p.k_size).map(|p| p.m_size);
-    square.filter(|tile| [8, 16].contains(tile)).max()
-}
 
 /// Turns a panic inside the graphics API into an error.
 pub(super) fn caught<T>(what: &str, f: impl FnOnce() -> T) -> Result<T> {

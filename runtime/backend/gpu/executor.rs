@@ -10,7 +10,7 @@ use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
 use super::upload::Uploader;
 use crate::backend::cpu::Pool;
-use crate::backend::{BlockCopy, Capacity, Executor, KernelTime, Limits, Memory, Output, Step, Want};
+use crate::backend::{BlockCopy, Capacity, Executor, KernelTime, Limits, Memory, Output, Step};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::embed::FROM_DRAW;
@@ -23,7 +23,7 @@ use crate::weights::{WeightFormat, Weights};
 const SOFTWARE_SUBMISSION: u64 = 4_000_000_000;
 const SUBMISSION: u64 = 4_000_000_000_000;
 /// Decode steps that are computed before their results are read.
-const STEPS_AHEAD: usize = 8;
+const STEPS_AT_ONCE: usize = 8;
 /// Workgroups of attention that keep a GPU busy.
 const ENOUGH_WORKGROUPS: usize = 1024;
 /// Rows of x that products on matrix units read together at most: buffers end on a multiple of it.
@@ -41,7 +41,9 @@ pub struct GpuExecutor {
     pub(super) capacity: Capacity,
     kv_element: u64,
     memory: Memory,
+    /// Kept when it is stopped, for what it measured.
     clock: Option<Clock>,
+    is_timed: bool,
 }
 
 /// How the attention of a step is cut.
@@ -208,6 +210,7 @@ impl GpuExecutor {
             kv_element: element as u64,
             memory,
             clock: None,
+            is_timed: false,
             buffers,
             spec,
             gpu,
@@ -306,7 +309,7 @@ impl Executor for GpuExecutor {
                 segments: work[s].segments,
                 keys: step.rows.iter().map(seen).sum(),
             };
-            let clock = self.clock.as_mut();
+            let clock = self.clock.as_mut().filter(|_| self.is_timed);
             // A step runs while the next one is encoded.
             last = Some(gpu.checked("a step", || {
                 let mut recorder = Recorder::new(&gpu, clock);
@@ -328,20 +331,20 @@ impl Executor for GpuExecutor {
             first_row += dims.rows;
             first_output += dims.outputs;
         }
-        if let Some(clock) = &mut self.clock {
+        if let Some(clock) = self.clock.as_mut().filter(|_| self.is_timed) {
             clock.add_encoding(begin.elapsed());
         }
         let last = last.ok_or_else(|| Error::internal("no step"))?;
         self.head.results(&gpu, pending, last, steps, &orders)
     }
 
-    fn steps_ahead(&self) -> usize {
-        STEPS_AHEAD
+    fn steps_at_once(&self) -> usize {
+        STEPS_AT_ONCE
     }
 
-    fn feeds(&self, want: &Want) -> bool {
-        // What is read back block by block would need a place for each step.
-        matches!(want, Want::Sample(sampling) if sampling.top == 0 && sampling.request.kept_ids == 0)
+    fn feeds(&self, request: &sample::Request, top: usize) -> bool {
+        // What is read back block by block costs more than it gains.
+        top == 0 && request.kept_ids == 0
     }
 
     fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()> {
@@ -371,7 +374,10 @@ impl Executor for GpuExecutor {
     }
 
     fn set_profiling(&mut self, on: bool) -> Result<()> {
-        self.clock = if on { Some(Clock::new(&self.gpu)?) } else { None };
+        if on && self.clock.is_none() {
+            self.clock = Some(Clock::new(&self.gpu)?);
+        }
+        self.is_timed = on;
         Ok(())
     }
 

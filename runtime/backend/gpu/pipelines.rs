@@ -60,6 +60,8 @@ pub struct Flags {
     pub head: bool,
     /// Matrix units are computed by the shader itself.
     pub emulated: bool,
+    /// Many rows are not added up as few are.
+    pub one_chunk: bool,
     /// The output is f16.
     pub half_out: bool,
     /// Keys and values are f16.
@@ -115,6 +117,7 @@ impl Flags {
             "TILE8" => self.tile() == Some(8),
             "MATRIX" => self.needs_matrix_units(),
             "EMULATED" => self.emulated,
+            "ONE_CHUNK" => self.one_chunk,
             "WIDE" => self.shape == TileShape::Wide,
             "MEDIUM" => self.shape == TileShape::Medium,
             "HEAD" => self.head,
@@ -192,7 +195,13 @@ pub(super) struct Pipelines {
 impl Pipelines {
     /// The pipeline for a variant, with the device's own features.
     pub(super) fn get(&mut self, gpu: &Gpu, kernel: &Kernel, variant: Flags) -> Result<Pipeline> {
-        let flags = Flags { subgroup: gpu.subgroups, f16: gpu.f16, emulated: gpu.emulates(variant), ..variant };
+        let flags = Flags {
+            subgroup: gpu.subgroups,
+            f16: gpu.f16,
+            emulated: gpu.emulates(variant),
+            one_chunk: gpu.batch_variant && variant.is_tiled() && variant.shape == TileShape::Wide,
+            ..variant
+        };
         let layout = match self.layouts.entry(kernel.name) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => place.insert(layout(gpu, kernel)?),

@@ -58,6 +58,8 @@ pub struct DeviceInfo {
     pub has_f16: bool,
     /// Shaders may use subgroup operations.
     pub has_subgroups: bool,
+    /// Rows of the square tiles that its matrix units multiply (f16 inputs, f32 sums); `None`: it has none that are of use.
+    pub matrix_tile: Option<u32>,
 }
 
 /// What a caller asked for.
@@ -116,8 +118,22 @@ pub(super) fn describe(adapter: &wgpu::Adapter) -> DeviceInfo {
         max_binding: adapter.limits().max_storage_buffer_binding_size,
         has_f16: features.contains(wgpu::Features::SHADER_F16),
         has_subgroups: features.contains(wgpu::Features::SUBGROUP),
+        matrix_tile: matrix_tile(adapter),
         name: info.name,
     }
+}
+
+/// Rows of the square tiles that an adapter multiplies with f16 inputs and f32 sums.
+fn matrix_tile(adapter: &wgpu::Adapter) -> Option<u32> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let needed = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16;
+    if !adapter.features().contains(needed) {
+        return None;
+    }
+    let properties = adapter.cooperative_matrix_properties();
+    let usable = properties.iter().filter(|p| (p.ab_type, p.cr_type) == (F16, F32));
+    let square = usable.filter(|p| p.m_size == p.n_size && p.n_size == p.k_size).map(|p| p.m_size);
+    square.filter(|tile| [8, 16].contains(tile)).max()
 }
 
 /// Every adapter, in the order in which `auto` prefers them; software last.

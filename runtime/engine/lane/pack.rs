@@ -8,6 +8,7 @@ use crate::engine::kv::{Follow, KvCache};
 use crate::engine::sequence::{Finish, Role, Sequence};
 use crate::engine::stats::Rows;
 use crate::error::Error;
+use crate::kernels::embed::FROM_DRAW;
 use crate::kernels::{KV_BLOCK, RowMeta};
 
 /// A step being packed, and where its outputs go.
@@ -18,8 +19,10 @@ pub(super) struct Packed {
     pub cos_sin: Vec<f32>,
     pub outputs: Vec<OutputRow>,
     pub owners: Vec<Owner>,
-    /// Rows by kind.
+    /// Rows by kind, the steps ahead included.
     pub kinds: Rows,
+    /// Steps that follow with the tokens that are drawn in the one before, and with the same tables.
+    pub ahead: Vec<Packed>,
 }
 
 /// Whose an output is.
@@ -44,6 +47,8 @@ impl Lane {
         let mut turns = order.clone();
         turns.sort_by_key(|&i| (Reverse(self.running[i].job.options.scheduling.priority), !decodes(&self.running[i])));
         let total = turns.len();
+        let ahead = self.steps_ahead();
+        packed.ahead.resize_with(ahead, Packed::default);
         for (turn, i) in turns.into_iter().enumerate() {
             // Siblings have outputs without rows; a step has as many outputs as rows at most.
             let room = self.max_rows - packed.rows.len().max(packed.outputs.len());
@@ -56,7 +61,55 @@ impl Lane {
                 self.running[i].job.fail(error);
             }
         }
+        packed.ahead.retain(|step| !step.rows.is_empty());
         packed
+    }
+
+    /// How many steps may follow the next one before anybody looks at what was drawn: none unless all sequences decode and
+    /// their draws can be prepared now.
+    fn steps_ahead(&self) -> usize {
+        let foreseen = |s: &Sequence| match &s.role {
+            Role::Sample { sampler, siblings: 0 } => {
+                let decodes = s.path.computed > 0 && s.needed() == s.path.computed + 1;
+                decodes && sampler.foresees() && self.executor.feeds(&sampler.plan.request, sampler.plan.top)
+            }
+            _ => false,
+        };
+        if self.running.is_empty() || !self.running.iter().all(foreseen) {
+            return 0;
+        }
+        // Whoever waits takes the place of who ends, and should not wait for long.
+        let waits = self.jobs.values().any(|job| !job.waiting.is_empty());
+        let most = if waits { self.steps_at_once.div_ceil(2) } else { self.steps_at_once };
+        most.min(self.max_rows / self.running.len()).saturating_sub(1)
+    }
+
+    /// Packs rows of the steps ahead for a sequence whose row in the first one is packed and has the last output there; how
+    /// many.
+    fn pack_ahead(&mut self, i: usize, table: usize, packed: &mut Packed) -> Result<u64, Error> {
+        let needed = self.running[i].needed();
+        let mut rows = 0;
+        let mut previous = packed.outputs.len() - 1;
+        for n in 0..packed.ahead.len() {
+            let sequence = &mut self.running[i];
+            let position = needed + n;
+            let Role::Sample { sampler, .. } = &mut sequence.role else { break };
+            // Blocks that are free: nobody gives any up for what may not be needed.
+            if n >= sampler.remaining() || !self.kv.reserve(&mut sequence.path, position) {
+                break;
+            }
+            let Some(sampling) = sampler.foresee(position + 1, n + 1)? else { break };
+            sampler.ahead = n + 1;
+            let step = &mut packed.ahead[n];
+            let row = step.rows.len() as u32;
+            let token = FROM_DRAW | previous as u32;
+            previous = step.outputs.len();
+            step.outputs.push(OutputRow { row, want: Want::Sample(Box::new(sampling)) });
+            step.owners.push(Owner { sequence: i, position, sibling: 0 });
+            self.push_row(i, position, token, table, step);
+            rows += 1;
+        }
+        Ok(rows)
     }
 
     /// Takes blocks away from the youngest sequence after `i` in `order` that has no rows in this step.
@@ -106,7 +159,8 @@ impl Lane {
         }
         // A step's tables are bounded; what does not fit goes into the next one.
         let sequence = &self.running[i];
-        let tables = KvCache::needed(sequence.needed() + guesses.min(KV_BLOCK)).max(sequence.path.blocks.len());
+        let tables = KvCache::needed(sequence.needed() + guesses.min(KV_BLOCK).max(packed.ahead.len()))
+            .max(sequence.path.blocks.len());
         if packed.tables.len() + tables > self.max_table_entries && !packed.tables.is_empty() {
             return Ok(());
         }
@@ -186,6 +240,9 @@ impl Lane {
             packed.outputs.push(OutputRow { row: packed.rows.len() as u32, want: Want::Sample(Box::new(sampling)) });
             packed.owners.push(Owner { sequence: i, position: needed + n, sibling: 0 });
             self.push_row(i, needed + n, token, table, packed);
+        }
+        if !packed.ahead.is_empty() {
+            kinds.decode += self.pack_ahead(i, table, packed)?;
         }
         // 5. What it will compute next, so that others wait for it.
         let sequence = &mut self.running[i];

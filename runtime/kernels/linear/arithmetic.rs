@@ -8,7 +8,7 @@ use crate::weights::Dtype;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// Inputs of a product may be rounded to bf16 where the weights are bf16 and the processor multiplies that faster
-    /// (AVX-512 BF16, AMX), and to 16-bit integers where the weights are quantised.
+    /// (AVX-512 BF16, AMX), to 16-bit integers where the weights are quantised, and to f16 where a GPU has matrix units.
     #[default]
     Auto,
     /// Inputs are not rounded; on AMX they keep 16 bits of mantissa.
