@@ -1,15 +1,22 @@
 //! Twins: every CPU path and every shader variant against formulas written out here in f64.
 //!
 //! Shapes are 1, odd, prime, and around the tiles; values include zeros of both signs, subnormals, the largest f16,
-//! infinities and NaN. Tolerances come from one table.
+//! infinities and NaN. Tolerances come from one table. The products of the GPU have a file of their own, and so has the
+//! software model of the matrix units' tiling.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, clippy::too_many_arguments)]
 
 mod common;
+#[path = "kernels/products.rs"]
+mod products;
+#[path = "kernels/tiles.rs"]
+mod tiles;
 
-use bytemuck::{bytes_of, cast_slice, pod_collect_to_vec};
+use std::sync::OnceLock;
+
+use bytemuck::{Pod, bytes_of, cast_slice, pod_collect_to_vec};
 use common::{devices, isas};
 use rewardrt::backend::cpu::Pool;
-use rewardrt::backend::gpu::{Flags, Gpu, Selection, dispatch_once};
+use rewardrt::backend::gpu::{Flags, Format, Gpu, GpuOptions, Selection, dispatch_once, pack_tiles};
 use rewardrt::kernels::linear::{Arithmetic, Precision, Quantised, Weight};
 use rewardrt::kernels::*;
 use rewardrt::weights::{Dtype, WeightFormat};
@@ -40,22 +47,62 @@ impl Numbers {
     }
 }
 
-/// The GPUs to test on, with every set of features to test with.
-fn gpus() -> Vec<(Gpu, Vec<Flags>)> {
-    let mut list = Vec::new();
-    for device in devices().iter().filter(|d| *d != "cpu") {
-        let gpu = Gpu::select(&Selection::parse(device).unwrap()).unwrap().unwrap();
-        let plain = Flags::default();
-        let mut variants = vec![plain];
-        if gpu.info().has_subgroups {
-            variants.push(Flags { subgroup: true, ..plain });
-        }
-        if gpu.info().has_f16 {
-            variants.push(Flags { f16: true, ..plain });
-        }
-        list.push((gpu, variants));
+/// A GPU to test on, and the same one with every index and loop of a shader checked.
+struct Device {
+    gpu: Gpu,
+    checked: Gpu,
+}
+
+impl Device {
+    /// Runs a kernel and returns its buffers.
+    fn run<P: Pod>(
+        &self,
+        kernel: &Kernel,
+        flags: Flags,
+        params: &P,
+        storage: &[Vec<u8>],
+        groups: [u32; 3],
+    ) -> Vec<Vec<u8>> {
+        let mut buffers = storage.to_vec();
+        dispatch_once(&self.gpu, kernel, flags, bytes_of(params), &mut buffers, groups).unwrap();
+        buffers
     }
-    list
+
+    /// The same, with checks as well: they change no bit.
+    fn run_checked<P: Pod>(
+        &self,
+        kernel: &Kernel,
+        flags: Flags,
+        params: &P,
+        storage: &[Vec<u8>],
+        groups: [u32; 3],
+    ) -> Vec<Vec<u8>> {
+        let buffers = self.run(kernel, flags, params, storage, groups);
+        let mut checked = storage.to_vec();
+        dispatch_once(&self.checked, kernel, flags, bytes_of(params), &mut checked, groups).unwrap();
+        assert!(checked == buffers, "{} {flags:?}: checks change the result", kernel.name);
+        buffers
+    }
+
+    fn has_f16(&self) -> bool {
+        self.gpu.info().has_f16
+    }
+}
+
+/// The GPUs to test on.
+fn gpus() -> &'static [Device] {
+    static GPUS: OnceLock<Vec<Device>> = OnceLock::new();
+    GPUS.get_or_init(|| {
+        let open = |device: &String| {
+            let selection = Selection::parse(device).unwrap();
+            let with = |shader_checks| {
+                let options = GpuOptions { shader_checks, ..GpuOptions::default() };
+                Gpu::select(&selection, &options).unwrap().unwrap()
+            };
+            Device { gpu: with(false), checked: with(true) }
+        };
+        devices().iter().filter(|d| *d != "cpu").map(open).collect()
+    })
 }
 
 #[track_caller]
@@ -200,63 +247,6 @@ fn linear_twins_on_the_cpu() {
     assert!(isas().iter().all(|isa| seen.iter().any(|s| s.starts_with(isa.name()))));
 }
 
-#[test]
-fn linear_twins_on_the_gpu() {
-    let gpus = gpus();
-    for (t, n, k) in LINEAR_SHAPES.into_iter().filter(|s| s.0 * s.1 < 2000) {
-        let mut numbers = Numbers((t * 1000 + n * 10 + k) as u64);
-        let (x, weights, bias) = (numbers.floats(t * k), numbers.floats(n * k), numbers.floats(n));
-        for format in [Some(Dtype::F32), Some(Dtype::F16), Some(Dtype::BF16), None] {
-            let stored = format.unwrap_or(Dtype::F32).from_f32(&weights);
-            let view = MatrixView::new(format.unwrap_or(Dtype::F32), &stored, n, k);
-            let int8 = linear::Int8Matrix::quantise(view, &Pool::new(1)).unwrap();
-            let mut exact = vec![0.0; n * k];
-            for (row, out) in exact.chunks_exact_mut(k).enumerate() {
-                match format {
-                    Some(dtype) => dtype.read_f32(view.row(row), out),
-                    None => int8.view().read_f32(row, out),
-                }
-            }
-            let (on_device, stride) = match format {
-                Some(dtype) => padded_rows(&stored, n, k, dtype.size()),
-                None => (cast_slice(int8.view().quants()).to_vec(), k.next_multiple_of(linear::INT8_BLOCK) as u32),
-            };
-            for with_bias in [false, true] {
-                let (want, scale) = product(&as_read(&x, k, Arithmetic::Fma), &exact, k, with_bias.then_some(&bias));
-                for (gpu, variants) in &gpus {
-                    for flags in variants {
-                        let flags = Flags { dtype: format, int8: format.is_none(), vec4: k % 4 == 0, ..*flags };
-                        let what = format!("linear {flags:?} T{t} N{n} K{k} bias {with_bias}");
-                        let params = linear::Params {
-                            rows: t as u32,
-                            k: k as u32,
-                            stride,
-                            count: n as u32,
-                            first: 0,
-                            out_stride: n as u32,
-                            has_bias: u32::from(with_bias),
-                            slice_row: 0,
-                            x_first: 0,
-                            accumulate: 0,
-                        };
-                        let scales = bytes(int8.view().scales());
-                        let empty = bytes(&vec![f32::NAN; t * n]);
-                        let mut storage = [bytes(&x), on_device.clone(), scales, bytes(&bias), empty];
-                        let groups = [n.div_ceil(8) as u32, 1, t.div_ceil(4) as u32];
-                        dispatch_once(gpu, &linear::KERNEL, flags, bytes_of(&params), &mut storage, groups).unwrap();
-                        compare(&what, &floats(&storage[4]), &want, &scale, Dtype::F32);
-                        // Once more on top of that.
-                        let params = linear::Params { accumulate: 1, ..params };
-                        dispatch_once(gpu, &linear::KERNEL, flags, bytes_of(&params), &mut storage, groups).unwrap();
-                        let twice: Vec<f64> = want.iter().map(|w| 2.0 * w).collect();
-                        compare(&format!("{what}, added"), &floats(&storage[4]), &twice, &scale, Dtype::F32);
-                    }
-                }
-            }
-        }
-    }
-}
-
 /// An element's bits do not depend on how many rows or columns are computed with it.
 #[test]
 fn linear_is_batch_invariant() {
@@ -336,32 +326,68 @@ fn linear_keeps_nan_and_infinity() {
 
 #[test]
 fn embed_twins() {
-    let (vocab, width) = (37, 21);
-    let mut numbers = Numbers(3);
-    let rows: Vec<RowMeta> =
-        (0..19).map(|_| RowMeta { token: numbers.below(vocab) as u32, ..RowMeta::default() }).collect();
-    for dtype in Dtype::ALL {
-        let stored = dtype.from_f32(&numbers.floats(vocab * width));
-        let exact = dtype.to_f32(&stored);
-        let want: Vec<f32> = rows.iter().flat_map(|r| exact[r.token as usize * width..][..width].to_vec()).collect();
-        let mut out = vec![0.0; rows.len() * width];
-        embed::embed(&rows, MatrixView::new(dtype, &stored, vocab, width), &mut out);
-        assert_eq!(out, want);
-        let (padded, stride) = padded_rows(&stored, vocab, width, dtype.size());
-        for (gpu, variants) in &gpus() {
-            for flags in variants {
-                // In two slices, as a table beyond a binding's limit is.
-                let mut out = bytes(&vec![f32::NAN; rows.len() * width]);
-                for (first, count) in [(0u32, 20u32), (20, 17)] {
-                    let row_bytes = stride as usize * dtype.size();
-                    let slice = padded[first as usize * row_bytes..(first + count) as usize * row_bytes].to_vec();
-                    let params = embed::Params { rows: 19, width: width as u32, stride, first, count };
-                    let mut storage = [cast_slice(&rows).to_vec(), slice, out];
-                    let flags = Flags { dtype: Some(dtype), ..*flags };
-                    dispatch_once(gpu, &embed::KERNEL, flags, bytes_of(&params), &mut storage, [19, 1, 1]).unwrap();
-                    out = storage[2].clone();
+    // Width 32: whole tiles.
+    for (vocab, width) in [(37, 21), (90, 32)] {
+        let mut numbers = Numbers(3);
+        let tokens: Vec<u32> = (0..19).map(|_| numbers.below(vocab) as u32).collect();
+        let meta = |token| RowMeta { token, ..RowMeta::default() };
+        let rows: Vec<RowMeta> = tokens.iter().map(|&t| meta(t)).collect();
+        for dtype in Dtype::ALL {
+            let values = numbers.floats(vocab * width);
+            let stored = dtype.from_f32(&values);
+            let exact = dtype.to_f32(&stored);
+            let row = |token: u32| exact[token as usize * width..][..width].to_vec();
+            let want: Vec<f32> = tokens.iter().flat_map(|&t| row(t)).collect();
+            let mut out = vec![0.0; rows.len() * width];
+            embed::embed(&rows, MatrixView::new(dtype, &stored, vocab, width), &mut out);
+            assert_eq!(out, want);
+
+            // Two rows of another step first; rows 4 and 7 follow draws, row 9 a row without a draw.
+            let drawn_words = [9, 9, tokens[4], tokens[7], top_k::NO_TOKEN].map(|token| [token, 1, 2, 3, 4, 5]);
+            let mut rows: Vec<RowMeta> = [meta(1), meta(2)].into_iter().chain(rows.clone()).collect();
+            for (row, draw) in [(4, 0), (7, 1), (9, 2)] {
+                rows[2 + row].token = embed::FROM_DRAW | draw;
+            }
+            let mut want = want;
+            want[9 * width..10 * width].copy_from_slice(&row(0));
+            for device in gpus() {
+                let mut formats = vec![Flags { format: Some(Format::Rows(dtype)), ..Flags::default() }];
+                if dtype == Dtype::F16 && device.has_f16() {
+                    formats.push(Flags { f16: true, ..formats[0] });
+                    let tiles = [8, 16].map(|tile| Flags { format: Some(Format::Tiles(tile)), ..formats[1] });
+                    formats.extend(tiles.into_iter().filter(|_| width % 16 == 0));
                 }
-                assert_eq!(floats(&out), want, "{dtype:?} {flags:?}");
+                for flags in formats {
+                    // In two slices, as a table beyond a binding's limit is.
+                    let mut out = bytes(&vec![f32::NAN; 19 * width]);
+                    let cut = if vocab > 64 { 64 } else { 20 };
+                    for (first, count) in [(0, cut), (cut, vocab - cut)] {
+                        let (table, stride) = match flags.format {
+                            Some(Format::Tiles(tile)) => {
+                                let slice = &exact[first * width..(first + count) * width];
+                                let packed = pack_tiles(slice, count, width, tile as usize, 64);
+                                (cast_slice(&packed).to_vec(), width as u32)
+                            }
+                            _ => {
+                                let row_bytes = width * dtype.size();
+                                let slice = &stored[first * row_bytes..(first + count) * row_bytes];
+                                padded_rows(slice, count, width, dtype.size())
+                            }
+                        };
+                        let params = embed::Params {
+                            rows: 19,
+                            width: width as u32,
+                            stride,
+                            first: first as u32,
+                            count: count as u32,
+                            first_meta: 2,
+                            first_drawn: 2,
+                        };
+                        let storage = [cast_slice(&rows).to_vec(), cast_slice(&drawn_words).to_vec(), table, out];
+                        out = device.run_checked(&embed::KERNEL, flags, &params, &storage, [19, 1, 1]).remove(3);
+                    }
+                    assert_eq!(floats(&out), want, "{flags:?}");
+                }
             }
         }
     }
@@ -369,7 +395,7 @@ fn embed_twins() {
 
 #[test]
 fn rms_norm_twins() {
-    for (rows, width) in [(1, 1), (3, 7), (2, 64), (5, 65), (4, 576)] {
+    for (rows, width) in [(1, 1), (3, 7), (2, 63), (3, 64), (5, 65), (2, 257), (4, 576), (2, 1000)] {
         let mut numbers = Numbers(width as u64);
         let (mut x, weight) = (numbers.floats(rows * width), numbers.floats(width));
         x[0] = 1e-20;
@@ -385,18 +411,34 @@ fn rms_norm_twins() {
             rms_norm::rms_norm(isa, &x, &weight, eps, &mut out);
             compare(&format!("rms_norm {} {width}", isa.name()), &out, &want, &magnitudes(&want), Dtype::F32);
         }
-        for (gpu, _) in &gpus() {
+        for device in gpus() {
             let params = rms_norm::Params { rows: rows as u32, width: width as u32, eps };
-            let mut storage = [bytes(&x), bytes(&weight), bytes(&vec![0.0; x.len()])];
-            let groups = [rows as u32, 1, 1];
-            dispatch_once(gpu, &rms_norm::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups).unwrap();
-            compare(&format!("rms_norm gpu {width}"), &floats(&storage[2]), &want, &magnitudes(&want), Dtype::F32);
+            let (kernel, groups) = (&rms_norm::KERNEL, [rows as u32, 1, 1]);
+            let storage = [bytes(&x), bytes(&weight), bytes(&vec![f32::NAN; x.len()])];
+            let out = floats(&device.run_checked(kernel, Flags::default(), &params, &storage, groups)[2]);
+            compare(&format!("rms_norm gpu {width}"), &out, &want, &magnitudes(&want), Dtype::F32);
+            if device.has_f16() {
+                let flags = Flags { f16: true, half_out: true, ..Flags::default() };
+                let storage = [bytes(&x), bytes(&weight), vec![0; 2 * x.len()]];
+                let half = Dtype::F16.to_f32(&device.run_checked(kernel, flags, &params, &storage, groups)[2]);
+                rounded(&format!("rms_norm f16 {width}"), &half, &out);
+            }
         }
     }
 }
 
+/// `half` is `exact` rounded to f16, in either direction.
+#[track_caller]
+fn rounded(what: &str, half: &[f32], exact: &[f32]) {
+    assert_eq!(half.len(), exact.len(), "{what}");
+    for (i, (half, exact)) in half.iter().zip(exact).enumerate() {
+        let same = half.is_nan() && exact.is_nan();
+        assert!(same || (half - exact).abs() <= exact.abs() / 1024.0 + 1e-7, "{what} [{i}]: {half} is {exact} rounded");
+    }
+}
+
 #[test]
-fn silu_mul_twins() {
+fn silu_mul_on_the_cpu() {
     let mut numbers = Numbers(9);
     let mut gate: Vec<f32> = numbers.floats(1031).iter().map(|v| v * 30.0).collect();
     gate[..7].copy_from_slice(&[0.0, -0.0, 100.0, -100.0, f32::NAN, f32::INFINITY, -87.0]);
@@ -408,64 +450,57 @@ fn silu_mul_twins() {
         silu_mul::silu_mul(isa, &gate, &mut out);
         compare(&format!("silu_mul {}", isa.name()), &out, &silu, &magnitudes(&silu), Dtype::F32);
     }
-    for (gpu, _) in &gpus() {
-        // Drivers may answer e^100 with infinity or the largest float, and Inf/Inf with NaN: finite inputs only.
-        let mut finite = gate.clone();
-        finite[2..7].fill(1.5);
-        let want: Vec<f64> = finite
-            .iter()
-            .zip(&up)
-            .map(|(g, u)| f64::from(*g) / (1.0 + (-f64::from(*g)).exp()) * f64::from(*u))
-            .collect();
-        let params = silu_mul::Params { len: 1031 };
-        let mut storage = [bytes(&finite), bytes(&up)];
-        dispatch_once(gpu, &silu_mul::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [5, 1, 1]).unwrap();
-        compare("silu_mul gpu", &floats(&storage[1]), &want, &magnitudes(&want), Dtype::F32);
+}
+
+/// cos and sin [rows, 2, half] of random angles.
+fn random_angles(numbers: &mut Numbers, rows: usize, half: usize) -> Vec<f32> {
+    let both = |a: Vec<f32>| a.iter().map(|v| v.cos()).chain(a.iter().map(|v| v.sin())).collect::<Vec<_>>();
+    (0..rows).flat_map(|_| both(numbers.floats(half))).collect()
+}
+
+/// (a, b) ← (a·cos − b·sin, b·cos + a·sin) for every pair of `heads` heads a row.
+fn rotate(x: &mut [f64], cos_sin: &[f32], heads: usize, half: usize) {
+    for (row, angles) in x.chunks_exact_mut(heads * 2 * half).zip(cos_sin.chunks_exact(2 * half)) {
+        for head in row.chunks_exact_mut(2 * half) {
+            for i in 0..half {
+                let (a, b) = (head[i], head[i + half]);
+                let (c, s) = (f64::from(angles[i]), f64::from(angles[half + i]));
+                (head[i], head[i + half]) = (a * c - b * s, b * c + a * s);
+            }
+        }
     }
 }
 
 #[test]
-fn rope_and_gather_twins() {
+fn rope_on_the_cpu() {
     let (rows, heads, half) = (5, 3, 7);
     let mut numbers = Numbers(11);
     let x = numbers.floats(rows * heads * 2 * half);
-    let angles = numbers.floats(rows * half);
-    let cos_sin: Vec<f32> = angles
-        .chunks_exact(half)
-        .flat_map(|a| a.iter().map(|v| v.cos()).chain(a.iter().map(|v| v.sin())).collect::<Vec<_>>())
-        .collect();
-    let mut want = vec![0.0f64; x.len()];
-    for t in 0..rows {
-        for h in 0..heads {
-            for i in 0..half {
-                let at = (t * heads + h) * 2 * half + i;
-                let (a, b) = (f64::from(x[at]), f64::from(x[at + half]));
-                let (c, s) = (f64::from(cos_sin[t * 2 * half + i]), f64::from(cos_sin[t * 2 * half + half + i]));
-                (want[at], want[at + half]) = (a * c - b * s, b * c + a * s);
-            }
-        }
-    }
-    let ones = vec![1.0; x.len()];
+    let cos_sin = random_angles(&mut numbers, rows, half);
+    let mut want: Vec<f64> = x.iter().map(|v| f64::from(*v)).collect();
+    rotate(&mut want, &cos_sin, heads, half);
     for isa in isas() {
         let mut out = x.clone();
         rope::rope(isa, &cos_sin, half, heads, &mut out);
-        compare(&format!("rope {}", isa.name()), &out, &want, &ones, Dtype::F32);
+        compare(&format!("rope {}", isa.name()), &out, &want, &vec![1.0; x.len()], Dtype::F32);
     }
-    let index = [4u32, 0, 0, 2];
-    let width = heads * 2 * half;
-    let picked: Vec<f32> = index.iter().flat_map(|i| x[*i as usize * width..][..width].to_vec()).collect();
-    let mut out = vec![0.0; picked.len()];
+}
+
+#[test]
+fn gather_rows_twins() {
+    let (index, width) = ([4u32, 0, 0, 2], 67);
+    let x = Numbers(12).floats(5 * width);
+    let want: Vec<f32> = index.iter().flat_map(|i| x[*i as usize * width..][..width].to_vec()).collect();
+    let mut out = vec![0.0; want.len()];
     gather_rows::gather_rows(&index, &x, width, &mut out);
-    assert_eq!(out, picked);
-    for (gpu, _) in &gpus() {
-        let params = rope::Params { rows: rows as u32, heads: heads as u32, half: half as u32 };
-        let mut storage = [bytes(&cos_sin), bytes(&x)];
-        dispatch_once(gpu, &rope::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [5, 1, 1]).unwrap();
-        compare("rope gpu", &floats(&storage[1]), &want, &ones, Dtype::F32);
-        let params = gather_rows::Params { rows: 4, width: width as u32 };
-        let mut storage = [cast_slice(&index).to_vec(), bytes(&x), bytes(&vec![0.0; picked.len()])];
-        dispatch_once(gpu, &gather_rows::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [4, 1, 1]).unwrap();
-        assert_eq!(floats(&storage[2]), picked);
+    assert_eq!(out, want);
+    for device in gpus() {
+        // Behind three rows of another step.
+        let params = gather_rows::Params { rows: 4, width: width as u32, first: 3 };
+        let index: Vec<u32> = [1, 1, 1].into_iter().chain(index).collect();
+        let storage = [cast_slice(&index).to_vec(), bytes(&x), bytes(&vec![f32::NAN; want.len()])];
+        let out = device.run_checked(&gather_rows::KERNEL, Flags::default(), &params, &storage, [4, 1, 1]);
+        assert_eq!(floats(&out[2]), want);
     }
 }
 
@@ -549,27 +584,20 @@ fn attention_and_kv_write_twins() {
             attention::attention_alone(isa, inputs, &mut out);
             compare(&format!("attention {} E{head_dim}", isa.name()), &out, &want, &ones, Dtype::F32);
         }
-        for (gpu, _) in &gpus() {
-            let params = kv_write::Params { rows: t as u32, kv_heads: kv_heads as u32, head_dim: head_dim as u32 };
-            let meta: Vec<u8> = cast_slice(&rows).to_vec();
-            let mut storage = [meta.clone(), bytes(&k), bytes(&v), bytes(&empty), bytes(&empty)];
-            dispatch_once(gpu, &kv_write::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [t as u32, 1, 1])
-                .unwrap();
-            let [_, _, _, gpu_keys, gpu_values] = storage;
-            assert_eq!(bits(&floats(&gpu_keys)), bits(&keys));
-            assert_eq!(bits(&floats(&gpu_values)), bits(&values));
+        for device in gpus() {
             let call = Paged {
                 rows: rows.clone(),
                 tables: tables.clone(),
                 q: q.clone(),
-                keys: floats(&gpu_keys),
-                values: floats(&gpu_values),
+                keys: keys.clone(),
+                values: values.clone(),
                 heads,
                 kv_heads,
                 head_dim,
                 window,
             };
-            let (what, out) = (format!("attention gpu E{head_dim}"), call.on(gpu, &call.tiles(), 1, Halves::default()));
+            let (what, out) =
+                (format!("attention gpu E{head_dim}"), call.on(device, &call.tiles(), 1, Halves::default()));
             compare(&what, &out, &want, &ones, Dtype::F32);
         }
     }
@@ -675,7 +703,7 @@ impl Paged {
     }
 
     /// What the shader gives with so many segments side by side, joined where there are several.
-    fn on(&self, gpu: &Gpu, tiles: &[[u32; 2]], segments: usize, halves: Halves) -> Vec<f32> {
+    fn on(&self, device: &Device, tiles: &[[u32; 2]], segments: usize, halves: Halves) -> Vec<f32> {
         let stored = |v: &[f32], half| if half { Dtype::F16.from_f32(v) } else { bytes(v) };
         let read = |v: &[u8]| if halves.out { Dtype::F16.to_f32(v) } else { floats(v) };
         let (rows, heads, head_dim) = (self.rows.len() as u32, self.heads as u32, self.head_dim as u32);
@@ -695,12 +723,17 @@ impl Paged {
             scale: 1.0 / (self.head_dim as f32).sqrt(),
             window: self.window.unwrap_or(0) as u32,
             segments: segments as u32,
+            first_meta: 2,
+            first_tile: 1,
         };
+        // Behind two rows and a tile of another step.
+        let before = [RowMeta { token: 9, position: 9, slot: 9, table: 0 }; 2];
+        let tiles_before = [[0u32, 2]];
         let partials = attention::partials_len(self.rows.len(), self.heads, self.head_dim, segments).unwrap();
         let empty = stored(&vec![f32::NAN; self.q.len()], halves.out);
-        let mut storage = [
-            cast_slice(&self.rows).to_vec(),
-            cast_slice(tiles).to_vec(),
+        let storage = [
+            [cast_slice(&before), cast_slice::<_, u8>(&self.rows)].concat(),
+            [cast_slice(&tiles_before), cast_slice::<_, u8>(tiles)].concat(),
             cast_slice(&self.tables).to_vec(),
             bytes(&self.q),
             stored(&self.keys, halves.kv),
@@ -709,16 +742,18 @@ impl Paged {
             bytes(&vec![f32::NAN; if segments > 1 { partials } else { 4 }]),
         ];
         let groups = attention::workgroups(&params, tiles.len());
-        dispatch_once(gpu, &attention::KERNEL, flags, bytes_of(&params), &mut storage, groups).unwrap();
-        let [.., out, partials] = storage;
+        // What is checked takes its time: small calls only.
+        let small = self.rows.len() * self.heads < 300;
+        let run = if small { Device::run_checked } else { Device::run };
+        let mut storage = run(device, &attention::KERNEL, flags, &params, &storage, groups);
+        let (partials, out) = (storage.remove(7), storage.remove(6));
         if segments == 1 {
             return read(&out);
         }
         let params = attention_join::Params { rows, heads, head_dim, segments: segments as u32 };
-        let mut storage = [partials, empty];
         let groups = attention_join::workgroups(&params);
-        dispatch_once(gpu, &attention_join::KERNEL, flags, bytes_of(&params), &mut storage, groups).unwrap();
-        let [partials, out] = storage;
+        let run = if small { Device::run_checked } else { Device::run };
+        let out = run(device, &attention_join::KERNEL, flags, &params, &[partials.clone(), empty], groups).remove(1);
         let (out, mut twin) = (read(&out), vec![0.0; self.q.len()]);
         if !halves.out {
             attention_join::attention_join(&floats(&partials), segments, self.head_dim, &mut twin);
@@ -763,22 +798,22 @@ fn attention_on_the_gpu_is_the_formula_and_batch_invariant() {
         (20, 1, 256, Some(17), short),
         (3, 1, 512, None, short),
     ];
-    for (gpu, _) in &gpus() {
+    for device in gpus() {
         for (group, kv_heads, head_dim, window, sequences) in cases {
             let what = format!("attention gpu {group} heads E{head_dim} window {window:?}");
             let call = Paged::new([group, kv_heads, head_dim], window, sequences);
             let (tiles, want) = (call.tiles(), call.formula());
-            let out = call.on(gpu, &tiles, 1, Halves::default());
+            let out = call.on(device, &tiles, 1, Halves::default());
             compare(&what, &out, &want, &vec![1.0; want.len()], Dtype::F32);
 
             let alone: Vec<[u32; 2]> = (0..call.rows.len() as u32).map(|row| [row, 1]).collect();
-            assert_eq!(bits(&call.on(gpu, &alone, 1, Halves::default())), bits(&out), "{what}: a row a tile");
+            assert_eq!(bits(&call.on(device, &alone, 1, Halves::default())), bits(&out), "{what}: a row a tile");
             let segments = attention::segments(&call.rows, &tiles, window);
-            let side_by_side = call.on(gpu, &tiles, segments.max(2), Halves::default());
+            let side_by_side = call.on(device, &tiles, segments.max(2), Halves::default());
             assert_eq!(bits(&side_by_side), bits(&out), "{what}: {segments} segments side by side");
             let from = call.rows.len() / 2;
             let some = call.only(from..call.rows.len());
-            let out_some = some.on(gpu, &some.tiles(), 1, Halves::default());
+            let out_some = some.on(device, &some.tiles(), 1, Halves::default());
             assert_eq!(bits(&out_some), bits(&out[from * call.heads * head_dim..]), "{what}: half of the rows");
         }
     }
@@ -787,22 +822,22 @@ fn attention_on_the_gpu_is_the_formula_and_batch_invariant() {
 /// Keys and values, or the output, in 16 bits: the formula over the rounded numbers, and the rounded formula.
 #[test]
 fn attention_in_half_precision() {
-    for (gpu, _) in gpus().iter().filter(|(gpu, _)| gpu.info().has_f16) {
+    for device in gpus().iter().filter(|d| d.has_f16()) {
         for (group, head_dim, window) in [(4, 64, None), (3, 33, Some(17))] {
             let mut call = Paged::new([group, 2, head_dim], window, &[&[15, 16, 17], &[1024], &[63, 64, 65]]);
             for stored in [&mut call.keys, &mut call.values] {
                 stored.iter_mut().for_each(|v| *v = half::f16::from_f32(*v).to_f32());
             }
-            let exact = call.on(gpu, &call.tiles(), 1, Halves::default());
+            let exact = call.on(device, &call.tiles(), 1, Halves::default());
             let halves = Halves { kv: true, out: false };
             let what = format!("attention f16 E{head_dim}");
             let want = call.formula();
-            let out = call.on(gpu, &call.tiles(), 1, halves);
+            let out = call.on(device, &call.tiles(), 1, halves);
             compare(&what, &out, &want, &vec![1.0; want.len()], Dtype::F32);
-            assert_eq!(bits(&call.on(gpu, &call.tiles(), 2, halves)), bits(&out), "{what}: side by side");
+            assert_eq!(bits(&call.on(device, &call.tiles(), 2, halves)), bits(&out), "{what}: side by side");
             for segments in [1, 2] {
                 let halves = Halves { kv: segments == 2, out: true };
-                for (got, exact) in call.on(gpu, &call.tiles(), segments, halves).iter().zip(&exact) {
+                for (got, exact) in call.on(device, &call.tiles(), segments, halves).iter().zip(&exact) {
                     let most = exact.abs() / 1024.0 + 1e-7;
                     assert!((got - exact).abs() <= most, "{what}: {got} is {exact} rounded");
                 }
@@ -814,11 +849,11 @@ fn attention_in_half_precision() {
 /// What is not finite stays with the rows that see it, also among those of a tile.
 #[test]
 fn attention_keeps_nan_to_the_rows_that_see_it() {
-    for (gpu, _) in &gpus() {
+    for device in gpus() {
         for window in [None, Some(3)] {
             let call = Paged::new([3, 1, 20], window, &[&[9, 10, 11, 12, 13, 14], &[4]]);
             let (tiles, width) = (call.tiles(), call.heads * call.head_dim);
-            let out = call.on(gpu, &tiles, 1, Halves::default());
+            let out = call.on(device, &tiles, 1, Halves::default());
             assert!(out.iter().all(|v| v.is_finite()));
             // Position 11 is seen from row 2 on, within the window by rows 2 to 4.
             let seen = |row: usize| (2..6).contains(&row) && (window.is_none() || row < 5);
@@ -829,7 +864,7 @@ fn attention_keeps_nan_to_the_rows_that_see_it() {
                     [&mut call.keys, &mut call.values][what][place[what]] = number;
                 }
                 for segments in [1, 2] {
-                    let got = call.on(gpu, &tiles, segments, Halves::default());
+                    let got = call.on(device, &tiles, segments, Halves::default());
                     for (row, (got, clean)) in got.chunks_exact(width).zip(out.chunks_exact(width)).enumerate() {
                         let right =
                             if seen(row) { got.iter().all(|v| !v.is_finite()) } else { bits(got) == bits(clean) };
@@ -839,7 +874,7 @@ fn attention_keeps_nan_to_the_rows_that_see_it() {
             }
             let mut call = call.clone();
             call.q[width + 20] = f32::NAN;
-            let got = call.on(gpu, &tiles, 1, Halves::default());
+            let got = call.on(device, &tiles, 1, Halves::default());
             for (i, (got, clean)) in got.chunks_exact(20).zip(out.chunks_exact(20)).enumerate() {
                 let right = if i == 4 { got.iter().all(|v| v.is_nan()) } else { bits(got) == bits(clean) };
                 assert!(right, "a query that is NaN: query {i}: {got:?}");
@@ -892,23 +927,34 @@ fn log_sum_exp_twins() {
             broken[1] = f32::INFINITY;
             assert!(!log_sum_exp::log_sum_exp(isa, &broken).logprob(0.0).is_finite());
         }
-        for (gpu, _) in &gpus() {
-            let params = log_sum_exp::Params { rows: 4, vocab: vocab as u32 };
-            let targets = [1u32, 2, vocab as u32 / 2, u32::MAX];
-            let mut storage = [bytes(&rows.concat()), cast_slice(&targets).to_vec(), vec![0; 64]];
-            dispatch_once(gpu, &log_sum_exp::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [4, 1, 1])
-                .unwrap();
-            let got: Vec<log_sum_exp::RowStats> = pod_collect_to_vec(&storage[2]);
-            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+        for device in gpus() {
+            // Tiles of 64 tokens, as the pass over the vocabulary leaves them, with the targets' logits.
+            let targets = [1usize, 2, vocab / 2, usize::MAX];
+            let stats = |(row, target): (&Vec<f32>, &usize)| -> Vec<log_sum_exp::RowStats> {
+                let tile = |(i, tile): (usize, &[f32])| {
+                    let target_logit = target.checked_sub(64 * i).and_then(|t| tile.get(t)).copied().unwrap_or(0.0);
+                    let mut stats = log_sum_exp::log_sum_exp(isas()[0], tile);
+                    stats.max = stats.max.max(f32::MIN);
+                    log_sum_exp::RowStats { stats, target_logit }
+                };
+                row.chunks(64).enumerate().map(tile).collect()
+            };
+            let mut all: Vec<log_sum_exp::RowStats> = rows.iter().zip(&targets).flat_map(stats).collect();
+            let tiles = vocab.div_ceil(64);
+            // A fifth row with a NaN in its last tile.
+            all.extend_from_within(..tiles);
+            all.last_mut().unwrap().stats.sum = f32::NAN;
+            let params = log_sum_exp::Params { rows: 5, tiles: tiles as u32, first: 2 };
+            let storage = [cast_slice(&all).to_vec(), bytes(&[7.0; 4 * 7])];
+            let got = device.run_checked(&log_sum_exp::KERNEL, Flags::default(), &params, &storage, [5, 1, 1]);
+            let got: Vec<log_sum_exp::RowStats> = pod_collect_to_vec(&got[1]);
+            assert!(got[..2].iter().all(|s| s.stats.max == 7.0 && s.target_logit == 7.0));
+            assert!(got[6].stats.sum.is_nan() && got[6].stats.logprob(0.0).is_nan());
+            for (i, (got, want)) in got[2..].iter().zip(&want).enumerate() {
                 let s = got.stats;
-                compare(
-                    &format!("log_sum_exp gpu V{vocab}"),
-                    &[s.max, s.sum, s.weighted],
-                    want,
-                    &scale(want),
-                    Dtype::F32,
-                );
-                let logit = rows[i].get(targets[i] as usize).copied().unwrap_or(0.0);
+                let what = format!("log_sum_exp gpu V{vocab}");
+                compare(&what, &[s.max, s.sum, s.weighted], want, &scale(want), Dtype::F32);
+                let logit = rows[i].get(targets[i]).copied().unwrap_or(0.0);
                 assert_eq!(got.target_logit, logit);
             }
         }
@@ -934,11 +980,11 @@ fn top_k_twins() {
             let got: Vec<u32> = top_k::top_k(row, k).iter().map(|c| c.token).collect();
             assert_eq!(&got, want);
         }
-        for (gpu, _) in &gpus() {
+        for device in gpus() {
             let params = top_k::Params { rows: 4, vocab: vocab as u32, k: k as u32 };
-            let mut storage = [bytes(&rows.concat()), vec![0; 4 * k * 8]];
-            dispatch_once(gpu, &top_k::KERNEL, Flags::default(), bytes_of(&params), &mut storage, [4, 1, 1]).unwrap();
-            let got: Vec<top_k::Candidate> = pod_collect_to_vec(&storage[1]);
+            let storage = [bytes(&rows.concat()), vec![0; 4 * k * 8]];
+            let got = device.run_checked(&top_k::KERNEL, Flags::default(), &params, &storage, [4, 1, 1]);
+            let got: Vec<top_k::Candidate> = pod_collect_to_vec(&got[1]);
             let tokens: Vec<u32> = got.iter().map(|c| c.token).collect();
             assert_eq!(tokens, want.concat());
         }
@@ -966,12 +1012,12 @@ fn top_k_of_hard_rows() {
         let rows = [plain, equal, two, lanes, odd, few];
         for k in [1, 20, top_k::MAX_K] {
             let want: Vec<top_k::Candidate> = rows.iter().flat_map(|row| top_k::top_k(row, k)).collect();
-            for (gpu, _) in &gpus() {
+            for device in gpus() {
                 let params = top_k::Params { rows: rows.len() as u32, vocab: vocab as u32, k: k as u32 };
-                let mut storage = [bytes(&rows.concat()), vec![0; rows.len() * k * 8]];
+                let storage = [bytes(&rows.concat()), vec![0; rows.len() * k * 8]];
                 let groups = [rows.len() as u32, 1, 1];
-                dispatch_once(gpu, &top_k::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups).unwrap();
-                let got: Vec<top_k::Candidate> = pod_collect_to_vec(&storage[1]);
+                let got = device.run(&top_k::KERNEL, Flags::default(), &params, &storage, groups);
+                let got: Vec<top_k::Candidate> = pod_collect_to_vec(&got[1]);
                 for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                     assert_eq!(got.token, want.token, "V{vocab} K{k} row {} place {}", i / k, i % k);
                     assert!(want.token == top_k::NO_TOKEN || got.logit == want.logit);

@@ -8,18 +8,24 @@ use std::sync::OnceLock;
 
 use bytemuck::{bytes_of, cast_slice, pod_collect_to_vec};
 use common::{devices, isas};
-use rewardrt::backend::gpu::{Flags, Gpu, Selection, dispatch_once};
+use rewardrt::backend::gpu::{Flags, Gpu, GpuOptions, Selection, dispatch_once};
 use rewardrt::kernels::adjust_logits::{self, Edit};
 use rewardrt::kernels::{sample, top_k};
 use serde_json::Value;
 
 const NOTHING: f32 = f32::NEG_INFINITY;
 
+/// Every device, and once more with every index and loop of a shader checked.
 fn gpus() -> &'static [Gpu] {
     static GPUS: OnceLock<Vec<Gpu>> = OnceLock::new();
     GPUS.get_or_init(|| {
-        let names = devices().into_iter().filter(|d| d != "cpu");
-        names.map(|d| Gpu::select(&Selection::parse(&d).unwrap()).unwrap().unwrap()).collect()
+        let names: Vec<String> = devices().into_iter().filter(|d| d != "cpu").collect();
+        let open = |name: &String| {
+            let with = |shader_checks| GpuOptions { shader_checks, ..GpuOptions::default() };
+            let selection = Selection::parse(name).unwrap();
+            [false, true].map(|checks| Gpu::select(&selection, &with(checks)).unwrap().unwrap())
+        };
+        names.iter().flat_map(open).collect()
     })
 }
 
@@ -72,7 +78,10 @@ fn on_cpu(isa: rewardrt::kernels::Isa, logits: &[f32], case: &Case) -> Got {
 /// Several rows of the same logits in one dispatch of each shader.
 fn on_gpu(gpu: &Gpu, logits: &[f32], cases: &[Case]) -> Vec<Got> {
     let (vocab, rows) = (logits.len() as u32, cases.len() as u32);
-    let (mut requests, mut edits, mut masks) = (Vec::new(), Vec::<Edit>::new(), Vec::<u32>::new());
+    // Behind a row of another step.
+    let first = 1;
+    let mut requests = vec![sample::Request { active: 0, ..sample::Request::default() }];
+    let (mut edits, mut masks) = (Vec::<Edit>::new(), Vec::<u32>::new());
     for case in cases {
         let mut request = case.request;
         (request.first_edit, request.edit_count) = (edits.len() as u32, case.edits.len() as u32);
@@ -86,21 +95,22 @@ fn on_gpu(gpu: &Gpu, logits: &[f32], cases: &[Case]) -> Vec<Got> {
     let some = |bytes: &[u8]| if bytes.is_empty() { vec![0; 32] } else { bytes.to_vec() };
     let all: Vec<f32> = cases.iter().flat_map(|_| logits).copied().collect();
     let requests = cast_slice::<_, u8>(&requests).to_vec();
-    let params = adjust_logits::Params { rows, vocab };
+    let params = adjust_logits::Params { rows, vocab, first };
     let mut storage = [requests.clone(), some(cast_slice(&masks)), some(cast_slice(&edits)), cast_slice(&all).to_vec()];
     let groups = [rows, 1, 1];
     dispatch_once(gpu, &adjust_logits::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups).unwrap();
     let [_, _, edits_after, adjusted] = storage;
-    let params = sample::Params { rows, vocab };
-    let drawn = vec![0u8; cases.len() * size_of::<sample::Drawn>()];
+    let params = sample::Params { rows, vocab, first };
+    let drawn = vec![0u8; requests.len() / size_of::<sample::Request>() * size_of::<sample::Drawn>()];
     let ids = vec![0u8; cases.len() * sample::MAX_KEPT_IDS * 4];
     let mut storage = [adjusted.clone(), requests, edits_after.clone(), drawn, ids];
     dispatch_once(gpu, &sample::KERNEL, Flags::default(), bytes_of(&params), &mut storage, groups).unwrap();
-    let drawn: Vec<sample::Drawn> = pod_collect_to_vec(&storage[3]);
+    let mut drawn: Vec<sample::Drawn> = pod_collect_to_vec(&storage[3]);
+    assert_eq!(drawn.remove(0), bytemuck::Zeroable::zeroed());
     let ids: Vec<u32> = pod_collect_to_vec(&storage[4]);
     let adjusted: Vec<f32> = pod_collect_to_vec(&adjusted);
     let edits: Vec<Edit> = pod_collect_to_vec(&edits_after);
-    let mut first = 0;
+    let mut first_edit = 0;
     let got = |(i, case): (usize, &Case)| {
         let drawn = drawn[i];
         let kept_ids = match drawn.kept {
@@ -108,8 +118,8 @@ fn on_gpu(gpu: &Gpu, logits: &[f32], cases: &[Case]) -> Vec<Got> {
             _ if case.request.inverse_temperature < 0.0 => vec![drawn.token],
             kept => ids[i * sample::MAX_KEPT_IDS..][..kept as usize].to_vec(),
         };
-        let raw = edits[first..first + case.edits.len()].iter().map(|e| e.raw).collect();
-        first += case.edits.len();
+        let raw = edits[first_edit..first_edit + case.edits.len()].iter().map(|e| e.raw).collect();
+        first_edit += case.edits.len();
         let adjusted = adjusted[i * logits.len()..(i + 1) * logits.len()].to_vec();
         Got { drawn, kept_ids, adjusted, raw }
     };

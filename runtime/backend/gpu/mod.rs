@@ -18,6 +18,6 @@ pub use device::{Gpu, GpuOptions, MatrixUnits};
 pub(crate) use executor::scratch_bytes;
 pub use executor::{GpuExecutor, GpuWeights};
 pub use pipelines::{Flags, Format, TileShape, resolve};
-pub use probe::dispatch_once;
+pub use probe::{Probe, dispatch_once};
 pub use select::{DeviceInfo, DeviceType, Selection, list_devices};
 pub use self_test::{pack_tiles, tiled_product};

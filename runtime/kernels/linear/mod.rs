@@ -52,7 +52,7 @@ pub struct Params {
     pub out_stride: u32,
     /// 1 if there is a bias.
     pub has_bias: u32,
-    /// First row of the slice that is used.
+    /// First row of the slice that is used; with weights in tiles, a whole tile of columns of every shape (a multiple of 64).
     pub slice_row: u32,
     /// First row of `x` that is used.
     pub x_first: u32,
