@@ -6,7 +6,7 @@
 mod common;
 
 use ErrorKind::Limit;
-use common::{devices, golden, load, open, small};
+use common::{golden, load, open, small};
 use rewardrt::weights::WeightFormat;
 use rewardrt::{
     ChatTemplate, Error, ErrorKind, LogprobRequest, Message, ModelOptions, Rule, SampleRequest, ScoreRequest, Tokenizer,
@@ -267,21 +267,14 @@ fn quantised_weights_are_counted() {
 }
 
 #[test]
-fn four_bits_are_for_the_cpu() {
-    for device in devices().iter().filter(|d| *d != "cpu") {
-        let options = ModelOptions { weights: WeightFormat::Int4, ..small() };
-        let e = open(device, 1).load_model(&golden("llama-tied"), &options).map(|_| ()).unwrap_err();
-        assert!(e.kind() == ErrorKind::Unsupported && e.to_string().contains("int4"), "{e}");
-    }
-}
-
-#[test]
 fn options_out_of_range() {
     let runtime = open("cpu", 1);
     let load = |options: ModelOptions| runtime.load_model(&golden("llama-tied"), &options).map(|_| ()).unwrap_err();
     assert_eq!(load(ModelOptions { max_batch_tokens: Some(0), ..small() }).kind(), ErrorKind::Argument);
     assert_eq!(load(ModelOptions { memory: Some(10_000), ..small() }).kind(), Limit);
     assert_eq!(load(ModelOptions { kv_tokens: Some(3), ..small() }).kind(), Limit);
+    assert_eq!(load(ModelOptions { steps_at_once: Some(0), ..small() }).kind(), ErrorKind::Argument);
+    assert_eq!(load(ModelOptions { steps_at_once: Some(65), ..small() }).kind(), ErrorKind::Argument);
     assert_eq!(load(ModelOptions { kv_tokens: Some(usize::MAX), ..small() }).kind(), Limit);
     assert_eq!(load(ModelOptions { max_context: Some(1), ..small() }).kind(), ErrorKind::Argument);
     let open = |device: &str| {

@@ -1,7 +1,7 @@
 //! A model on the GPU: buffers, pipelines and bind groups made once; a step uploads its row tables and encodes.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::device::Gpu;
 use super::head::{self, Head};
@@ -94,15 +94,13 @@ impl GpuExecutor {
         if capacity.max_rows > 65_535 {
             return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
         }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let pool = Pool::new(cores);
         let tile = match gpu.matrix_tile() {
             Some(tile) if how.precision == Precision::Auto && how.format == WeightFormat::Stored => {
                 can_tile(&spec, plan, weights, tile)?.then_some(tile)
             }
             _ => None,
         };
-        let build = |tile| Self::build(gpu.clone(), spec.clone(), plan, weights, how.format, &pool, tile, capacity);
+        let build = |tile| Self::build(gpu.clone(), spec.clone(), plan, weights, how.format, tile, capacity);
         match build(tile) {
             // Something is too large for f16: nothing is rounded then.
             Err(error) if tile.is_some() && error.kind() == crate::error::ErrorKind::Unsupported => {
@@ -119,10 +117,10 @@ impl GpuExecutor {
         plan: &Plan,
         weights: &Weights,
         format: WeightFormat,
-        pool: &Pool,
         tile: Option<u32>,
         capacity: Capacity,
     ) -> Result<Self> {
+        let pool = &Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
         let half = tile.is_some();
         let element = if half { 2 } else { 4 };
         let storage = wgpu::BufferUsages::STORAGE;
@@ -295,6 +293,7 @@ impl Executor for GpuExecutor {
         gpu.checked("a step", || self.upload(steps, &orders, &work))?;
         let (mut first_row, mut first_output, mut first_drawn, mut first_tile) = (0, 0, 0, 0);
         let mut last = None;
+        let mut waited = Duration::ZERO;
         for (s, step) in steps.iter().enumerate() {
             let seen = |r: &RowMeta| (u64::from(r.position) + 1).min(window);
             // Rows and outputs are at most max_rows, which fits.
@@ -317,7 +316,9 @@ impl Executor for GpuExecutor {
                     recorder.dispatch(&call.bound, &(call.rule)(&dims));
                     if recorder.multiply_adds() >= limit {
                         let submission = recorder.submit(&gpu)?;
+                        let wait = Instant::now();
                         gpu.wait(submission)?;
+                        waited += wait.elapsed();
                     }
                 }
                 self.head.record(&gpu, &mut recorder, &mut pending, s)?;
@@ -332,7 +333,7 @@ impl Executor for GpuExecutor {
             first_output += dims.outputs;
         }
         if let Some(clock) = self.clock.as_mut().filter(|_| self.is_timed) {
-            clock.add_encoding(begin.elapsed());
+            clock.add_encoding(begin.elapsed().saturating_sub(waited));
         }
         let last = last.ok_or_else(|| Error::internal("no step"))?;
         self.head.results(&gpu, pending, last, steps, &orders)

@@ -1,6 +1,6 @@
 //! Dispatches on their way to the device, and what they cost where somebody asks.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::device::{Gpu, MOST_PARAMS};
 use super::pipelines::{Flags, Pipelines, TileShape};
@@ -99,6 +99,8 @@ pub(super) struct Clock {
     /// Name, bytes and multiply-adds of the dispatches in the encoder at hand.
     open: Vec<(&'static str, u64, u64)>,
     times: Profile,
+    /// That the host waited for timestamps since it was last asked.
+    waited: Duration,
 }
 
 impl Clock {
@@ -117,7 +119,7 @@ impl Clock {
                 count: TIMESTAMPS,
             })
         })?;
-        Ok(Clock { queries, resolved, readback, open: Vec::new(), times: Profile::default() })
+        Ok(Clock { queries, resolved, readback, open: Vec::new(), times: Profile::default(), waited: Duration::ZERO })
     }
 
     /// What was measured since the last time.
@@ -125,12 +127,14 @@ impl Clock {
         self.times.take()
     }
 
-    /// Time that the host spent on encoding.
+    /// Time that the host spent on a step without waiting for the device; `time` still has what this waited.
     pub(super) fn add_encoding(&mut self, time: Duration) {
+        let time = time.saturating_sub(std::mem::take(&mut self.waited));
         self.times.add("encode (host)", time, Cost::default());
     }
 
     fn read(&mut self, gpu: &Gpu, submission: wgpu::SubmissionIndex) -> Result<()> {
+        let begin = Instant::now();
         let open = std::mem::take(&mut self.open);
         let bytes = gpu.read(&self.readback, open.len() as u64 * 16, submission)?;
         let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
@@ -139,6 +143,7 @@ impl Clock {
             let time = Duration::from_secs_f64(pair[1].saturating_sub(pair[0]) as f64 * period);
             self.times.add(name, time, Cost { bytes, flops: 2 * multiply_adds });
         }
+        self.waited += begin.elapsed();
         Ok(())
     }
 }
