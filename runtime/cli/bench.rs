@@ -329,7 +329,9 @@ fn print_job(job: Job, run: Run, profile: Option<Profile>, limits: Option<Limits
             percent(flops, limits.map(|l| l.flops))
         ))?;
     }
-    let rest = seconds - kernels.iter().map(|k| k.seconds).sum::<f64>();
+    // The host encodes while the device computes.
+    let on_device = kernels.iter().filter(|k| !k.name.ends_with("(host)"));
+    let rest = seconds - on_device.map(|k| k.seconds).sum::<f64>();
     let (name, share) = ("between them", percent(rest, Some(seconds)));
     print_line(&format!("  {name:<14} {:>8} {:>11.2} {share:>7}", "", 1e3 * rest))
 }
