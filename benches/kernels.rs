@@ -138,11 +138,14 @@ struct Product {
     kernel: &'static Kernel,
     n: usize,
     k: usize,
-    /// Parameters and the buffers behind the bias, for so many rows and so many tiles of columns.
-    call: fn(linear::Params, usize) -> (Vec<u8>, Vec<Vec<u8>>),
+    /// The same call of this kernel, which has so many tiles of columns.
+    call: fn(linear::Params, usize) -> Call,
 }
 
-fn call<P: Pod>(params: P, buffers: &[Vec<u8>]) -> (Vec<u8>, Vec<Vec<u8>>) {
+/// Parameters, and the buffers behind the bias.
+type Call = (Vec<u8>, Vec<Vec<u8>>);
+
+fn call<P: Pod>(params: P, buffers: &[Vec<u8>]) -> Call {
     (bytes_of(&params).to_vec(), buffers.to_vec())
 }
 

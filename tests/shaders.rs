@@ -73,7 +73,11 @@ fn variants(kernel: &Kernel) -> Vec<Flags> {
                                 for subgroup in either("SUBGROUP") {
                                     let f16 = f16 || half_out || half_kv;
                                     let few = Flags { subgroup, f16, vec4, format, shape, head, ..Flags::default() };
-                                    all.push(Flags { emulated, half_out, half_kv, head_dim, ..few });
+                                    let flags = Flags { emulated, half_out, half_kv, head_dim, ..few };
+                                    all.push(flags);
+                                    if tiled && shape == TileShape::Wide {
+                                        all.push(Flags { one_chunk: true, ..flags });
+                                    }
                                 }
                             }
                         }

@@ -8,7 +8,8 @@
 // end of a tile, so their buffer has whole tiles of them, and whoever is past the end is not used. The same holds for rows
 // of weights, 64 at a time: slices have whole 64 rows, and slice_row is a multiple of 64.
 //
-// ONE_CHUNK gives that up for many rows: to measure what it costs. EMULATED computes what the matrix units would, with the same indices: for adapters without them, in tests.
+// ONE_CHUNK gives that up for many rows: to measure what it costs. EMULATED computes what the matrix units would, with the
+// same indices: for adapters without them, in tests.
 
 #if TILE8
 const TILE = 8u;

@@ -15,7 +15,7 @@ fn formats(device: &Device, k: usize) -> Vec<Flags> {
     all.extend([of(Format::Int8, false), of(Format::Int4, false)]);
     if device.has_f16() {
         all.push(of(Format::Rows(Dtype::F16), true));
-        let tiles = [8, 16].into_iter().filter(|tile| k % tile == 0);
+        let tiles = [8, 16].into_iter().filter(|tile| k.is_multiple_of(*tile));
         all.extend(tiles.map(|tile| Flags { emulated: true, ..of(Format::Tiles(tile as u32), true) }));
     }
     all
@@ -31,7 +31,7 @@ fn same_bits(device: &Device, flags: Flags, k: usize, case: usize) -> Vec<Flags>
     let mut all: Vec<Flags> = shapes.into_iter().map(|shape| Flags { shape, ..flags }).collect();
     if !tiled {
         // One of what the adapter may have: the cases take turns.
-        let (subgroup, vec4, wide) = (device.gpu.info().has_subgroups, k % 4 == 0, TileShape::Wide);
+        let (subgroup, vec4, wide) = (device.gpu.info().has_subgroups, k.is_multiple_of(4), TileShape::Wide);
         all.push(match case % 3 {
             0 => Flags { subgroup, vec4, ..flags },
             1 => Flags { subgroup, shape: wide, ..flags },

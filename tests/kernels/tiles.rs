@@ -5,28 +5,25 @@ use rewardrt::backend::gpu::{MatrixUnits, TileShape, tiled_product};
 
 use super::*;
 
-const CHUNKS: usize = 8;
-
 /// A variant of the shader and its constants.
 #[derive(Clone, Copy, Debug)]
 struct Tiling {
     tile: usize,
     shape: TileShape,
     head: bool,
+    chunks: usize,
 }
 
 impl Tiling {
     fn all() -> Vec<Tiling> {
-        let of = |tile| {
-            let plain = [TileShape::Narrow, TileShape::Medium, TileShape::Wide];
-            let plain = plain.map(|shape| Tiling { tile, shape, head: false });
-            plain.into_iter().chain([TileShape::Narrow, TileShape::Wide].map(|shape| Tiling {
-                tile,
-                shape,
-                head: true,
-            }))
-        };
-        [8, 16].into_iter().flat_map(of).collect()
+        let mut all = Vec::new();
+        for tile in [8, 16] {
+            let shapes = [TileShape::Narrow, TileShape::Medium, TileShape::Wide];
+            all.extend(shapes.map(|shape| Tiling { tile, shape, head: false, chunks: 8 }));
+            all.extend([shapes[0], shapes[2]].map(|shape| Tiling { tile, shape, head: true, chunks: 8 }));
+            all.push(Tiling { tile, shape: TileShape::Wide, head: false, chunks: 1 });
+        }
+        all
     }
 
     fn rows_and_cols(self) -> [usize; 2] {
@@ -61,15 +58,15 @@ impl Packed {
 
     /// `products` of the shader, by so many subgroups: the tile of a workgroup.
     fn products(&self, tiling: Tiling, units: usize, first_row: usize, first_column: usize) -> Vec<f32> {
-        let Tiling { tile, shape, head } = tiling;
+        let Tiling { tile, shape, head, chunks } = tiling;
         let [rows, cols] = tiling.rows_and_cols();
         let area = tile * tile;
         let k_tiles = self.k / tile;
-        let chunk_start = |i: usize| i * k_tiles / CHUNKS;
+        let chunk_start = |i: usize| i * k_tiles / chunks;
         let x_start = (self.x_first + first_row) * self.k;
         let w_start = (self.slice_row + first_column) / tile * k_tiles * area;
         let wide = shape == TileShape::Wide;
-        let mut sums = vec![None; if wide { 1 } else { CHUNKS } * rows * cols];
+        let mut sums = vec![None; if wide { 1 } else { chunks } * rows * cols];
         let mut store = |c: &Sums, at: usize| {
             for (element, value) in c.iter().enumerate() {
                 let written = sums[at + element / tile * cols + element % tile].replace(*value);
@@ -84,7 +81,7 @@ impl Packed {
                     let w_part = w_start + column / tile * k_tiles * area;
                     for (i, j) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                         let mut total = vec![0.0; area];
-                        for chunk in 0..CHUNKS {
+                        for chunk in 0..chunks {
                             let mut c = vec![0.0; area];
                             for k in chunk_start(chunk)..chunk_start(chunk + 1) {
                                 let (x_at, w_at) = (x_part + k * tile, w_part + k * area);
@@ -106,7 +103,7 @@ impl Packed {
                     (TileShape::Medium, false) => (4, tile * self.k, 0, tile * cols),
                     _ => (1, 0, 0, 0),
                 };
-                for chunk in (unit..CHUNKS).step_by(units) {
+                for chunk in (unit..chunks).step_by(units) {
                     for i in 0..count {
                         let mut c = vec![0.0; area];
                         for k in chunk_start(chunk)..chunk_start(chunk + 1) {
@@ -148,13 +145,13 @@ fn halves(numbers: &mut Numbers, n: usize) -> Vec<f32> {
 }
 
 /// The product, added up as shaders/include/tiles.wgsl says: chunks at fixed places, then the chunks' sums in order.
-fn plain_product(x: &[f32], w: &[f32], k: usize, tile: usize) -> Vec<f32> {
+fn plain_product(x: &[f32], w: &[f32], k: usize, tile: usize, chunks: usize) -> Vec<f32> {
     let mut out = Vec::new();
     for x in x.chunks_exact(k) {
         for w in w.chunks_exact(k) {
-            let chunk = |i: usize| i * (k / tile) / CHUNKS * tile;
+            let chunk = |i: usize| i * (k / tile) / chunks * tile;
             let sum = |i: usize| (chunk(i)..chunk(i + 1)).fold(0.0, |sum, j| sum + x[j] * w[j]);
-            out.push((0..CHUNKS).map(sum).reduce(|a, b| a + b).unwrap());
+            out.push((0..chunks).map(sum).reduce(|a, b| a + b).unwrap());
         }
     }
     out
@@ -173,7 +170,7 @@ fn the_tiling_covers_everything_once_and_reads_inside_its_buffers() {
             let (x_first, slice_row) = (3, 64);
             let x = halves(&mut numbers, rows * k);
             let w = halves(&mut numbers, count * k);
-            let want = plain_product(&x, &w, k, tile);
+            let want = plain_product(&x, &w, k, tile, tiling.chunks);
             // As large as the executor makes them: whole tiles of rows behind the last one that may be first, and slices of
             // whole 64 rows. NaN where nobody may look.
             let mut padded = vec![f32::NAN; x_first * k];
@@ -217,7 +214,7 @@ fn products_on_matrix_units() {
                 let (x, w) = (halves(&mut numbers, rows * k), halves(&mut numbers, cols * k));
                 let exact: Vec<f64> = x.iter().map(|v| f64::from(*v)).collect();
                 let (want, scale) = product(&exact, &w, k, None);
-                let model = bits(&plain_product(&x, &w, k, tile as usize));
+                let model = bits(&plain_product(&x, &w, k, tile as usize, 8));
                 let mut narrow = None;
                 for shape in [TileShape::Narrow, TileShape::Medium, TileShape::Wide] {
                     let what = format!("{device} {matrix_units:?} {shape:?} tiles of {tile}, T{rows} N{cols} K{k}");

@@ -94,15 +94,13 @@ impl GpuExecutor {
         if capacity.max_rows > 65_535 {
             return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
         }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let pool = Pool::new(cores);
         let tile = match gpu.matrix_tile() {
             Some(tile) if how.precision == Precision::Auto && how.format == WeightFormat::Stored => {
                 can_tile(&spec, plan, weights, tile)?.then_some(tile)
             }
             _ => None,
         };
-        let build = |tile| Self::build(gpu.clone(), spec.clone(), plan, weights, how.format, &pool, tile, capacity);
+        let build = |tile| Self::build(gpu.clone(), spec.clone(), plan, weights, how.format, tile, capacity);
         match build(tile) {
             // Something is too large for f16: nothing is rounded then.
             Err(error) if tile.is_some() && error.kind() == crate::error::ErrorKind::Unsupported => {
@@ -119,10 +117,10 @@ impl GpuExecutor {
         plan: &Plan,
         weights: &Weights,
         format: WeightFormat,
-        pool: &Pool,
         tile: Option<u32>,
         capacity: Capacity,
     ) -> Result<Self> {
+        let pool = &Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
         let half = tile.is_some();
         let element = if half { 2 } else { 4 };
         let storage = wgpu::BufferUsages::STORAGE;

@@ -517,7 +517,7 @@ impl<'a> Blocks<'a> {
             let mut columns = Vec::new();
             if class == Class::Columns {
                 // Tiles of single tokens as long as they are fewer than the vocabulary has.
-                let most = self.head.width.next_multiple_of(TOKEN_TILE as usize) / TOKEN_TILE as usize;
+                let most = self.head.width.div_ceil(TOKEN_TILE as usize);
                 let of = |want: &&Want| match want {
                     Want::Tokens(tokens) => tokens.iter().map(|t| t / TOKEN_TILE * TOKEN_TILE).collect(),
                     _ => Vec::new(),

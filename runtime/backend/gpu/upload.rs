@@ -17,6 +17,9 @@ const RING: usize = 3;
 /// Bytes that a thread fills at a time.
 const TASK: usize = 1 << 20;
 
+/// Writes a unit, with room for what it needs meanwhile.
+type Fill<'a> = dyn Fn(usize, WriteOnly<[u8]>, &mut Vec<u8>) + Sync + 'a;
+
 /// A part of a mapped buffer that one thread writes.
 struct Piece<'a>(WriteOnly<'a, [u8]>);
 
@@ -46,15 +49,9 @@ impl<'a> Uploader<'a> {
 
     /// Writes `units` units of `bytes` bytes each to the start of `buffer`. `fill(i, out, scratch)` writes unit i, all of
     /// it, on any thread.
-    pub(super) fn write(
-        &mut self,
-        buffer: &wgpu::Buffer,
-        units: usize,
-        bytes: usize,
-        fill: &(dyn Fn(usize, WriteOnly<[u8]>, &mut Vec<u8>) + Sync),
-    ) -> Result<()> {
+    pub(super) fn write(&mut self, buffer: &wgpu::Buffer, units: usize, bytes: usize, fill: &Fill) -> Result<()> {
         // Copies take multiples of four bytes.
-        if bytes % 4 != 0 {
+        if !bytes.is_multiple_of(4) {
             return Err(Error::internal(format!("units of {bytes} bytes are uploaded")));
         }
         if bytes > self.size {
@@ -70,14 +67,7 @@ impl<'a> Uploader<'a> {
         Ok(())
     }
 
-    fn chunk(
-        &mut self,
-        buffer: &wgpu::Buffer,
-        offset: u64,
-        units: usize,
-        bytes: usize,
-        fill: &(dyn Fn(usize, WriteOnly<[u8]>, &mut Vec<u8>) + Sync),
-    ) -> Result<()> {
+    fn chunk(&mut self, buffer: &wgpu::Buffer, offset: u64, units: usize, bytes: usize, fill: &Fill) -> Result<()> {
         let gpu = self.gpu;
         let slot = self.slot()?;
         let staging = slot.buffer.clone();
