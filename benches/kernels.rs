@@ -133,19 +133,19 @@ fn pool(c: &mut Criterion) {
     }
 }
 
-/// The bytes of the parameters, and of the buffers.
-type Call = fn(linear::Params, usize) -> (Vec<u8>, Vec<Vec<u8>>);
-
 /// A product of the GPU: its kernel, N, K, and what makes the rest of its call.
 struct Product {
     kernel: &'static Kernel,
     n: usize,
     k: usize,
-    /// Parameters and the buffers behind the bias, for so many rows and so many tiles of columns.
-    call: Call,
+    /// The same call of this kernel, which has so many tiles of columns.
+    call: fn(linear::Params, usize) -> Call,
 }
 
-fn call<P: Pod>(params: P, buffers: &[Vec<u8>]) -> (Vec<u8>, Vec<Vec<u8>>) {
+/// Parameters, and the buffers behind the bias.
+type Call = (Vec<u8>, Vec<Vec<u8>>);
+
+fn call<P: Pod>(params: P, buffers: &[Vec<u8>]) -> Call {
     (bytes_of(&params).to_vec(), buffers.to_vec())
 }
 
