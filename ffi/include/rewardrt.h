@@ -158,7 +158,7 @@ typedef struct rrt_model_opts {
     uint64_t memory;             /* bytes the model may allocate; 0: no bound */
     uint64_t max_context;        /* longest sequence; 0: what config.json says */
     uint64_t weights_version;    /* what results carry */
-    int32_t weights;             /* RRT_WEIGHTS_…: INT8 and INT4 quantise the weights of products on load; INT4 on the CPU */
+    int32_t weights;             /* RRT_WEIGHTS_…: INT8 and INT4 quantise the weights of products on load */
     uint32_t reserved;           /* 0 */
 } rrt_model_opts;
 #define RRT_MODEL_OPTS_INIT { sizeof(rrt_model_opts), 0, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0 }

@@ -47,8 +47,7 @@ pub enum WeightFormat {
     /// Half the bytes of bf16 to read a token, for decoding that is bound by memory; to hold they come on top of the
     /// checkpoint's own, mapped or read. Embeddings, norms, biases and score heads stay as stored.
     Int8,
-    /// The same with 4 bits, one scale for [`crate::kernels::linear::INT4_BLOCK`] elements: 5 bits a weight. Not on a GPU
-    /// yet.
+    /// The same with 4 bits, one scale for [`crate::kernels::linear::INT4_BLOCK`] elements: 5 bits a weight.
     Int4,
 }
 
