@@ -7,12 +7,7 @@
 // A workgroup owns the logits of some rows and of one tile of COLS tokens (the parts of log_sum_exp). −Inf adds nothing;
 // NaN makes both sums NaN. The order of additions is that of include/products.wgsl or include/tiles.wgsl.
 
-#if F16
-enable f16;
-#endif
-#if MATRIX
-enable wgpu_cooperative_matrix;
-#endif
+#include enable
 
 struct Params {
     rows: u32,
@@ -39,6 +34,7 @@ var<immediate> p: Params;
 #if TILES
 #include tiles
 #else
+#include half_value
 #include products
 #endif
 

@@ -6,12 +6,7 @@
 // up. The weight may be bound in slices of rows (a binding is limited). `scale` is a power of two: what the inputs were
 // divided by to fit f16.
 
-#if F16
-enable f16;
-#endif
-#if MATRIX
-enable wgpu_cooperative_matrix;
-#endif
+#include enable
 
 struct Params {
     rows: u32,
@@ -34,6 +29,7 @@ var<immediate> p: Params;
 #if TILES
 #include tiles
 #else
+#include half_value
 #include products
 #endif
 

@@ -6,12 +6,7 @@
 // the order of additions is that of include/products.wgsl or include/tiles.wgsl. `scale` is a power of two that keeps
 // the result in the range of f16 where that is how it is stored.
 
-#if F16
-enable f16;
-#endif
-#if MATRIX
-enable wgpu_cooperative_matrix;
-#endif
+#include enable
 
 struct Params {
     rows: u32,
@@ -37,6 +32,7 @@ var<immediate> p: Params;
 #if TILES
 #include tiles
 #else
+#include half_value
 #include products
 #endif
 

@@ -9,12 +9,7 @@
 // of additions is that of include/products.wgsl or include/tiles.wgsl. No two rows of a step share a slot. The angles come
 // from the host, the same for both backends.
 
-#if F16
-enable f16;
-#endif
-#if MATRIX
-enable wgpu_cooperative_matrix;
-#endif
+#include enable
 
 struct Params {
     rows: u32,
@@ -49,6 +44,7 @@ var<immediate> p: Params;
 #if TILES
 #include tiles
 #else
+#include half_value
 #include products
 #endif
 

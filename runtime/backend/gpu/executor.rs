@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::blocks;
 use super::device::Gpu;
 use super::head::{self, Head};
 use super::layers::{Buffers, Builder, Call, Dims, can_tile};
@@ -13,7 +14,6 @@ use crate::backend::cpu::Pool;
 use crate::backend::{BlockCopy, Capacity, Executor, KernelTime, Limits, Memory, Output, Step};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
-use crate::kernels::embed::FROM_DRAW;
 use crate::kernels::linear::Precision;
 use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, attention, sample};
 use crate::model::{Buf, MatrixId, ModelSpec, Plan};
@@ -234,19 +234,11 @@ impl GpuExecutor {
         let mut rows: Vec<RowMeta> = Vec::new();
         let mut cos_sin: Vec<f32> = Vec::new();
         let mut picked: Vec<u32> = Vec::new();
-        for (s, step) in steps.iter().enumerate() {
-            let start = rows.len();
+        for (step, order) in steps.iter().zip(orders) {
+            // Tokens that are drawn name an output by its place in the list. Draws alone are computed in that order.
             rows.extend_from_slice(step.rows);
-            if let Some(previous) = s.checked_sub(1) {
-                // Outputs are computed in another order than they are listed.
-                for row in rows[start..].iter_mut().filter(|r| r.token >= FROM_DRAW) {
-                    let output = (row.token - FROM_DRAW) as usize;
-                    let place = orders[previous].iter().position(|&i| i == output).unwrap_or(output);
-                    row.token = FROM_DRAW | place as u32;
-                }
-            }
             cos_sin.extend_from_slice(step.cos_sin);
-            picked.extend(orders[s].iter().map(|&i| step.outputs[i].row));
+            picked.extend(order.iter().map(|&i| step.outputs[i].row));
         }
         let write = |buffer: &wgpu::Buffer, bytes: &[u8]| {
             if !bytes.is_empty() {
@@ -284,7 +276,7 @@ impl Executor for GpuExecutor {
     fn steps(&mut self, steps: &[Step]) -> Result<Vec<Vec<Output>>> {
         self.check(steps)?;
         let begin = Instant::now();
-        let orders: Vec<Vec<usize>> = steps.iter().map(|s| head::order(s.outputs)).collect();
+        let orders: Vec<Vec<usize>> = steps.iter().map(|s| blocks::order(s.outputs)).collect();
         let window = self.spec.sliding_window.map_or(u64::MAX, |w| w as u64);
         let limit = if self.gpu.is_software() { SOFTWARE_SUBMISSION } else { SUBMISSION };
         let gpu = self.gpu.clone();

@@ -1,38 +1,31 @@
 //! What follows the final norm on the GPU. Log-probs alone leave no logits behind; draws and alternatives work on a block of
 //! rows at a time, whatever T is. Everything stays on the device until the last step's results are read.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use bytemuck::pod_collect_to_vec;
 
+use super::blocks::{Block, Blocks, Class, TOKEN_TILE, most_edits};
 use super::device::Gpu;
 use super::layers::{Buffers, Builder, product, shapes, slice_bytes};
 use super::matrix::{Matrix, Order};
 use super::pipelines::Flags;
 use super::record::{Bound, Dispatch, Params, Recorder, fold};
-use crate::backend::{Output, OutputRow, Step, TokenStats, Want, top_logprobs};
+use crate::backend::{Output, Step, TokenStats, Want, top_logprobs};
 use crate::error::{Error, Result};
 use crate::kernels::adjust_logits::Edit;
 use crate::kernels::linear::Weight;
 use crate::kernels::log_sum_exp::RowStats;
-use crate::kernels::top_k::{Candidate, MAX_K, NO_TOKEN};
+use crate::kernels::top_k::{Candidate, MAX_K};
 use crate::kernels::{adjust_logits, head, linear, log_sum_exp, sample, top_k};
 use crate::model::{self, ModelSpec, Projection};
 
 /// Logits that exist at a time, in bytes.
 const LOGIT_BYTES: usize = 160 << 20;
-/// Columns of the product from which a single token's logit is taken: whole tiles of every shape.
-const TOKEN_TILE: u32 = 64;
 
 /// Rows whose logits exist at a time.
 fn block_rows(vocab: usize, max_rows: usize) -> usize {
     (LOGIT_BYTES / (4 * vocab)).clamp(1, 256).min(max_rows)
-}
-
-/// Edits of logits in an upload at most; a row has at most V.
-fn most_edits(vocab: usize) -> usize {
-    vocab.max(1 << 16)
 }
 
 /// Logits and their copy for the host, statistics, edits, masks and kept ids.
@@ -79,62 +72,6 @@ pub(super) struct Head {
     width: usize,
     /// Tiles of the vocabulary.
     tiles: u32,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Class {
-    /// Needs the logits themselves.
-    Logits,
-    /// Needs what the pass over the vocabulary leaves of them.
-    Stats,
-    /// Single tokens, or a score head.
-    Columns,
-}
-
-fn class(want: &Want) -> Class {
-    match want {
-        Want::Sample(_) => Class::Logits,
-        Want::Logprob { top, .. } if *top > 0 => Class::Logits,
-        Want::Logprob { .. } => Class::Stats,
-        Want::Tokens(_) | Want::Score => Class::Columns,
-    }
-}
-
-/// Indices of the outputs, in the order in which they are computed.
-pub(super) fn order(outputs: &[OutputRow]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..outputs.len()).collect();
-    order.sort_by_key(|&i| class(&outputs[i].want));
-    order
-}
-
-/// Some outputs of a step that are computed together.
-struct Block {
-    step: usize,
-    /// Places in the step's order.
-    start: usize,
-    end: usize,
-    /// The place of `start` in the tables of all steps.
-    first: u32,
-    class: Class,
-    /// Alternatives to find.
-    k: usize,
-    samples: bool,
-    changes: bool,
-    reports: bool,
-    /// First columns of the tiles that single tokens are in; empty: all columns.
-    columns: Vec<u32>,
-    /// Edits and masks to upload before it.
-    upload: Option<(Vec<Edit>, Vec<u32>)>,
-    /// Where its parts of the read-back begin.
-    best_at: u64,
-    kept_at: u64,
-    logits_at: u64,
-}
-
-impl Block {
-    fn len(&self) -> usize {
-        self.end - self.start
-    }
 }
 
 /// Steps on their way.
@@ -254,7 +191,7 @@ impl Head {
         steps: &[Step],
         orders: &[Vec<usize>],
     ) -> Result<Pending> {
-        let mut builder = Blocks { head: self, vocab: spec.vocab_size, ..Blocks::new(self) };
+        let mut builder = Blocks::new([self.block, self.width, spec.vocab_size]);
         for (s, (step, order)) in steps.iter().zip(orders).enumerate() {
             let wants: Vec<&Want> = order.iter().map(|&i| &step.outputs[i].want).collect();
             builder.add_step(s, &wants);
@@ -480,136 +417,5 @@ impl Head {
             }
         }
         Ok(results.into_iter().map(|step| step.into_iter().flatten().collect()).collect())
-    }
-}
-
-/// Blocks in the making.
-struct Blocks<'a> {
-    head: &'a Head,
-    vocab: usize,
-    blocks: Vec<Block>,
-    targets: Vec<u32>,
-    requests: Vec<sample::Request>,
-    /// The block that uploads what later ones add to it, and the rows of its masks.
-    uploading: Option<usize>,
-    mask_rows: HashMap<*const u32, u32>,
-}
-
-impl<'a> Blocks<'a> {
-    fn new(head: &'a Head) -> Self {
-        Blocks {
-            head,
-            vocab: 0,
-            blocks: Vec::new(),
-            targets: Vec::new(),
-            requests: Vec::new(),
-            uploading: None,
-            mask_rows: HashMap::new(),
-        }
-    }
-
-    fn add_step(&mut self, step: usize, wants: &[&Want]) {
-        let mut start = 0;
-        while start < wants.len() {
-            let class = class(wants[start]);
-            let mut end = start + wants[start..].iter().take_while(|w| self::class(w) == class).count();
-            end = end.min(start + self.head.block);
-            let mut columns = Vec::new();
-            if class == Class::Columns {
-                // Tiles of single tokens as long as they are fewer than the vocabulary has.
-                let most = self.head.width.div_ceil(TOKEN_TILE as usize);
-                let of = |want: &&Want| match want {
-                    Want::Tokens(tokens) => tokens.iter().map(|t| t / TOKEN_TILE * TOKEN_TILE).collect(),
-                    _ => Vec::new(),
-                };
-                columns = wants[start..end].iter().flat_map(of).collect();
-                columns.sort_unstable();
-                columns.dedup();
-                if columns.len() >= most {
-                    columns.clear();
-                }
-            } else {
-                // As many rows as their edits have room for; one row always has.
-                let mut edits = 0;
-                let fits = |want: &&&Want| {
-                    edits += if let Want::Sample(sampling) = **want { sampling.edits.len() } else { 0 };
-                    edits <= most_edits(self.vocab)
-                };
-                end = end.min(start + wants[start..end].iter().take_while(fits).count().max(1));
-            }
-            self.add_block(step, start, class, columns, &wants[start..end]);
-            start = end;
-        }
-    }
-
-    fn add_block(&mut self, step: usize, start: usize, class: Class, columns: Vec<u32>, wants: &[&Want]) {
-        // Below max_rows.
-        let first = self.requests.len() as u32;
-        let mut block = Block {
-            step,
-            start,
-            end: start + wants.len(),
-            first,
-            class,
-            k: wants.iter().map(|w| w.top()).max().unwrap_or(0),
-            samples: false,
-            changes: false,
-            reports: false,
-            columns,
-            upload: None,
-            best_at: 0,
-            kept_at: 0,
-            logits_at: 0,
-        };
-        let words = self.vocab.div_ceil(32);
-        let (mut edits, mut masks) = (0, 0);
-        for want in wants {
-            if let Want::Sample(sampling) = want {
-                edits += sampling.edits.len();
-                masks += usize::from(sampling.mask.is_some());
-            }
-        }
-        // Blocks share an upload while there is room.
-        let fits = self.uploading.and_then(|i| self.blocks[i].upload.as_ref()).is_some_and(|(e, m)| {
-            e.len() + edits <= most_edits(self.vocab) && m.len() / words + masks <= self.head.block
-        });
-        if edits + masks > 0 && !fits {
-            block.upload = Some((Vec::new(), Vec::new()));
-            self.uploading = Some(self.blocks.len());
-            self.mask_rows.clear();
-        }
-        block.changes = edits + masks > 0;
-        self.blocks.push(block);
-        for want in wants {
-            self.targets.push(if let Want::Logprob { target, .. } = want { *target } else { NO_TOKEN });
-            let mut request = sample::Request { active: 0, ..sample::Request::default() };
-            if let Want::Sample(sampling) = want {
-                request = self.request(sampling, words);
-                if let Some(block) = self.blocks.last_mut() {
-                    block.samples = true;
-                    block.reports |= request.kept_ids > 0;
-                }
-            }
-            self.requests.push(request);
-        }
-    }
-
-    /// A draw's request, its edits and mask added to the upload.
-    fn request(&mut self, sampling: &crate::backend::Sampling, words: usize) -> sample::Request {
-        let mut request = sampling.request;
-        let upload = self.uploading.and_then(|i| self.blocks[i].upload.as_mut());
-        let Some((edits, masks)) = upload else { return request };
-        // Both are bounded by the buffers' sizes, which are below 2^32.
-        request.first_edit = edits.len() as u32;
-        request.edit_count = sampling.edits.len() as u32;
-        edits.extend_from_slice(&sampling.edits);
-        if let Some(mask) = &sampling.mask {
-            let row = *self.mask_rows.entry(Arc::as_ptr(mask).cast()).or_insert_with(|| {
-                masks.extend_from_slice(mask);
-                (masks.len() / words - 1) as u32
-            });
-            request.mask_row = row;
-        }
-        request
     }
 }

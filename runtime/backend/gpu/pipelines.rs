@@ -11,7 +11,9 @@ use crate::kernels::{Access, Kernel};
 use crate::weights::Dtype;
 
 /// What shaders share: the text of `#include NAME`.
-const INCLUDES: [(&str, &str); 4] = [
+const INCLUDES: [(&str, &str); 6] = [
+    ("enable", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/enable.wgsl"))),
+    ("half_value", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/half_value.wgsl"))),
     ("inputs", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/inputs.wgsl"))),
     ("main", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/main.wgsl"))),
     ("products", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/products.wgsl"))),
