@@ -68,7 +68,7 @@ fn finish(thread: u32, first_row: u32, first_column: u32) {
                 let shift = l - most;
                 let e = exp(shift);
                 sum += e;
-                weighted += e * shift;
+                weighted = fma(e, shift, weighted);
             }
             if p.first + first_column + i == target_token {
                 target_logit = l;

@@ -79,8 +79,9 @@ fn finish(thread: u32, first_row: u32, first_column: u32) {
                 let angle = (p.first_meta + t) * e_count + pair;
                 let c = cos_sin[angle];
                 let s = cos_sin[angle + e_count / 2u];
-                let low = a * c - b * s;
-                let high = b * c + a * s;
+                // Explicit, so that no variant is contracted in another way.
+                let low = fma(a, c, -(b * s));
+                let high = fma(b, c, a * s);
                 if head < p.heads {
                     let at = (t * p.heads + head) * e_count + pair;
                     q[at] = low;

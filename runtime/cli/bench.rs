@@ -158,6 +158,9 @@ fn argument(message: String) -> Error {
     Error::new(ErrorKind::Argument, message)
 }
 
+/// Tokens of a job at most.
+const MOST_IDS: usize = 1 << 24;
+
 fn check(args: &Bench) -> Result<()> {
     let (texts, length) = args.score;
     for (flag, value, least) in [
@@ -170,6 +173,16 @@ fn check(args: &Bench) -> Result<()> {
     ] {
         if value < least {
             return Err(argument(format!("{flag} is {value}, it must be at least {least}")));
+        }
+    }
+    // Ids are made before a request can refuse them.
+    let most = args.sequences.iter().copied().max().unwrap_or(0);
+    for (flag, value) in [
+        ("--sequences times --prompt-tokens", most.saturating_mul(args.prompt_tokens)),
+        ("--score BxL: B times L", texts.saturating_mul(length)),
+    ] {
+        if value > MOST_IDS {
+            return Err(argument(format!("{flag} is {value}, at most {MOST_IDS} tokens are made")));
         }
     }
     if args.common.out.is_some() && !args.json {
@@ -243,7 +256,8 @@ pub fn run(args: &Bench) -> Result<()> {
 fn limits(model: &Model) -> Result<Option<Limits>> {
     match model.limits() {
         Ok(limits) => Ok(Some(limits)),
-        Err(error) if error.kind() == ErrorKind::Unsupported => {
+        // A large model may leave no room for what is copied.
+        Err(error) if [ErrorKind::Unsupported, ErrorKind::DeviceMemory, ErrorKind::Limit].contains(&error.kind()) => {
             log::warn!("{error}");
             Ok(None)
         }

@@ -43,6 +43,11 @@ impl SamplePlan {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 
+    /// Tokens that can be drawn where `generated` tokens are before, but for a guide. `None`: all.
+    fn fixed_mask(&self, generated: usize) -> &Option<Arc<[u32]>> {
+        if generated < self.min_tokens { &self.early_mask } else { &self.mask }
+    }
+
     /// True if only thresholds and masks can change the model's distribution.
     fn leaves_logits(&self) -> bool {
         !self.counts_tokens() && self.bias.is_empty() && self.request.inverse_temperature == 1.0
@@ -145,7 +150,7 @@ impl Sampler {
 
     /// Tokens that can be drawn where `generated` tokens are before, under the guide that stands there. `None`: all.
     fn mask(plan: &SamplePlan, guide: Option<&mut GuideState>, generated: usize) -> Result<Option<Arc<[u32]>>> {
-        let fixed = if generated < plan.min_tokens { &plan.early_mask } else { &plan.mask };
+        let fixed = plan.fixed_mask(generated);
         let Some(guide) = guide else { return Ok(fixed.clone()) };
         let mut mask = guide.mask()?;
         for (word, fixed) in mask.iter_mut().zip(fixed.iter().flat_map(|f| f.iter())) {
@@ -186,10 +191,10 @@ impl Sampler {
 
     /// What the draw of the token at `position` needs, `after` more tokens than there are now; `None` if no token may come
     /// there.
-    pub fn foresee(&self, position: usize, after: usize) -> Result<Option<Sampling>> {
-        let mask = Self::mask(&self.plan, None, self.tokens.len() + after)?;
+    pub fn foresee(&self, position: usize, after: usize) -> Option<Sampling> {
+        let mask = self.plan.fixed_mask(self.tokens.len() + after).clone();
         let edits = || self.counts.edits(&self.plan);
-        Ok((!is_empty(&mask)).then(|| self.sampling(position, self.sample, edits(), mask)))
+        (!is_empty(&mask)).then(|| self.sampling(position, self.sample, edits(), mask))
     }
 
     /// Guesses for the places after the next one, at most `room`, and what drawing at each of the places after them

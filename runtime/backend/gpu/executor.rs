@@ -19,9 +19,6 @@ use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, attention, sample};
 use crate::model::{Buf, MatrixId, ModelSpec, Plan};
 use crate::weights::{WeightFormat, Weights};
 
-/// Multiply-adds in a submission at most: a second or two on a software adapter, some ten milliseconds on a GPU.
-const SOFTWARE_SUBMISSION: u64 = 4_000_000_000;
-const SUBMISSION: u64 = 4_000_000_000_000;
 /// Decode steps that are computed before their results are read.
 const STEPS_AT_ONCE: usize = 8;
 /// Workgroups of attention that keep a GPU busy.
@@ -149,7 +146,7 @@ impl GpuExecutor {
             rows: activation("rows", rows, size_of::<RowMeta>(), 1)?,
             tables: activation("block tables", capacity.max_table_entries(), 4, 1)?,
             tiles: activation("tiles of attention", rows, 8, 1)?,
-            partials: gpu.buffer("partial attention", partial_bytes(&spec), storage)?,
+            partials: gpu.buffer("partial attention", partial_bytes(&spec).min(gpu.max_binding()), storage)?,
             cos_sin: activation("angles", rows, spec.head_dim, 4)?,
             picked: activation("output rows", rows, 4, 1)?,
             drawn: {
@@ -278,7 +275,6 @@ impl Executor for GpuExecutor {
         let begin = Instant::now();
         let orders: Vec<Vec<usize>> = steps.iter().map(|s| blocks::order(s.outputs)).collect();
         let window = self.spec.sliding_window.map_or(u64::MAX, |w| w as u64);
-        let limit = if self.gpu.is_software() { SOFTWARE_SUBMISSION } else { SUBMISSION };
         let gpu = self.gpu.clone();
         let work: Vec<Attention> = steps.iter().map(|step| self.attention(step)).collect();
         let mut pending = self.head.prepare(&gpu, &self.spec, steps, &orders)?;
@@ -306,17 +302,13 @@ impl Executor for GpuExecutor {
                 let mut recorder = Recorder::new(&gpu, clock);
                 for call in &self.calls {
                     recorder.dispatch(&call.bound, &(call.rule)(&dims));
-                    if recorder.multiply_adds() >= limit {
-                        let submission = recorder.submit(&gpu)?;
-                        let wait = Instant::now();
-                        gpu.wait(submission)?;
-                        waited += wait.elapsed();
-                    }
+                    recorder.bound(&gpu)?;
                 }
                 self.head.record(&gpu, &mut recorder, &mut pending, s)?;
                 if s + 1 == steps.len() {
                     self.head.record_results(&mut recorder, &self.buffers, &pending);
                 }
+                waited += recorder.waited();
                 recorder.submit(&gpu)
             })??);
             first_drawn = first_output;

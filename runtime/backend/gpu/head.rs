@@ -247,14 +247,20 @@ impl Head {
             }
             begun = true;
             match block.class {
-                Class::Columns => self.record_columns(recorder, block, &pending.readback),
-                _ => self.record_vocabulary(recorder, block, &pending.readback),
+                Class::Columns => self.record_columns(gpu, recorder, block, &pending.readback)?,
+                _ => self.record_vocabulary(gpu, recorder, block, &pending.readback)?,
             }
         }
         Ok(())
     }
 
-    fn record_vocabulary(&self, recorder: &mut Recorder, block: &Block, readback: &wgpu::Buffer) {
+    fn record_vocabulary(
+        &self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        block: &Block,
+        readback: &wgpu::Buffer,
+    ) -> Result<()> {
         let rows = block.len() as u32;
         let vocab = self.width as u32;
         let keep = u32::from(block.class == Class::Logits);
@@ -268,6 +274,7 @@ impl Head {
                 dispatch.bytes -= u64::from(rows) * 4 * u64::from(params.count);
             }
             recorder.dispatch(pass, &dispatch);
+            recorder.bound(gpu)?;
         }
         let by_row = |params: Params, bytes: u64| Dispatch {
             shape: super::pipelines::TileShape::Narrow,
@@ -297,9 +304,10 @@ impl Head {
             let bytes = (block.len() * sample::MAX_KEPT_IDS * 4) as u64;
             recorder.copy(&self.kept_ids, 0, readback, block.kept_at, bytes);
         }
+        Ok(())
     }
 
-    fn record_columns(&self, recorder: &mut Recorder, block: &Block, readback: &wgpu::Buffer) {
+    fn record_columns(&self, gpu: &Gpu, recorder: &mut Recorder, block: &Block, readback: &wgpu::Buffer) -> Result<()> {
         let rows = block.len() as u32;
         let width = self.columns_of(block) as u32;
         for slice in &self.slices {
@@ -335,6 +343,7 @@ impl Head {
         }
         let bytes = (u64::from(rows) * u64::from(width) * 4).next_multiple_of(8);
         recorder.copy(&self.logits, 0, readback, block.logits_at, bytes);
+        recorder.bound(gpu)
     }
 
     /// Records the copies of what every output has.

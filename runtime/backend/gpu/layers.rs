@@ -365,8 +365,10 @@ impl Builder<'_> {
         let (bias, largest) = self.bias("queries, keys, values", parts, order)?;
         if self.tile.is_some() {
             fits_half("the normed inputs", length)?;
-            // Rotation mixes two elements.
-            fits_half("keys and values", (length * matrix.half.longest_row() + largest) * std::f32::consts::SQRT_2)?;
+            // Rotation mixes two elements, and yarn scales it.
+            let (_, rope_factor) = spec.rope.frequencies(0);
+            let rotated = std::f32::consts::SQRT_2 * rope_factor.abs().max(1.0);
+            fits_half("keys and values", (length * matrix.half.longest_row() + largest) * rotated)?;
         }
         let b = self.buffers;
         let (keys, values) = &b.kv[layer];

@@ -167,8 +167,10 @@ impl Matrix {
         // Indices in the shader are 32 bits.
         let row_bytes = unit_bytes / unit_rows;
         let fitting = usize::try_from(gpu.max_binding()).unwrap_or(usize::MAX) / row_bytes;
-        let mut per_slice = fitting.min(u32::MAX as usize / stride.max(1));
-        if per_slice < rows {
+        // A dispatch has 65,535 groups of columns, of 8 at least.
+        let mut per_slice = fitting.min(u32::MAX as usize / stride.max(1)).min(65_535 * 8);
+        // Tiles are held whole.
+        if per_slice < if tile.is_some() { rows.next_multiple_of(SLICE_ROWS) } else { rows } {
             per_slice = per_slice / SLICE_ROWS * SLICE_ROWS;
         }
         if per_slice == 0 {

@@ -8,6 +8,9 @@ use crate::backend::{Cost, KernelTime, Profile};
 use crate::error::{Error, Result};
 use crate::kernels::Kernel;
 
+/// Multiply-adds in a submission at most: a second or two on a software adapter, some ten milliseconds on a GPU.
+const SOFTWARE_SUBMISSION: u64 = 4_000_000_000;
+const SUBMISSION: u64 = 4_000_000_000_000;
 const PER_DIMENSION: u32 = 65_535;
 /// Timestamps of a query set; two a dispatch.
 const TIMESTAMPS: u32 = 4096;
@@ -154,12 +157,21 @@ pub(super) struct Recorder<'a> {
     pass: Option<wgpu::ComputePass<'static>>,
     clock: Option<&'a mut Clock>,
     multiply_adds: u64,
+    /// Multiply-adds of a submission at most, but for what one dispatch has.
+    limit: u64,
+    /// That was waited for submissions on the way.
+    waited: Duration,
 }
 
 impl<'a> Recorder<'a> {
-    pub(super) fn new(gpu: &Gpu, clock: Option<&'a mut Clock>) -> Self {
+    pub(super) fn new(gpu: &Gpu, mut clock: Option<&'a mut Clock>) -> Self {
+        if let Some(clock) = &mut clock {
+            // Of a step that failed.
+            clock.open.clear();
+        }
+        let limit = if gpu.is_software() { SOFTWARE_SUBMISSION } else { SUBMISSION };
         let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        Recorder { encoder, pass: None, clock, multiply_adds: 0 }
+        Recorder { encoder, pass: None, clock, multiply_adds: 0, limit, waited: Duration::ZERO }
     }
 
     pub(super) fn dispatch(&mut self, bound: &Bound, dispatch: &Dispatch) {
@@ -201,9 +213,21 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// Multiply-adds so far.
-    pub(super) fn multiply_adds(&self) -> u64 {
-        self.multiply_adds
+    /// Submits what there is and waits for it, if it is much: drivers and our own time limit count a submission's time.
+    pub(super) fn bound(&mut self, gpu: &Gpu) -> Result<()> {
+        if self.multiply_adds < self.limit {
+            return Ok(());
+        }
+        let submission = self.submit(gpu)?;
+        let begin = Instant::now();
+        gpu.wait(submission)?;
+        self.waited += begin.elapsed();
+        Ok(())
+    }
+
+    /// How long it waited on the way.
+    pub(super) fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// Submits what was recorded and begins anew.

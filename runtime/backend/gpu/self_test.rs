@@ -15,6 +15,14 @@ use crate::kernels::linear;
 const ROWS: usize = 70;
 const COLS: usize = 72;
 const TILES_ALONG_K: usize = 13;
+/// Every shape of tile, those of the pass over the vocabulary included.
+const SHAPES: [(TileShape, bool); 5] = [
+    (TileShape::Narrow, false),
+    (TileShape::Medium, false),
+    (TileShape::Wide, false),
+    (TileShape::Narrow, true),
+    (TileShape::Wide, true),
+];
 
 /// A product of every shape of tile.
 ///
@@ -26,8 +34,8 @@ pub(super) fn matrix_units(gpu: &Gpu, tile: u32) -> Result<()> {
     let value = |i: usize, salt: usize| ((i * 37 + salt * 11 + i / 7) % 65) as f32 / 16.0 - 2.0;
     let x: Vec<f32> = (0..ROWS * k).map(|i| value(i, 1)).collect();
     let w: Vec<f32> = (0..COLS * k).map(|i| value(i, 2)).collect();
-    for shape in [TileShape::Narrow, TileShape::Medium, TileShape::Wide] {
-        let got = tiled_product(gpu, tile, shape, [ROWS, COLS, k], &x, &w)?;
+    for (shape, head) in SHAPES {
+        let got = tiled(gpu, tile, (shape, head), [ROWS, COLS, k], &x, &w)?;
         for (i, got) in got.iter().enumerate() {
             let (t, n) = (i / COLS, i % COLS);
             let exact: f32 = (0..k).map(|j| x[t * k + j] * w[n * k + j]).sum();
@@ -40,8 +48,8 @@ pub(super) fn matrix_units(gpu: &Gpu, tile: u32) -> Result<()> {
     let x: Vec<f32> = (0..ROWS * k).map(|i| (value(i % k, 3) * 1.37).sin()).collect();
     let w: Vec<f32> = w.iter().map(|w| (w * 2.11).cos()).collect();
     let first = tiled_product(gpu, tile, TileShape::Narrow, [ROWS, COLS, k], &x, &w)?;
-    for shape in [TileShape::Narrow, TileShape::Medium, TileShape::Wide] {
-        let got = tiled_product(gpu, tile, shape, [ROWS, COLS, k], &x, &w)?;
+    for (shape, head) in SHAPES {
+        let got = tiled(gpu, tile, (shape, head), [ROWS, COLS, k], &x, &w)?;
         // All rows of x are the same.
         if let Some(i) = (0..got.len()).find(|i| got[*i].to_bits() != first[i % COLS].to_bits()) {
             let (t, n) = (i / COLS, i % COLS);
@@ -63,11 +71,22 @@ pub fn tiled_product(
     gpu: &Gpu,
     tile: u32,
     shape: TileShape,
+    sizes: [usize; 3],
+    x: &[f32],
+    w: &[f32],
+) -> Result<Vec<f32>> {
+    tiled(gpu, tile, (shape, false), sizes, x, w)
+}
+
+fn tiled(
+    gpu: &Gpu,
+    tile: u32,
+    (shape, head): (TileShape, bool),
     [rows, cols, k]: [usize; 3],
     x: &[f32],
     w: &[f32],
 ) -> Result<Vec<f32>> {
-    let flags = Flags { format: Some(Format::Tiles(tile)), ..Flags::default() };
+    let flags = Flags { format: Some(Format::Tiles(tile)), head, ..Flags::default() };
     let [tile_rows, tile_cols] = Flags { shape, ..flags }.workgroup_tile().map(|n| n as usize);
     let mut inputs: Vec<f16> = x.iter().map(|v| f16::from_f32(*v)).collect();
     inputs.resize(rows.next_multiple_of(tile_rows) * k, f16::ZERO);

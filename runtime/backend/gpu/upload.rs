@@ -138,7 +138,12 @@ impl<'a> Uploader<'a> {
 
     /// Waits until everything is on the device.
     pub(super) fn finish(&mut self) -> Result<()> {
-        let last = self.ring.iter_mut().filter_map(|slot| slot.submission.take());
-        last.collect::<Vec<_>>().into_iter().try_for_each(|submission| self.gpu.wait(submission))
+        for slot in &mut self.ring {
+            if let (Some(submission), Some(mapped)) = (slot.submission.take(), slot.mapped.take()) {
+                self.gpu.wait(submission)?;
+                self.gpu.mapped(&mapped)?;
+            }
+        }
+        Ok(())
     }
 }

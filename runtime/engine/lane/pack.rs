@@ -81,12 +81,16 @@ impl Lane {
         // Whoever waits takes the place of who ends, and should not wait for long.
         let waits = self.jobs.values().any(|job| !job.waiting.is_empty());
         let most = if waits { self.steps_at_once.div_ceil(2) } else { self.steps_at_once };
-        most.min(self.max_rows / self.running.len()).saturating_sub(1)
+        let ahead = most.min(self.max_rows / self.running.len()).saturating_sub(1);
+        // Nobody loses blocks, or waits for one, for what may not be needed.
+        let more = |s: &Sequence| KvCache::needed(s.needed() + ahead).saturating_sub(s.path.blocks.len());
+        let blocks: usize = self.running.iter().map(more).sum();
+        if blocks <= self.kv.available() { ahead } else { 0 }
     }
 
     /// Packs rows of the steps ahead for a sequence whose row in the first one is packed and has the last output there; how
     /// many.
-    fn pack_ahead(&mut self, i: usize, table: usize, packed: &mut Packed) -> Result<u64, Error> {
+    fn pack_ahead(&mut self, i: usize, table: usize, packed: &mut Packed) -> u64 {
         let needed = self.running[i].needed();
         let mut rows = 0;
         let mut previous = packed.outputs.len() - 1;
@@ -94,11 +98,10 @@ impl Lane {
             let sequence = &mut self.running[i];
             let position = needed + n;
             let Role::Sample { sampler, .. } = &mut sequence.role else { break };
-            // Blocks that are free: nobody gives any up for what may not be needed.
             if n >= sampler.remaining() || !self.kv.reserve(&mut sequence.path, position) {
                 break;
             }
-            let Some(sampling) = sampler.foresee(position + 1, n + 1)? else { break };
+            let Some(sampling) = sampler.foresee(position + 1, n + 1) else { break };
             sampler.ahead = n + 1;
             let step = &mut packed.ahead[n];
             let row = step.rows.len() as u32;
@@ -109,7 +112,7 @@ impl Lane {
             self.push_row(i, position, token, table, step);
             rows += 1;
         }
-        Ok(rows)
+        rows
     }
 
     /// Takes blocks away from the youngest sequence after `i` in `order` that has no rows in this step.
@@ -242,7 +245,7 @@ impl Lane {
             self.push_row(i, needed + n, token, table, packed);
         }
         if !packed.ahead.is_empty() {
-            kinds.decode += self.pack_ahead(i, table, packed)?;
+            kinds.decode += self.pack_ahead(i, table, packed);
         }
         // 5. What it will compute next, so that others wait for it.
         let sequence = &mut self.running[i];
