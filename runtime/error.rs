@@ -31,6 +31,12 @@ pub enum ErrorKind {
     NotFound,
     /// The object is in use.
     Busy,
+    /// It is not in the state that the call expects: another version, or an update that has ended.
+    Conflict,
+    /// It was given before.
+    Duplicate,
+    /// It did not happen within the time given; nothing changed.
+    Timeout,
     /// No device matches the selection.
     NoDevice,
     /// The device has no memory left.

@@ -38,23 +38,26 @@ mod engine;
 mod error;
 mod guide;
 pub mod kernels;
+mod lifecycle;
 pub mod model;
 mod request;
 mod runtime;
 mod score;
 mod session;
 mod text;
+mod update;
 pub mod weights;
 
 pub use backend::gpu::{DeviceInfo, DeviceType};
 pub use backend::{KernelTime, Limits};
 pub use engine::{
-    Chunk, Finish, Job, JobStats, JobWatch, ModelStats, Rows, RuntimeStats, SampledToken, Scheduling, Streamed, Timing,
-    VersionSpan,
+    Chunk, Finish, InFlight, Job, JobStats, JobWatch, ModelStats, Rows, RuntimeStats, SampledToken, Scheduling,
+    Streamed, Timing, VersionSpan,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use guide::Guide;
 pub use kernels::linear::Precision;
+pub use lifecycle::Tags;
 pub use request::{
     LogprobRequest, MAX_SEQUENCES, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
 };
@@ -62,3 +65,4 @@ pub use runtime::{CpuInfo, Model, ModelOptions, Runtime, RuntimeOptions, devices
 pub use score::{Rule, Score};
 pub use session::Session;
 pub use text::{ChatTemplate, EncodeOptions, Message, Tokenizer};
+pub use update::{Require, Storage, Update, UpdateOptions};

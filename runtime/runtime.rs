@@ -2,11 +2,12 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
 use crate::backend::cpu::{self, CpuExecutor, CpuOptions, Pool};
 use crate::backend::gpu::{self, DeviceInfo, Gpu, GpuExecutor, GpuOptions, GpuWeights, Selection, list_devices};
 use crate::backend::{Capacity, Executor, KernelTime, Limits, Memory};
-use crate::engine::{Engine, Job, JobOptions, ModelStats, QueueLimits, RuntimeStats};
+use crate::engine::{Engine, InFlight, Job, JobOptions, Lane, ModelStats, QueueLimits, RuntimeStats};
 use crate::error::{Error, Result};
 use crate::guide::{CompiledGuide, Guide, GuideVocabulary};
 use crate::kernels::linear::{Precision, Quantised};
@@ -18,6 +19,7 @@ use crate::request::{
 };
 use crate::score::Rule;
 use crate::text::Tokenizer;
+use crate::update::ModelWeights;
 use crate::weights::{LoadOptions, WeightFormat, read_bounded};
 
 const MAX_CONFIG: usize = 1 << 20;
@@ -143,6 +145,10 @@ impl Runtime {
         Ok(Runtime { inner: Arc::new(RuntimeInner { device, engine: Engine::start(limits)? }) })
     }
 
+    pub(crate) fn engine(&self) -> &Engine {
+        &self.inner.engine
+    }
+
     /// What waits and runs.
     pub fn stats(&self) -> RuntimeStats {
         self.inner.engine.stats()
@@ -176,13 +182,8 @@ impl Runtime {
         let tokenizer = Tokenizer::from_folder(folder)?.map(Arc::new);
         let executor: Box<dyn Executor> = match &self.inner.device {
             Device::Cpu { isa, pool } => {
-                let cpu = CpuOptions {
-                    isa: *isa,
-                    pool: pool.clone(),
-                    precision: options.precision,
-                    format: options.weights,
-                    mapped: options.load.use_mmap,
-                };
+                let cpu =
+                    CpuOptions { isa: *isa, pool: pool.clone(), precision: options.precision, format: options.weights };
                 let executor = CpuExecutor::new(spec.clone(), plan, &weights, capacity, cpu);
                 Box::new(executor.map_err(|e| e.at(folder.display()))?)
             }
@@ -193,8 +194,9 @@ impl Runtime {
             }
         };
         let memory = executor.memory();
-        let stats = Arc::new(Mutex::new(ModelStats { kv_blocks: capacity.kv_blocks, ..ModelStats::default() }));
         let version = options.weights_version;
+        let held = ModelWeights::new(version, weights, executor.weights(), executor.loader(), memory);
+        let stats = Arc::new(Mutex::new(ModelStats { kv_blocks: capacity.kv_blocks, ..ModelStats::default() }));
         let id = self.inner.engine.add(
             executor,
             spec.rope.clone(),
@@ -221,8 +223,9 @@ impl Runtime {
                 tokenizer,
                 max_context,
                 capacity,
-                memory,
-                weights_version: version,
+                budget: options.memory,
+                load: options.load.clone(),
+                weights: held,
                 guides: OnceLock::new(),
                 stats,
             }),
@@ -319,8 +322,10 @@ struct ModelInner {
     tokenizer: Option<Arc<Tokenizer>>,
     max_context: usize,
     capacity: Capacity,
-    memory: Memory,
-    weights_version: u64,
+    /// What the model may allocate.
+    budget: Option<u64>,
+    load: LoadOptions,
+    weights: ModelWeights,
     /// Made for the first request with a guide.
     guides: OnceLock<Result<GuideVocabulary>>,
     stats: Arc<Mutex<ModelStats>>,
@@ -348,7 +353,7 @@ impl Model {
 
     /// Bytes it holds.
     pub fn memory(&self) -> Memory {
-        self.inner.memory
+        self.inner.weights.lock().memory
     }
 
     /// Longest sequence it takes.
@@ -363,7 +368,29 @@ impl Model {
 
     /// The version that its results carry.
     pub fn weights_version(&self) -> u64 {
-        self.inner.weights_version
+        self.inner.weights.lock().version
+    }
+
+    pub(crate) fn weights(&self) -> &ModelWeights {
+        &self.inner.weights
+    }
+
+    pub(crate) fn memory_budget(&self) -> Option<u64> {
+        self.inner.budget
+    }
+
+    pub(crate) fn load_options(&self) -> &LoadOptions {
+        &self.inner.load
+    }
+
+    /// See [`Engine::quiesce`].
+    pub(crate) fn quiesce<T: Send + 'static>(
+        &self,
+        in_flight: InFlight,
+        deadline: Option<Instant>,
+        then: impl FnOnce(&mut Lane) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.inner.runtime.engine.quiesce(self.inner.id, in_flight, deadline, then)
     }
 
     /// What it has done, and what it is doing.
@@ -445,7 +472,7 @@ impl Model {
         let sequences = self.checker().sample(request, prompts, guide)?;
         let (drawn, returned) = (request.best_of.unwrap_or(request.n), request.n);
         let options = JobOptions { scheduling: request.scheduling, stream: request.stream, per_prompt: drawn };
-        let samples = Samples { drawn, returned, weight_version: self.inner.weights_version };
+        let samples = Samples { drawn, returned, weight_version: self.weights_version() };
         self.submit(sequences, options, move |finished| {
             let results = read_samples(samples, finished)?;
             each(&results);
@@ -462,9 +489,8 @@ impl Model {
         let sequences = self.checker().logprobs(request)?;
         let prompt_len = |i: usize| request.prompt_lens.get(i).copied().unwrap_or(0);
         let scored: Vec<usize> = request.sequences.iter().enumerate().map(|(i, s)| s.len() - prompt_len(i)).collect();
-        let version = self.inner.weights_version;
         let options = JobOptions { scheduling: request.scheduling, ..JobOptions::default() };
-        self.submit(sequences, options, move |finished| read_logprobs(&scored, version, finished))
+        self.submit(sequences, options, move |finished| read_logprobs(&scored, finished))
     }
 
     /// Queues a scoring job, in the order of the sequences.
@@ -478,8 +504,7 @@ impl Model {
         };
         let bound = rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?;
         let sequences = self.checker().score(request, &bound)?;
-        let version = self.inner.weights_version;
         let options = JobOptions { scheduling: request.scheduling, ..JobOptions::default() };
-        self.submit(sequences, options, move |finished| read_scores(&bound, version, finished))
+        self.submit(sequences, options, move |finished| read_scores(&bound, finished))
     }
 }

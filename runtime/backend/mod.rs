@@ -4,6 +4,7 @@ pub mod cpu;
 pub mod gpu;
 mod profile;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 pub(crate) use profile::{Cost, Costs, Profile, kernel_name};
@@ -12,6 +13,7 @@ pub use profile::{KernelTime, Limits};
 use crate::error::{Error, Result};
 use crate::kernels::embed::FROM_DRAW;
 use crate::kernels::{RowMeta, adjust_logits, sample, top_k};
+use crate::weights::Weights;
 
 /// What a row asks for once its final hidden state is there.
 #[derive(Clone, Debug)]
@@ -119,6 +121,25 @@ pub enum Output {
     },
 }
 
+/// The weights of a model as its device holds them. Cheap to clone.
+#[derive(Clone)]
+pub enum DeviceWeights {
+    /// For a [`cpu::CpuExecutor`].
+    Cpu(Arc<cpu::CpuWeights>),
+    /// For a [`gpu::GpuExecutor`].
+    Gpu(Arc<gpu::Uploaded>),
+}
+
+/// Makes a model's tensors ready for its device, on any thread, while steps run.
+pub trait Loader: Send + Sync {
+    /// What is made of tensors that `changed` does not name is taken over from `held`.
+    ///
+    /// # Errors
+    /// `DeviceMemory`, `HostMemory`, `NonFinite` (a weight that cannot be quantised) or an error of the device.
+    fn load(&self, weights: &Weights, held: Option<&DeviceWeights>, changed: &HashSet<String>)
+    -> Result<DeviceWeights>;
+}
+
 /// A loaded model that executes steps.
 pub trait Executor: Send {
     /// Executes one step. On an error nothing of it counts; the KV slots it wrote are undefined.
@@ -168,6 +189,30 @@ pub trait Executor: Send {
     /// As [`Executor::step`].
     fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<()>;
 
+    /// Makes new weights ready for [`install`](Executor::install).
+    fn loader(&self) -> Arc<dyn Loader>;
+
+    /// The weights in use.
+    fn weights(&self) -> DeviceWeights;
+
+    /// Computes the next step with these weights. What is in the KV cache is not theirs.
+    ///
+    /// # Errors
+    /// As [`Executor::step`]; the weights are as before then.
+    fn install(&mut self, weights: DeviceWeights) -> Result<()>;
+
+    /// Lets go of the weights. No step may come before [`install`](Executor::install).
+    fn unload(&mut self);
+
+    /// Frees the KV cache. No step may come before [`restore_cache`](Executor::restore_cache).
+    fn free_cache(&mut self);
+
+    /// Allocates the KV cache again; what was in it is gone.
+    ///
+    /// # Errors
+    /// `DeviceMemory`, `HostMemory` or `DeviceLost`.
+    fn restore_cache(&mut self) -> Result<()>;
+
     /// Bytes held for weights, KV cache and activations.
     fn memory(&self) -> Memory;
 
@@ -198,12 +243,14 @@ pub struct Memory {
     pub kv_cache: u64,
     /// Activations and logits.
     pub scratch: u64,
+    /// Weights in host memory beside those of a GPU: what was put by updates, for later ones and for waking up.
+    pub host: u64,
 }
 
 impl Memory {
     /// Everything that is allocated: what a memory budget bounds.
     pub fn allocated(&self) -> u64 {
-        self.weights + self.kv_cache + self.scratch
+        self.weights + self.kv_cache + self.scratch + self.host
     }
 }
 

@@ -146,6 +146,11 @@ impl JobState {
         add(&mut self.lock().stats);
     }
 
+    /// See [`Job::cancel`].
+    pub(super) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
     /// True if its sequences need not go on.
     pub(super) fn is_stopped(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed) || self.failed.load(Ordering::Relaxed) || self.is_late()
@@ -200,7 +205,7 @@ impl JobWatch {
 
     /// See [`Job::cancel`].
     pub fn cancel(&self) {
-        self.state.cancelled.store(true, Ordering::Relaxed);
+        self.state.cancel();
     }
 }
 
@@ -235,7 +240,7 @@ impl<T> Job<T> {
     /// Asks the engine to stop, within one step. Sampling jobs then finish with what they have; scoring jobs fail with
     /// `Cancelled`.
     pub fn cancel(&self) {
-        self.state.cancelled.store(true, Ordering::Relaxed);
+        self.state.cancel();
     }
 
     /// Blocks until the job is done, at most for `timeout`. True if it is done.

@@ -6,6 +6,7 @@
 //! on, and any one sequence fits into the cache alone, so every sequence comes to its end.
 
 mod pack;
+mod quiesce;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, VecDeque};
@@ -13,6 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use pack::{Owner, Packed};
+pub use quiesce::InFlight;
+pub(crate) use quiesce::{Holds, Quiesce};
 
 use super::angles::Angles;
 use super::job::JobState;
@@ -23,14 +26,17 @@ use crate::backend::{Capacity, Executor, Output, Step};
 use crate::error::{Error, ErrorKind};
 use crate::model::Rope;
 
-pub(super) struct Lane {
+pub(crate) struct Lane {
     executor: Box<dyn Executor>,
     angles: Angles,
     max_rows: usize,
     max_table_entries: usize,
     /// Decode steps that are computed before anybody looks at what was drawn.
     steps_at_once: usize,
+    /// What results call the weights.
     version: u64,
+    /// What the cache calls them.
+    generation: u64,
     kv: KvCache,
     /// By number, which is the order of submission.
     jobs: BTreeMap<u64, LaneJob>,
@@ -41,8 +47,14 @@ pub(super) struct Lane {
     published: Arc<Mutex<ModelStats>>,
     /// Results that are handed over once the books are closed: who has waited for a job finds it counted as done.
     results: Vec<(Arc<JobState>, usize, Finished)>,
-    /// After a lost device every further step would fail the same way.
+    /// After a lost device, or with half-written weights, every further step would fail or be wrong.
     broken: Option<Error>,
+    /// Why it takes no steps.
+    pub holds: Holds,
+    /// What was let go of while wishes were fulfilled.
+    freed: Released,
+    /// Who waits for it to come to rest.
+    wishes: VecDeque<Quiesce>,
 }
 
 struct LaneJob {
@@ -58,7 +70,7 @@ struct LaneJob {
 
 /// What the lane is done with.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Released {
+pub(crate) struct Released {
     pub jobs: usize,
     pub positions: usize,
 }
@@ -87,6 +99,7 @@ impl Lane {
             max_table_entries: capacity.max_table_entries(),
             steps_at_once,
             version,
+            generation: 0,
             kv: KvCache::new(capacity.kv_blocks),
             jobs: BTreeMap::new(),
             next_job: 0,
@@ -96,15 +109,14 @@ impl Lane {
             published,
             results: Vec::new(),
             broken: None,
+            holds: Holds::default(),
+            freed: Released::default(),
+            wishes: VecDeque::new(),
         }
     }
 
     pub fn executor(&mut self) -> &mut dyn Executor {
         &mut *self.executor
-    }
-
-    pub fn is_idle(&self) -> bool {
-        self.jobs.is_empty()
     }
 
     /// Takes a job in, or fails it if the device is gone.
@@ -122,9 +134,13 @@ impl Lane {
             let results = new.results();
             // A text of one token has no log-prob to read.
             if matches!(&new.purpose, Purpose::Read(wants) if wants.is_empty()) {
-                self.results.push((state.clone(), index, Finished::Read(Vec::new())));
+                self.results.push((
+                    state.clone(),
+                    index,
+                    Finished::Read { outputs: Vec::new(), version: self.version },
+                ));
             } else {
-                let path = self.kv.path(self.version);
+                let path = self.kv.path(self.generation);
                 waiting.push_back(Sequence::new(state.clone(), number, index, new, path, trained));
                 owed += results;
             }
@@ -139,8 +155,14 @@ impl Lane {
 
     /// Runs one step if there is work.
     pub fn advance(&mut self) -> Released {
+        if self.rests() {
+            return self.tend();
+        }
         let begin = Instant::now();
-        let mut released = self.drop_stopped();
+        let mut released = self.tend();
+        if self.rests() {
+            return released;
+        }
         self.admit();
         let packed = self.pack();
         released += self.run(packed);
@@ -278,13 +300,13 @@ impl Lane {
             let order = |(number, job): &(&u64, &LaneJob)| {
                 (Reverse(job.state.options.scheduling.priority), job.running, **number)
             };
-            let Some((&number, job)) = self.jobs.iter().filter(|(_, j)| !j.waiting.is_empty()).min_by_key(order) else {
-                return;
-            };
+            let waiting = |(_, j): &(&u64, &LaneJob)| self.next_waiting(j).is_some();
+            let Some((&number, job)) = self.jobs.iter().filter(waiting).min_by_key(order) else { return };
             let priority = job.state.options.scheduling.priority;
-            let Some(first) = job.waiting.front() else { return };
+            let Some(place) = self.next_waiting(job) else { return };
+            let first = &job.waiting[place];
             let limit = first.cacheable();
-            let (there, unused) = self.kv.probe(self.version, |p| first.tokens.key(p), limit);
+            let (there, unused) = self.kv.probe(self.generation, |p| first.tokens.key(p), limit);
             let needed = KvCache::needed(first.tokens.ids.len()) - there;
             // Room for some of the running ones to grow; a sequence alone may have it all.
             let spare = self.running.len().div_ceil(4);
@@ -300,7 +322,7 @@ impl Lane {
             let seniority = self.next_seniority;
             self.next_seniority += 1;
             let Some(job) = self.jobs.get_mut(&number) else { return };
-            let Some(mut sequence) = job.waiting.pop_front() else { return };
+            let Some(mut sequence) = job.waiting.remove(place) else { return };
             job.running += 1;
             sequence.start(seniority);
             if let Some(started) = sequence.started() {
@@ -428,7 +450,7 @@ impl Lane {
         let has_slot = self.running.len() < self.max_rows;
         let fork = if has_slot { self.kv.fork(&first.path) } else { None };
         let runs = fork.is_some();
-        let path = fork.unwrap_or_else(|| self.kv.path(self.version));
+        let path = fork.unwrap_or_else(|| self.kv.path(self.generation));
         let Some(mut sibling) = first.sibling(owner.sibling, path) else { return };
         match sibling.accept(owner.position, output, self.version) {
             Ok(finished) => {

@@ -15,13 +15,16 @@ mod stats;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 pub use job::{Chunk, Job, JobWatch, Scheduling, Streamed};
 pub(crate) use job::{JobOptions, JobState};
-use lane::{Lane, Released};
+pub use lane::InFlight;
+pub(crate) use lane::Lane;
+use lane::{Quiesce, Released};
 pub(crate) use sampler::SamplePlan;
 pub use sequence::{Finish, SampledToken, Timing, VersionSpan};
 pub(crate) use sequence::{Finished, NewSequence, Purpose, Sampled};
@@ -48,7 +51,20 @@ enum Command {
     Remove { model: u64 },
     Submit { model: u64, job: Arc<JobState>, sequences: Vec<NewSequence>, positions: usize },
     Visit { model: u64, visit: Visit },
+    Quiesce { model: u64, wish: Quiesce },
+    Pause { in_flight: InFlight, deadline: Option<Instant>, answer: Sender<Result<()>> },
+    Resume,
 }
+
+/// The lanes, and whether they may move.
+#[derive(Default)]
+struct Floor {
+    lanes: Vec<(u64, Box<Lane>)>,
+    paused: bool,
+}
+
+/// How often deadlines and cancellations are looked after while no lane moves.
+const TEND: Duration = Duration::from_millis(5);
 
 /// What is done with an executor between two steps.
 type Visit = Box<dyn FnOnce(&mut dyn Executor) + Send>;
@@ -135,6 +151,53 @@ impl Engine {
         answered.recv().map_err(gone)
     }
 
+    /// Brings a model's lane to rest, does something with it between two steps, and waits for its result.
+    ///
+    /// # Errors
+    /// `Timeout` or `Busy` if it does not come to rest, and what `then` returns.
+    pub(crate) fn quiesce<T: Send + 'static>(
+        &self,
+        model: u64,
+        in_flight: InFlight,
+        deadline: Option<Instant>,
+        then: impl FnOnce(&mut Lane) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (answer, answered) = channel();
+        let then = Box::new(move |lane: Result<&mut Lane>| {
+            // Nobody waits any more if this fails.
+            let _ = answer.send(lane.and_then(then));
+        });
+        self.send(Command::Quiesce { model, wish: Quiesce { in_flight, deadline, then } })?;
+        let gone = |_| self.shared.poison().unwrap_or_else(|| Error::new(ErrorKind::NotFound, "the model was freed"));
+        answered.recv().map_err(gone)?
+    }
+
+    /// Brings every lane to rest and keeps it there.
+    ///
+    /// # Errors
+    /// `Timeout` or `Busy` if one does not come to rest; all of them go on then.
+    pub(crate) fn pause(&self, in_flight: InFlight, deadline: Option<Instant>) -> Result<()> {
+        let (answer, answers) = channel();
+        self.send(Command::Pause { in_flight, deadline, answer })?;
+        // Every lane answers, then nobody holds the other end.
+        let failed = answers.iter().filter_map(Result::err).next();
+        if let Some(error) = self.shared.poison() {
+            return Err(error);
+        }
+        match failed {
+            None => Ok(()),
+            Some(error) => {
+                self.resume()?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets the lanes move again.
+    pub(crate) fn resume(&self) -> Result<()> {
+        self.send(Command::Resume)
+    }
+
     /// Queues sequences as one job.
     pub(crate) fn submit(
         &self,
@@ -208,11 +271,18 @@ impl Drop for Engine {
 }
 
 fn run(inbox: Receiver<Command>, shared: &Shared) {
-    let mut lanes: Vec<(u64, Box<Lane>)> = Vec::new();
+    let mut floor = Floor::default();
     let mut obeyed = 0;
     loop {
-        let idle = lanes.iter().all(|(_, lane)| lane.is_idle());
-        let command = match idle {
+        let lanes = &mut floor.lanes;
+        let rest = lanes.iter().all(|(_, lane)| lane.rests());
+        let command = match rest {
+            true if lanes.iter().any(|(_, lane)| lane.is_waited_for()) => {
+                inbox.recv_timeout(TEND).map_err(|e| match e {
+                    RecvTimeoutError::Timeout => TryRecvError::Empty,
+                    RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+                })
+            }
             true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
             false if obeyed < COMMANDS_A_TURN => inbox.try_recv(),
             false => Err(TryRecvError::Empty),
@@ -230,11 +300,11 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
             match command {
                 Ok(command) => {
                     obeyed += 1;
-                    released += obey(&mut lanes, command);
+                    released += obey(&mut floor, command);
                 }
                 Err(_) => {
                     obeyed = 0;
-                    lanes.iter_mut().for_each(|(_, lane)| released += lane.advance());
+                    floor.lanes.iter_mut().for_each(|(_, lane)| released += lane.advance());
                 }
             }
             released
@@ -243,10 +313,10 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
             Ok(released) => {
                 shared.queued_tokens.fetch_sub(released.positions, Ordering::Relaxed);
                 shared.jobs.fetch_sub(released.jobs, Ordering::Relaxed);
-                lanes.iter_mut().for_each(|(_, lane)| lane.deliver());
+                floor.lanes.iter_mut().for_each(|(_, lane)| lane.deliver());
             }
             Err(panic) => {
-                poison(shared, &*panic, &mut lanes, submitted);
+                poison(shared, &*panic, &mut floor.lanes, submitted);
                 // Refuse whatever is still on its way, until the runtime is closed.
                 while let Ok(command) = inbox.recv() {
                     if let (Command::Submit { job, .. }, Some(error)) = (command, shared.poison()) {
@@ -258,7 +328,7 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
         }
     }
     let closed = Error::new(ErrorKind::Cancelled, "the runtime was closed");
-    for (_, lane) in &mut lanes {
+    for (_, lane) in &mut floor.lanes {
         lane.fail_all(&closed);
     }
 }
@@ -279,9 +349,11 @@ fn poison(shared: &Shared, panic: &(dyn Any + Send), lanes: &mut [(u64, Box<Lane
 }
 
 /// Carries out a command; says what is done with.
-fn obey(lanes: &mut Vec<(u64, Box<Lane>)>, command: Command) -> Released {
+fn obey(floor: &mut Floor, command: Command) -> Released {
+    let lanes = &mut floor.lanes;
     match command {
-        Command::Add { model, lane } => {
+        Command::Add { model, mut lane } => {
+            lane.holds.paused = floor.paused;
             lanes.push((model, lane));
             Released::default()
         }
@@ -305,6 +377,27 @@ fn obey(lanes: &mut Vec<(u64, Box<Lane>)>, command: Command) -> Released {
             if let Some((_, lane)) = lanes.iter_mut().find(|(id, _)| *id == model) {
                 visit(lane.executor());
             }
+            Released::default()
+        }
+        Command::Quiesce { model, wish } => match lanes.iter_mut().find(|(id, _)| *id == model) {
+            Some((_, lane)) => lane.quiesce(wish),
+            None => Released::default(),
+        },
+        Command::Pause { in_flight, deadline, answer } => {
+            floor.paused = true;
+            let mut released = Released::default();
+            for (_, lane) in lanes {
+                let answer = answer.clone();
+                let then = Box::new(move |lane: Result<&mut Lane>| {
+                    let _ = answer.send(lane.map(|lane| lane.holds.paused = true));
+                });
+                released += lane.quiesce(Quiesce { in_flight, deadline, then });
+            }
+            released
+        }
+        Command::Resume => {
+            floor.paused = false;
+            lanes.iter_mut().for_each(|(_, lane)| lane.holds.paused = false);
             Released::default()
         }
     }

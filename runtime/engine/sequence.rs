@@ -127,7 +127,7 @@ pub(crate) struct Sampled {
 /// A sequence's result.
 pub(crate) enum Finished {
     Sampled(Sampled),
-    Read(Vec<Output>),
+    Read { outputs: Vec<Output>, version: u64 },
 }
 
 /// A sequence's tokens, with what their keys in the cache depend on.
@@ -311,7 +311,7 @@ impl Sequence {
                     return Err(place(Error::new(ErrorKind::NonFinite, "the result is not finite")));
                 }
                 outputs.push(output);
-                Ok((outputs.len() == wants.len()).then(|| Finished::Read(std::mem::take(outputs))))
+                Ok((outputs.len() == wants.len()).then(|| Finished::Read { outputs: std::mem::take(outputs), version }))
             }
             _ => Err(Error::internal("an output of another kind than was asked for")),
         }
@@ -342,7 +342,9 @@ impl Sequence {
     /// Ends a sampling sequence with what it has.
     fn finish_sampling(&mut self, finish: Finish) -> Finished {
         let (submitted, started) = (self.job.submitted, self.started);
-        let Role::Sample { sampler, .. } = &mut self.role else { return Finished::Read(Vec::new()) };
+        let Role::Sample { sampler, .. } = &mut self.role else {
+            return Finished::Read { outputs: Vec::new(), version: 0 };
+        };
         let (text, rest) = sampler.finish_text();
         let new = &sampler.tokens[sampler.streamed..];
         self.job.stream(self.index, sampler.streamed, new, rest, Some(finish));

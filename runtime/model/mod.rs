@@ -10,7 +10,9 @@ mod spec;
 
 pub use config::parse_config;
 pub use families::FAMILIES;
+pub(crate) use families::carries_no_weight;
 pub use plan::{Buf, MatrixId, Op, Plan, Projection, VectorId};
+pub(crate) use plan::{EMBEDDING, LM_HEAD};
 pub use rope::{Rope, RopeKind};
 pub use spec::{AttentionBias, Head, ModelSpec};
 

@@ -206,8 +206,8 @@ impl Plan {
     }
 }
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const LM_HEAD: &str = "lm_head.weight";
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const LM_HEAD: &str = "lm_head.weight";
 
 #[derive(Default)]
 struct Builder {

@@ -88,7 +88,7 @@ pub(crate) fn read_samples(samples: Samples, finished: Vec<Finished>) -> Result<
             let (prompt, sample) = (i / drawn, i % drawn);
             Ok(SampledSequence { prompt, sample, tokens, text, finish, weight_version, versions, timing })
         }
-        Finished::Read(_) => Err(Error::internal("a sampling job with a scoring result")),
+        Finished::Read { .. } => Err(Error::internal("a sampling job with a scoring result")),
     };
     let mut all: Vec<SampledSequence> = finished.into_iter().enumerate().map(read).collect::<Result<_>>()?;
     if returned < drawn {
@@ -106,13 +106,9 @@ pub(crate) fn read_samples(samples: Samples, finished: Vec<Finished>) -> Result<
 }
 
 /// `scored[i]`: how many entries sequence i has, `None`s at its start included.
-pub(crate) fn read_logprobs(
-    scored: &[usize],
-    weight_version: u64,
-    finished: Vec<Finished>,
-) -> Result<Vec<SequenceLogprobs>> {
+pub(crate) fn read_logprobs(scored: &[usize], finished: Vec<Finished>) -> Result<Vec<SequenceLogprobs>> {
     let read = |(finished, &entries): (Finished, &usize)| {
-        let outputs = outputs(finished)?;
+        let (outputs, weight_version) = outputs(finished)?;
         let missing = entries - outputs.len();
         let mut result = SequenceLogprobs {
             logprobs: vec![None; missing],
@@ -133,22 +129,20 @@ pub(crate) fn read_logprobs(
     finished.into_iter().zip(scored).map(read).collect()
 }
 
-pub(crate) fn read_scores(
-    rule: &BoundRule,
-    weight_version: u64,
-    finished: Vec<Finished>,
-) -> Result<Vec<SequenceScore>> {
+pub(crate) fn read_scores(rule: &BoundRule, finished: Vec<Finished>) -> Result<Vec<SequenceScore>> {
     let (labels, name) = (Arc::<[String]>::from(rule.labels()), rule.rule.to_string());
     let read = |finished| {
-        let score = rule.read(&outputs(finished)?)?;
+        let (outputs, weight_version) = outputs(finished)?;
+        let score = rule.read(&outputs)?;
         Ok(SequenceScore { score, labels: labels.clone(), rule: name.clone(), weight_version })
     };
     finished.into_iter().map(read).collect()
 }
 
-fn outputs(finished: Finished) -> Result<Vec<Output>> {
+/// What was read, and the version of the weights.
+fn outputs(finished: Finished) -> Result<(Vec<Output>, u64)> {
     match finished {
-        Finished::Read(outputs) => Ok(outputs),
+        Finished::Read { outputs, version } => Ok((outputs, version)),
         Finished::Sampled(_) => Err(Error::internal("a scoring job with a sampling result")),
     }
 }

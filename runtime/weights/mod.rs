@@ -4,10 +4,13 @@
 //! every difference at once; only the [`Weights`] it returns give access to bytes, so no byte is used before its
 //! name, dtype and shape were checked. Nothing is copied: the bytes stay in the memory map.
 
+mod buffer;
 mod dtype;
 mod header;
 mod shards;
 mod source;
+mod staging;
+mod transfer;
 
 pub(crate) use shards::read_bounded;
 
@@ -15,9 +18,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
+use buffer::Buffer;
 pub use dtype::Dtype;
 pub use header::Limits as HeaderLimits;
 use source::FileBytes;
+pub use staging::TensorData;
+pub(crate) use staging::{Staging, StagingRules};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -131,6 +137,27 @@ impl Checkpoint {
         self.entries.contains_key(name)
     }
 
+    /// A tensor of a dtype that models use, as it is in its file; `None` if there is none of this name.
+    ///
+    /// # Errors
+    /// `Unsupported` for another dtype.
+    pub(crate) fn tensor(&self, name: &str) -> Result<Option<Tensor>> {
+        let Some(entry) = self.entries.get(name) else { return Ok(None) };
+        let dtype = Dtype::from_safetensors(entry.dtype).ok_or_else(|| {
+            Error::unsupported(format!(
+                "tensor {name:?} has dtype {}; this version reads F32, F16 and BF16",
+                entry.dtype
+            ))
+        })?;
+        let place = Place::File(self.files[entry.file].clone(), entry.range.clone());
+        Ok(Some(Tensor { dtype, shape: entry.shape.clone(), place }))
+    }
+
+    /// Fails if a file is no longer what it was when it was opened.
+    pub(crate) fn check_unchanged(&self) -> Result<()> {
+        self.files.iter().try_for_each(|file| file.check_unchanged())
+    }
+
     /// The bytes of all tensors together.
     pub fn total_bytes(&self) -> usize {
         self.entries.values().map(|e| e.range.len()).sum()
@@ -164,9 +191,8 @@ impl Checkpoint {
             }
             match Dtype::from_safetensors(entry.dtype) {
                 Some(dtype) => {
-                    let file = self.files[entry.file].clone();
-                    let shape = entry.shape.clone();
-                    tensors.insert(want.name.clone(), Tensor { dtype, shape, file, range: entry.range.clone() });
+                    let place = Place::File(self.files[entry.file].clone(), entry.range.clone());
+                    tensors.insert(want.name.clone(), Tensor { dtype, shape: entry.shape.clone(), place });
                 }
                 None => problems.push(format!(
                     "tensor {:?} has dtype {}; this version reads F32, F16 and BF16",
@@ -204,13 +230,19 @@ impl Checkpoint {
     }
 }
 
+/// Where a tensor's bytes are.
+#[derive(Clone)]
+enum Place {
+    File(Arc<FileBytes>, std::ops::Range<usize>),
+    Memory(Arc<Buffer>),
+}
+
 /// A tensor whose name, dtype and shape were checked. Cheap to clone; keeps its file mapped.
 #[derive(Clone)]
 pub struct Tensor {
     dtype: Dtype,
     shape: Vec<usize>,
-    file: Arc<FileBytes>,
-    range: std::ops::Range<usize>,
+    place: Place,
 }
 
 impl Tensor {
@@ -226,16 +258,44 @@ impl Tensor {
 
     /// The elements, little endian, row major. Not necessarily aligned to the element size.
     pub fn bytes(&self) -> &[u8] {
-        &self.file.as_slice()[self.range.clone()]
+        match &self.place {
+            Place::File(file, range) => &file.as_slice()[range.clone()],
+            Place::Memory(buffer) => buffer.as_slice(),
+        }
     }
 
     /// The elements as f32; exact for every dtype.
     pub fn to_f32(&self) -> Vec<f32> {
         self.dtype.to_f32(self.bytes())
     }
+
+    /// True if its bytes are in a mapped file, which costs no memory of its own.
+    pub fn is_mapped(&self) -> bool {
+        matches!(&self.place, Place::File(file, _) if file.is_mapped())
+    }
+
+    /// True if its bytes are in memory that can be written.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        matches!(self.place, Place::Memory(_))
+    }
+
+    /// The same dtype and shape with zeroed memory of its own.
+    pub(crate) fn blank(&self, name: &str) -> Result<Tensor> {
+        let buffer = Buffer::new(&format!("tensor {name:?}"), self.bytes().len())?;
+        Ok(Tensor { place: Place::Memory(Arc::new(buffer)), ..self.clone() })
+    }
+
+    /// Its bytes, to be written; `None` if they are in a file or somebody else uses them.
+    pub(crate) fn bytes_mut(&mut self) -> Option<&mut [u8]> {
+        match &mut self.place {
+            Place::Memory(buffer) => Some(Arc::get_mut(buffer)?.as_mut_slice()),
+            Place::File(..) => None,
+        }
+    }
 }
 
-/// The tensors that a model asked for and that passed the check.
+/// The tensors that a model asked for and that passed the check. Cheap to clone.
+#[derive(Clone)]
 pub struct Weights {
     tensors: HashMap<String, Tensor>,
 }
@@ -246,6 +306,31 @@ impl Weights {
     /// # Errors
     /// `Internal` if `name` was not among the claimed ones.
     pub fn get(&self, name: &str) -> Result<&Tensor> {
-        self.tensors.get(name).ok_or_else(|| Error::internal(format!("tensor {name:?} was never claimed")))
+        self.find(name).ok_or_else(|| Error::internal(format!("tensor {name:?} was never claimed")))
+    }
+
+    /// A tensor that may not be there.
+    pub(crate) fn find(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    /// Takes a tensor's place; a tensor of this name was there before.
+    pub(crate) fn replace(&mut self, name: &str, tensor: Tensor) {
+        self.tensors.insert(name.to_owned(), tensor);
+    }
+
+    /// Every tensor, in no order.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (&String, &Tensor)> {
+        self.tensors.iter()
+    }
+
+    /// A tensor to be written in place.
+    pub(crate) fn find_mut(&mut self, name: &str) -> Option<&mut Tensor> {
+        self.tensors.get_mut(name)
+    }
+
+    /// Bytes of the tensors that are not in a mapped file.
+    pub(crate) fn bytes_in_memory(&self) -> u64 {
+        self.tensors.values().filter(|t| !t.is_mapped()).map(|t| t.bytes().len() as u64).sum()
     }
 }

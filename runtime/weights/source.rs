@@ -67,6 +67,10 @@ impl FileBytes {
         &self.path
     }
 
+    pub(super) fn is_mapped(&self) -> bool {
+        matches!(self.bytes, Bytes::Mapped(_))
+    }
+
     pub(super) fn as_slice(&self) -> &[u8] {
         match &self.bytes {
             Bytes::Mapped(map) => map,

@@ -4,23 +4,26 @@ mod cores;
 mod head;
 mod limits;
 mod pool;
+mod weights;
 
+use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use cores::Cores;
 pub use pool::Pool;
 pub(crate) use pool::SMALL;
+use weights::CpuLoader;
+pub use weights::CpuWeights;
 
 use super::{
-    BlockCopy, Capacity, Cost, Costs, Executor, KernelTime, Limits, Memory, Output, Profile, Step, kernel_name,
+    BlockCopy, Capacity, Cost, Costs, DeviceWeights, Executor, KernelTime, Limits, Loader, Memory, Output, Profile,
+    Step, kernel_name,
 };
 use crate::error::{Error, ErrorKind, Result, checked_size, try_vec};
 use crate::kernels::attention::{self, MAX_HEAD_DIM};
 use crate::kernels::kv_write::{self, Cache};
-use crate::kernels::linear::{
-    self, Arithmetic, Columns, Hint, Norm, PackBuffer, Part, Precision, Quantised, Source, Then, Weight,
-};
+use crate::kernels::linear::{self, Arithmetic, Hint, Norm, PackBuffer, Part, Precision, Source, Weight};
 use crate::kernels::{Isa, KV_BLOCK, MatrixView, SharedMut, embed, gather_rows, rms_norm, rope};
 use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
 use crate::weights::{Tensor, WeightFormat, Weights};
@@ -42,8 +45,6 @@ pub struct CpuOptions {
     pub precision: Precision,
     /// Whether product weights are quantised.
     pub format: WeightFormat,
-    /// Whether the checkpoint's bytes are in a map (and count as such).
-    pub mapped: bool,
 }
 
 /// A model on the CPU.
@@ -51,10 +52,7 @@ pub struct CpuExecutor {
     options: CpuOptions,
     spec: ModelSpec,
     plan: Arc<Plan>,
-    matrices: Vec<Tensor>,
-    /// By [`MatrixId`], where the weight is quantised.
-    quantised: Vec<Option<Quantised>>,
-    vectors: Vec<Vec<f32>>,
+    weights: Arc<CpuWeights>,
     /// Keys and values of each layer.
     kv: Vec<(Vec<f32>, Vec<f32>)>,
     buffers: Vec<Vec<f32>>,
@@ -87,16 +85,9 @@ impl CpuExecutor {
         if spec.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
         }
-        let matrices: Vec<Tensor> =
-            plan.matrices.iter().map(|m| weights.get(&m.name).cloned()).collect::<Result<_>>()?;
-        let mut quantised: Vec<Option<Quantised>> = matrices.iter().map(|_| None).collect();
-        for id in plan.quantisable(&spec) {
-            quantised[id.0] = Quantised::of(options.format, view(&matrices[id.0]), &options.pool)
-                .map_err(|e| e.at(format!("tensor {:?}", plan.matrices[id.0].name)))?;
-        }
-        let vectors = plan.vectors.iter().map(|v| Ok(weights.get(&v.name)?.to_f32())).collect::<Result<_>>()?;
-        let per_layer = checked_size("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width()])?;
-        let kv = (0..spec.layers).map(|_| Ok((zeroed(per_layer)?, zeroed(per_layer)?))).collect::<Result<_>>()?;
+        let loader = CpuLoader { spec: spec.clone(), plan: plan.clone(), options: options.clone() };
+        let weights = Arc::new(loader.make(weights, None, &HashSet::new())?);
+        let kv = cache(&spec, capacity)?;
         Ok(CpuExecutor {
             options,
             buffers: vec![Vec::new(); Buf::ALL.len()],
@@ -104,9 +95,7 @@ impl CpuExecutor {
             logits: Vec::new(),
             spec,
             plan,
-            matrices,
-            quantised,
-            vectors,
+            weights,
             kv,
             capacity,
             profile: Profile::default(),
@@ -134,7 +123,7 @@ impl CpuExecutor {
             Op::Embed { table, out } => {
                 let mut target = self.take(*out);
                 let width = self.spec.hidden_size;
-                let table = view(&self.matrices[table.0]);
+                let table = view(&self.weights.matrices[table.0]);
                 let shared = SharedMut::new(&mut target);
                 self.options.pool.over_rows(t, width, &|rows| {
                     // SAFETY: tasks have disjoint rows.
@@ -189,7 +178,7 @@ impl CpuExecutor {
                 let mut target = self.take(*out);
                 let (eps, width) = (self.spec.rms_norm_eps, x.width(&self.spec));
                 let shared = SharedMut::new(&mut target);
-                let (x, weight) = (&self.buffers[*x as usize], &self.vectors[weight.0]);
+                let (x, weight) = (&self.buffers[*x as usize], &self.weights.vectors[weight.0][..]);
                 self.options.pool.over_rows(m, width, &|rows| {
                     let span = rows.start * width..rows.end * width;
                     // SAFETY: tasks have disjoint rows.
@@ -221,8 +210,8 @@ impl CpuExecutor {
         let mut outs: Vec<Vec<f32>> = products.iter().map(|(_, out)| self.take(*out)).collect();
         let CpuOptions { isa, precision, pool, .. } = &self.options;
         let k = x.width(&self.spec);
-        let norm = norm.map(|v| Norm { weight: &self.vectors[v.0], eps: self.spec.rms_norm_eps });
-        let held = Held { matrices: &self.matrices, quantised: &self.quantised, vectors: &self.vectors };
+        let norm = norm.map(|v| Norm { weight: &self.weights.vectors[v.0], eps: self.spec.rms_norm_eps });
+        let held = &self.weights;
         let parts: Vec<Part> = products
             .iter()
             .zip(&mut outs)
@@ -240,18 +229,19 @@ impl CpuExecutor {
     /// Adds a kernel's run, which began then, to the profile.
     fn note(&mut self, name: &str, begin: Instant, step: &Step, cost: impl Fn(&Costs) -> Cost) {
         let time = begin.elapsed();
-        let weight_bytes = |id: MatrixId| match &self.quantised[id.0] {
+        let CpuWeights { matrices, quantised, .. } = &*self.weights;
+        let weight_bytes = |id: MatrixId| match &quantised[id.0] {
             Some(matrix) => matrix.bytes() as u64,
-            None => self.matrices[id.0].bytes().len() as u64,
+            None => matrices[id.0].bytes().len() as u64,
         };
-        let shape = |id: MatrixId| [self.matrices[id.0].shape()[0], self.matrices[id.0].shape()[1]];
+        let shape = |id: MatrixId| [matrices[id.0].shape()[0], matrices[id.0].shape()[1]];
         let costs = Costs { spec: &self.spec, step, weight_bytes: &weight_bytes, shape: &shape };
         let cost = cost(&costs);
         self.profile.add(name, time, cost);
     }
 
     fn weight(&self, id: MatrixId) -> Weight<'_> {
-        Held { matrices: &self.matrices, quantised: &self.quantised, vectors: &self.vectors }.weight(id)
+        self.weights.weight(id)
     }
 
     fn attention(&mut self, layer: usize, step: &Step) {
@@ -281,35 +271,6 @@ impl CpuExecutor {
 
 fn view(tensor: &Tensor) -> MatrixView<'_> {
     MatrixView::new(tensor.dtype(), tensor.bytes(), tensor.shape()[0], tensor.shape()[1])
-}
-
-/// The weights of a model.
-#[derive(Clone, Copy)]
-struct Held<'a> {
-    matrices: &'a [Tensor],
-    quantised: &'a [Option<Quantised>],
-    vectors: &'a [Vec<f32>],
-}
-
-impl<'a> Held<'a> {
-    fn weight(self, id: MatrixId) -> Weight<'a> {
-        match &self.quantised[id.0] {
-            Some(matrix) => matrix.weight(),
-            None => Weight::Stored(view(&self.matrices[id.0])),
-        }
-    }
-
-    fn columns(self, p: &Projection) -> Columns<'a> {
-        Columns { weight: self.weight(p.weight), bias: p.bias.map(|b| &self.vectors[b.0][..]) }
-    }
-
-    fn then(self, product: &Product) -> Then<'a> {
-        match product {
-            Product::Store(p) => Then::Store(self.columns(p)),
-            Product::Add(p) => Then::Add(self.columns(p)),
-            Product::Gated { gate, up } => Then::Gated { gate: self.columns(gate), up: self.columns(up) },
-        }
-    }
 }
 
 impl Executor for CpuExecutor {
@@ -353,16 +314,44 @@ impl Executor for CpuExecutor {
         Ok(())
     }
 
+    fn loader(&self) -> Arc<dyn Loader> {
+        let (spec, plan, options) = (self.spec.clone(), self.plan.clone(), self.options.clone());
+        Arc::new(CpuLoader { spec, plan, options })
+    }
+
+    fn weights(&self) -> DeviceWeights {
+        DeviceWeights::Cpu(self.weights.clone())
+    }
+
+    fn install(&mut self, weights: DeviceWeights) -> Result<()> {
+        let DeviceWeights::Cpu(weights) = weights else { return Err(Error::internal("weights of another device")) };
+        self.weights = weights;
+        Ok(())
+    }
+
+    fn unload(&mut self) {
+        self.weights = Arc::default();
+    }
+
+    fn free_cache(&mut self) {
+        self.kv = Vec::new();
+    }
+
+    fn restore_cache(&mut self) -> Result<()> {
+        if self.kv.is_empty() {
+            self.kv = cache(&self.spec, self.capacity)?;
+        }
+        Ok(())
+    }
+
     fn memory(&self) -> Memory {
-        let floats = |vecs: &[Vec<f32>]| vecs.iter().map(|v| v.len() as u64 * 4).sum::<u64>();
-        let matrices: u64 = self.matrices.iter().map(|m| m.bytes().len() as u64).sum();
-        let quantised: u64 = self.quantised.iter().flatten().map(|m| m.bytes() as u64).sum();
-        let (weights, mapped) = if self.options.mapped { (0, matrices) } else { (matrices, 0) };
+        let (weights, mapped) = self.weights.bytes();
         Memory {
-            weights: weights + quantised + floats(&self.vectors),
+            weights,
             mapped,
             kv_cache: self.kv.iter().map(|(k, v)| (k.len() + v.len()) as u64 * 4).sum(),
             scratch: scratch_bytes(&self.spec, self.capacity.max_rows, self.options.pool.threads()),
+            host: 0,
         }
     }
 
@@ -392,6 +381,12 @@ pub(crate) fn scratch_bytes(spec: &ModelSpec, max_rows: usize, threads: usize) -
     let widths: usize = Buf::ALL.iter().map(|b| b.width(spec)).sum();
     let activations = 4 * widths as u64 * max_rows as u64 + PackBuffer::bytes_for(max_rows, widest(spec)) as u64;
     activations + head::scratch_bytes(spec.vocab_size, max_rows) + threads as u64 * head::thread_bytes(spec.vocab_size)
+}
+
+/// Keys and values of each layer.
+fn cache(spec: &ModelSpec, capacity: Capacity) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
+    let per_layer = checked_size("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width()])?;
+    (0..spec.layers).map(|_| Ok((zeroed(per_layer)?, zeroed(per_layer)?))).collect()
 }
 
 /// Zeroed memory that the system commits only when it is touched.

@@ -11,7 +11,7 @@ use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
 use super::upload::Uploader;
 use crate::backend::cpu::Pool;
-use crate::backend::{BlockCopy, Capacity, Executor, KernelTime, Limits, Memory, Output, Step};
+use crate::backend::{BlockCopy, Capacity, DeviceWeights, Executor, KernelTime, Limits, Loader, Memory, Output, Step};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::linear::Precision;
@@ -196,6 +196,7 @@ impl GpuExecutor {
             mapped: 0,
             kv_cache: 2 * per_layer * spec.layers as u64,
             scratch: scratch_bytes(&spec, rows),
+            host: 0,
         };
         Ok(GpuExecutor {
             calls,
@@ -262,6 +263,22 @@ impl GpuExecutor {
             return Err(Error::internal("steps with different block tables"));
         }
         Ok(())
+    }
+}
+
+/// TODO
+pub struct Uploaded;
+
+struct GpuLoader;
+
+impl Loader for GpuLoader {
+    fn load(
+        &self,
+        _weights: &Weights,
+        _held: Option<&DeviceWeights>,
+        _changed: &std::collections::HashSet<String>,
+    ) -> Result<DeviceWeights> {
+        Err(Error::unsupported("updates on a GPU"))
     }
 }
 
@@ -351,6 +368,26 @@ impl Executor for GpuExecutor {
             }
             self.gpu.queue.submit([encoder.finish()])
         })?;
+        Ok(())
+    }
+
+    fn loader(&self) -> Arc<dyn Loader> {
+        Arc::new(GpuLoader)
+    }
+
+    fn weights(&self) -> DeviceWeights {
+        DeviceWeights::Gpu(Arc::new(Uploaded))
+    }
+
+    fn install(&mut self, _weights: DeviceWeights) -> Result<()> {
+        Err(Error::unsupported("updates on a GPU"))
+    }
+
+    fn unload(&mut self) {}
+
+    fn free_cache(&mut self) {}
+
+    fn restore_cache(&mut self) -> Result<()> {
         Ok(())
     }
 

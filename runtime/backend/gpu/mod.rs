@@ -17,7 +17,7 @@ mod upload;
 
 pub use device::{Gpu, GpuOptions, MatrixUnits};
 pub(crate) use executor::scratch_bytes;
-pub use executor::{GpuExecutor, GpuWeights};
+pub use executor::{GpuExecutor, GpuWeights, Uploaded};
 pub use pipelines::{Flags, Format, TileShape, resolve};
 pub use probe::{Probe, dispatch_once};
 pub use select::{DeviceInfo, DeviceType, Selection, list_devices};

@@ -206,7 +206,7 @@ impl Lane {
         // Siblings for whom this step has no output draw from a row of their own later.
         let sequence = &mut self.running[i];
         if !draws.is_empty() && sequence.results() > draws.len() {
-            let path = self.kv.path(self.version);
+            let path = self.kv.path(self.generation);
             let later = sequence.split(draws.len() as u32, path);
             if let Some(job) = self.jobs.get_mut(&sequence.job_number) {
                 later.into_iter().for_each(|s| job.waiting.push_front(s));

@@ -1,0 +1,401 @@
+//! New weights for a model that is in use: all of an update or nothing of it, under a version that results carry.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::backend::{DeviceWeights, Loader, Memory};
+use crate::engine::{InFlight, Lane};
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::Head;
+use crate::runtime::Model;
+use crate::weights::{Staging, StagingRules, TensorData, Weights};
+
+/// Where the new weights are until they are committed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Storage {
+    /// Beside the old ones, which serve until the commit and after a failed one. Needs room for what is put.
+    #[default]
+    Shadow,
+    /// In the place of the old ones. The model computes nothing from [`Model::update`] to the end of the update, and an
+    /// update that ends without a commit once something was put leaves the model without valid weights: its jobs fail
+    /// and later ones are refused until a whole update is committed. Needs room for one tensor where the old ones are
+    /// mapped, and for none after that.
+    InPlace,
+}
+
+/// Which tensors an update must bring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Require {
+    /// Every tensor of the model.
+    #[default]
+    All,
+    /// Any; the others stay as they are.
+    Subset,
+}
+
+/// How an update is made.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UpdateOptions {
+    /// The update is refused unless this is the model's version.
+    pub expect_version: Option<u64>,
+    /// Where the new weights are until they are committed.
+    pub storage: Storage,
+    /// What becomes of the sequences that are under way at the commit, or in place when the update begins.
+    pub in_flight: InFlight,
+    /// Which tensors it must bring.
+    pub require: Require,
+    /// Refuse NaN and infinities.
+    pub check_finite: bool,
+    /// Round tensors of another dtype to the model's own, to nearest, ties to even. A finite value that would become infinite
+    /// is refused. Without it another dtype is an error.
+    pub convert: bool,
+    /// How long to wait for sequences under way; `None`: until they are done.
+    pub timeout: Option<Duration>,
+}
+
+/// The weights that a model has at the moment.
+pub(crate) struct WeightState {
+    pub version: u64,
+    pub generation: u64,
+    /// `None` while an update writes them in place.
+    pub weights: Option<Weights>,
+    /// `None` while the device does not have them: in place, asleep, or not valid.
+    pub device: Option<DeviceWeights>,
+    pub memory: Memory,
+    /// An update in place did not come to its end.
+    pub is_broken: bool,
+    /// What was given back.
+    pub sleeps: crate::lifecycle::Tags,
+}
+
+/// The weights of a model, and who makes new ones ready for its device.
+pub(crate) struct ModelWeights {
+    state: Mutex<WeightState>,
+    pub loader: Arc<dyn Loader>,
+}
+
+impl ModelWeights {
+    pub fn new(version: u64, weights: Weights, device: DeviceWeights, loader: Arc<dyn Loader>, memory: Memory) -> Self {
+        let state = WeightState {
+            version,
+            generation: 0,
+            weights: Some(weights),
+            device: Some(device),
+            memory,
+            is_broken: false,
+            sleeps: crate::lifecycle::Tags::default(),
+        };
+        ModelWeights { state: Mutex::new(state), loader }
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, WeightState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// New weights on their way. Dropping it aborts it.
+///
+/// ```no_run
+/// # fn f(model: &rewardrt::Model, tensors: Vec<(String, Vec<usize>, Vec<u8>)>) -> rewardrt::Result<()> {
+/// use rewardrt::weights::{Dtype, TensorData};
+/// use rewardrt::{InFlight, UpdateOptions};
+///
+/// let options = UpdateOptions { in_flight: InFlight::Keep, check_finite: true, ..UpdateOptions::default() };
+/// let mut update = model.update(&options)?;
+/// for (name, shape, bytes) in &tensors {
+///     update.put(&TensorData { name, dtype: Dtype::BF16, shape, bytes, checksum: None })?;
+/// }
+/// update.commit(model.weights_version() + 1)?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Update {
+    model: Model,
+    options: UpdateOptions,
+    version: u64,
+    generation: u64,
+    /// Bytes the model held when it began.
+    held: u64,
+    staging: Option<Staging>,
+    end: &'static str,
+}
+
+impl Model {
+    /// Begins an update. In shadow the model goes on as it is until the commit, and several updates may be under way: the
+    /// first to be committed wins.
+    ///
+    /// # Errors
+    /// `Conflict` if the model has another version than is expected, is asleep, or is being written in place, or if its
+    /// weights are not valid and the update does not bring all of them; in place also `Timeout`.
+    pub fn update(&self, options: &UpdateOptions) -> Result<Update> {
+        let options = *options;
+        let deadline = deadline(options.timeout);
+        let mut state = self.weights().lock();
+        let conflict = |text: String| Err(Error::new(ErrorKind::Conflict, text));
+        if let Some(expected) = options.expect_version.filter(|v| *v != state.version) {
+            return conflict(format!(
+                "the model's weights have version {}, the update expects {expected}",
+                state.version
+            ));
+        }
+        if state.sleeps.weights {
+            return conflict("the model's weights are asleep; wake them first".into());
+        }
+        if state.is_broken && options.require != Require::All {
+            return conflict(
+                "the model's weights are not valid since an update in place was not finished: only an update that requires all tensors can begin".into(),
+            );
+        }
+        let in_place = options.storage == Storage::InPlace;
+        let Some(weights) = (if in_place { state.weights.take() } else { state.weights.clone() }) else {
+            return conflict("another update writes the model's weights in place".into());
+        };
+        let device = if in_place { state.device.take() } else { None };
+        let (version, generation, held) = (state.version, state.generation, state.memory.allocated());
+        drop(state);
+        if in_place {
+            let rest = self.quiesce(options.in_flight, deadline, |lane| {
+                lane.executor().unload();
+                lane.holds.updating = true;
+                Ok(())
+            });
+            if let Err(error) = rest {
+                let mut state = self.weights().lock();
+                (state.weights, state.device) = (Some(weights), device);
+                return Err(error);
+            }
+        }
+        drop(device);
+        let rules = StagingRules {
+            require_all: options.require == Require::All,
+            check_finite: options.check_finite,
+            convert: options.convert,
+            in_place,
+            tied: self.spec().head == Head::LanguageModel { tied: true },
+        };
+        let staging = Some(Staging::new(weights, rules));
+        Ok(Update { model: self.clone(), options, version, generation, held, staging, end: "" })
+    }
+}
+
+pub(crate) fn deadline(timeout: Option<Duration>) -> Option<Instant> {
+    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+}
+
+impl Update {
+    fn staging(&mut self) -> Result<&mut Staging> {
+        let end = self.end;
+        self.staging.as_mut().ok_or_else(|| Error::new(ErrorKind::Conflict, format!("the update was {end}")))
+    }
+
+    /// Makes sure that the memory budget has room for what is to be put.
+    fn room(&mut self, name: &str) -> Result<()> {
+        let (held, budget) = (self.held, self.model.memory_budget());
+        let staging = self.staging()?;
+        let (staged, more) = (staging.bytes(), staging.cost(name));
+        match budget {
+            Some(budget) if held.saturating_add(staged).saturating_add(more) > budget => Err(Error::limit(format!(
+                "tensor {name:?}: the memory budget is {budget} bytes; {held} are held, {staged} staged, and it takes {more} more"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a tensor, under its name in the checkpoint. Its bytes are copied before this returns.
+    ///
+    /// # Errors
+    /// `NotFound` for a name that is not the model's, `Duplicate` if it was put before, `Shape` for another shape or dtype,
+    /// `Argument` for another number of bytes, `Format` if the checksum differs, `NonFinite`, `Limit` (memory budget) or
+    /// `HostMemory`. Nothing of the tensor is taken then, and the update can go on. `Conflict` if it has ended.
+    pub fn put(&mut self, tensor: &TensorData) -> Result<()> {
+        self.room(tensor.name)?;
+        self.staging()?.put(tensor)
+    }
+
+    /// Takes a part of a tensor: `tensor.shape` is the part's, `start` its first index in each dimension. The tensor is
+    /// there when its parts cover it.
+    ///
+    /// # Errors
+    /// As [`Update::put`]; `Shape` for a part that reaches out, `Duplicate` for one that overlaps another.
+    pub fn put_slice(&mut self, tensor: &TensorData, start: &[usize]) -> Result<()> {
+        self.room(tensor.name)?;
+        self.staging()?.put_slice(tensor, start)
+    }
+
+    /// Takes every tensor of a safetensors file, or of a folder with `model.safetensors` or an index. Files are mapped
+    /// where the model's own are: they must not be changed as long as the model uses them.
+    ///
+    /// # Errors
+    /// Those of opening a checkpoint, and those of [`Update::put`], naming the file.
+    pub fn put_files(&mut self, path: &Path) -> Result<()> {
+        let options = self.model.load_options().clone();
+        self.staging()?.put_files(path, &options)
+    }
+
+    /// Makes the new weights the model's: waits for, ends or stops the sequences under way, then changes all weights
+    /// between two steps. What begins after that, and what is kept under way, is computed with the new ones; caches of the
+    /// old ones are gone. On success the update has ended.
+    ///
+    /// # Errors
+    /// `Shape` listing what is missing, `Argument` if the version is the present one, `Conflict` if another update was
+    /// committed since this one began, `Timeout`, or what makes the weights unusable on the device. In shadow the old
+    /// weights serve on and the update may go on; in place see [`Storage::InPlace`].
+    pub fn commit(&mut self, version: u64) -> Result<()> {
+        let in_place = self.options.storage == Storage::InPlace;
+        let present = self.version;
+        let (weights, changed) = self.staging()?.complete()?;
+        if version == present {
+            return Err(Error::argument(format!("version {version} is the one that the model has now")));
+        }
+        if in_place {
+            self.commit_in_place(version)?
+        } else {
+            self.exchange(weights, &changed, version)?
+        }
+        self.staging = None;
+        self.end = "committed";
+        Ok(())
+    }
+
+    /// Takes the new weights in between two steps.
+    fn exchange(&self, weights: Weights, changed: &HashSet<String>, version: u64) -> Result<()> {
+        self.model.exchange(Exchange {
+            weights,
+            changed,
+            version,
+            base: self.generation,
+            in_flight: self.options.in_flight,
+            deadline: deadline(self.options.timeout),
+        })
+    }
+
+    fn commit_in_place(&mut self, version: u64) -> Result<()> {
+        let Some(staging) = self.staging.take() else { return Ok(()) };
+        self.end = "not finished in place";
+        let weights = staging.into_base();
+        let result = self.model.revive(weights, Some(version));
+        if let Err(error) = &result {
+            self.model.invalidate(error);
+        }
+        result
+    }
+
+    /// Ends the update. In shadow nothing has changed.
+    pub fn abort(mut self) {
+        self.give_up();
+    }
+
+    fn give_up(&mut self) {
+        let Some(staging) = self.staging.take() else { return };
+        self.end = "aborted";
+        if self.options.storage == Storage::Shadow {
+            return;
+        }
+        let touched = staging.touched;
+        // In place and unfinished: without a change the old weights come back, else there are none.
+        let revived = if touched {
+            let text = "an update in place was aborted after it had begun to write";
+            self.model.weights().lock().weights = Some(staging.into_base());
+            Err(Error::new(ErrorKind::Conflict, text))
+        } else {
+            self.model.revive(staging.into_base(), None)
+        };
+        if let Err(error) = revived {
+            self.model.invalidate(&error);
+        }
+    }
+}
+
+impl Drop for Update {
+    fn drop(&mut self) {
+        self.give_up();
+    }
+}
+
+/// A change of weights that is ready to be made.
+pub(crate) struct Exchange<'a> {
+    pub weights: Weights,
+    pub changed: &'a HashSet<String>,
+    pub version: u64,
+    /// The generation that it was made from.
+    pub base: u64,
+    pub in_flight: InFlight,
+    pub deadline: Option<Instant>,
+}
+
+impl Model {
+    /// Loads weights beside the present ones and takes them over between two steps.
+    pub(crate) fn exchange(&self, exchange: Exchange) -> Result<()> {
+        let Exchange { weights, changed, version, base, in_flight, deadline } = exchange;
+        let held = self.weights().lock().device.clone();
+        let device = self.weights().loader.load(&weights, held.as_ref(), changed)?;
+        drop(held);
+        let model = self.clone();
+        self.quiesce(in_flight, deadline, move |lane| {
+            if lane.generation() != base {
+                let text = "another update of this model was committed since this one began: begin anew";
+                return Err(Error::new(ErrorKind::Conflict, text));
+            }
+            if lane.holds.updating || model.weights().lock().sleeps.weights {
+                let text = "the model went to sleep, or is being written in place, since the update began";
+                return Err(Error::new(ErrorKind::Conflict, text));
+            }
+            lane.executor().install(device.clone())?;
+            lane.renew(version);
+            model.adopt(lane, weights, device, version);
+            Ok(())
+        })
+    }
+
+    /// Notes what the lane computes with from now on.
+    fn adopt(&self, lane: &mut Lane, weights: Weights, device: DeviceWeights, version: u64) {
+        lane.set_invalid(None);
+        let mut memory = lane.executor().memory();
+        if let DeviceWeights::Gpu(_) = device {
+            memory.host = weights.bytes_in_memory();
+        }
+        let mut state = self.weights().lock();
+        state.version = version;
+        state.generation = lane.generation();
+        state.weights = Some(weights);
+        state.device = Some(device);
+        state.memory = memory;
+        state.is_broken = false;
+    }
+
+    /// Gives a lane that is held for an update in place its weights: new ones under a version, or the old ones again.
+    fn revive(&self, weights: Weights, version: Option<u64>) -> Result<()> {
+        // Whatever happens, the host's copy is what later updates are compared with.
+        self.weights().lock().weights = Some(weights.clone());
+        let device = self.weights().loader.load(&weights, None, &HashSet::new())?;
+        let model = self.clone();
+        self.quiesce(InFlight::Keep, None, move |lane| {
+            lane.executor().install(device.clone())?;
+            let version = match version {
+                Some(version) => {
+                    lane.renew(version);
+                    version
+                }
+                None => model.weights().lock().version,
+            };
+            model.adopt(lane, weights, device, version);
+            lane.holds.updating = false;
+            Ok(())
+        })
+    }
+
+    /// Refuses jobs until whole weights are there.
+    fn invalidate(&self, error: &Error) {
+        let text = format!("the model has no valid weights: {error}; commit an update that brings all of them");
+        let error = Error::new(ErrorKind::Conflict, text);
+        self.weights().lock().is_broken = true;
+        // The engine may be gone, and with it the lane.
+        let _ = self.quiesce(InFlight::Keep, None, move |lane| {
+            lane.holds.updating = false;
+            lane.set_invalid(Some(error));
+            Ok(())
+        });
+    }
+}
