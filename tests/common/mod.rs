@@ -4,6 +4,8 @@
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub mod amx_emulator;
 
+pub mod checkpoints;
+
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -19,6 +19,8 @@ pub struct CpuWeights {
     pub(super) quantised: Vec<Option<Arc<Quantised>>>,
     /// By [`VectorId`](crate::model::VectorId).
     pub(super) vectors: Vec<Arc<[f32]>>,
+    /// Bytes of the tensors that are not in mapped files.
+    in_memory: u64,
 }
 
 impl CpuWeights {
@@ -43,12 +45,10 @@ impl CpuWeights {
 
     /// Bytes in memory of its own, and bytes in mapped files.
     pub(super) fn bytes(&self) -> (u64, u64) {
-        let stored = |mapped: bool| -> u64 {
-            self.matrices.iter().filter(|m| m.is_mapped() == mapped).map(|m| m.bytes().len() as u64).sum()
-        };
+        let mapped = self.matrices.iter().filter(|m| m.is_mapped()).map(|m| m.bytes().len() as u64).sum();
         let quantised: u64 = self.quantised.iter().flatten().map(|m| m.bytes() as u64).sum();
         let vectors: u64 = self.vectors.iter().map(|v| 4 * v.len() as u64).sum();
-        (stored(false) + quantised + vectors, stored(true))
+        (self.in_memory + quantised + vectors, mapped)
     }
 }
 
@@ -84,7 +84,7 @@ impl CpuLoader {
             }
         };
         let vectors = plan.vectors.iter().map(|v| &v.name).enumerate().map(vector).collect::<Result<_>>()?;
-        Ok(CpuWeights { matrices, quantised, vectors })
+        Ok(CpuWeights { matrices, quantised, vectors, in_memory: weights.bytes_in_memory() })
     }
 }
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::input::Packed;
 use super::tile::{AHEAD, write_sums};
 use crate::backend::cpu::{Pool, cores};
-use crate::error::{Error, Result, try_vec};
+use crate::error::{Error, ErrorKind, Result, try_vec};
 use crate::kernels::lanes::Lanes;
 use crate::kernels::{MatrixView, SharedMut};
 
@@ -109,11 +109,12 @@ impl<F: BlockFormat> BlockMatrix<F> {
             let (row, mut values) = (i / blocks, vec![0.0; cols]);
             view.dtype().read_f32(view.row(row), &mut values);
             let column = values.iter().position(|v| !v.is_finite()).unwrap_or(0);
-            return Err(Error::format(format!(
+            let text = format!(
                 "the weight at row {row}, column {column} is {}; only finite weights can be quantised to {} bits",
                 values[column],
                 F::BITS
-            )));
+            );
+            return Err(Error::new(ErrorKind::NonFinite, text));
         }
         Ok(BlockMatrix { rows, cols, quants, scales, format: PhantomData })
     }
