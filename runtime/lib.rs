@@ -36,6 +36,7 @@
 pub mod backend;
 mod engine;
 mod error;
+mod follow;
 mod guide;
 pub mod kernels;
 mod lifecycle;
@@ -55,6 +56,7 @@ pub use engine::{
     Streamed, Timing, VersionSpan,
 };
 pub use error::{Error, ErrorKind, Result};
+pub use follow::{FollowOptions, Follower};
 pub use guide::Guide;
 pub use kernels::linear::Precision;
 pub use lifecycle::Tags;

@@ -20,7 +20,7 @@ use crate::request::{
 use crate::score::Rule;
 use crate::text::Tokenizer;
 use crate::update::ModelWeights;
-use crate::weights::{LoadOptions, WeightFormat, read_bounded};
+use crate::weights::{Dtype, LoadOptions, Tensor, WeightFormat, read_bounded};
 
 const MAX_CONFIG: usize = 1 << 20;
 /// Positions a KV cache has where nothing else is said, as far as the bytes below allow.
@@ -194,6 +194,9 @@ impl Runtime {
             }
         };
         let memory = executor.memory();
+        let describe = |(name, t): (&String, &Tensor)| (name.clone(), t.dtype(), t.shape().to_vec());
+        let mut tensors: Vec<_> = weights.tensors().map(describe).collect();
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
         let version = options.weights_version;
         let held = ModelWeights::new(version, weights, executor.weights(), executor.loader(), memory);
         let stats = Arc::new(Mutex::new(ModelStats { kv_blocks: capacity.kv_blocks, ..ModelStats::default() }));
@@ -226,6 +229,7 @@ impl Runtime {
                 budget: options.memory,
                 load: options.load.clone(),
                 weights: held,
+                tensors,
                 guides: OnceLock::new(),
                 stats,
             }),
@@ -326,6 +330,7 @@ struct ModelInner {
     budget: Option<u64>,
     load: LoadOptions,
     weights: ModelWeights,
+    tensors: Vec<(String, Dtype, Vec<usize>)>,
     /// Made for the first request with a guide.
     guides: OnceLock<Result<GuideVocabulary>>,
     stats: Arc<Mutex<ModelStats>>,
@@ -369,6 +374,11 @@ impl Model {
     /// The version that its results carry.
     pub fn weights_version(&self) -> u64 {
         self.inner.weights.lock().version
+    }
+
+    /// Name, dtype and shape of every tensor, in name order: what an update has to bring.
+    pub fn tensors(&self) -> Vec<(String, Dtype, Vec<usize>)> {
+        self.inner.tensors.clone()
     }
 
     pub(crate) fn weights(&self) -> &ModelWeights {

@@ -10,7 +10,7 @@ use crate::engine::{InFlight, Lane};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Head;
 use crate::runtime::Model;
-use crate::weights::{Staging, StagingRules, TensorData, Weights};
+use crate::weights::{Delta, Staging, StagingRules, TensorData, Weights};
 
 /// Where the new weights are until they are committed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -116,6 +116,8 @@ pub struct Update {
     options: UpdateOptions,
     version: u64,
     generation: u64,
+    /// The model's present weights are valid.
+    is_based: bool,
     /// Bytes the model held when it began.
     held: u64,
     staging: Option<Staging>,
@@ -154,6 +156,7 @@ impl Model {
         };
         let device = if in_place { state.device.take() } else { None };
         let (version, generation, held) = (state.version, state.generation, state.memory.allocated());
+        let is_based = !state.is_broken;
         drop(state);
         if in_place {
             let rest = self.quiesce(options.in_flight, deadline, |lane| {
@@ -176,7 +179,7 @@ impl Model {
             tied: self.spec().head == Head::LanguageModel { tied: true },
         };
         let staging = Some(Staging::new(weights, rules));
-        Ok(Update { model: self.clone(), options, version, generation, held, staging, end: "" })
+        Ok(Update { model: self.clone(), options, version, generation, is_based, held, staging, end: "" })
     }
 }
 
@@ -232,6 +235,46 @@ impl Update {
     pub fn put_files(&mut self, path: &Path) -> Result<()> {
         let options = self.model.load_options().clone();
         self.staging()?.put_files(path, &options)
+    }
+
+    /// Takes the tensors that a delta changes, as they become by it; all others stay as they are, whatever
+    /// [`UpdateOptions::require`] says. Returns the delta's version.
+    ///
+    /// # Errors
+    /// Those of [`Delta::open`] and [`Delta::apply`], naming folder and tensor; `Conflict` if it is made for another version than
+    /// the model's, `NotFound` or `Shape` for tensors that are not the model's. Nothing is taken then, except in place.
+    pub fn put_delta(&mut self, folder: &Path) -> Result<u64> {
+        let options = self.model.load_options().clone();
+        let delta = Delta::open(folder, &options)?;
+        if !self.is_based {
+            let text =
+                format!("{}: the model has no valid weights to which a delta could be applied", folder.display());
+            return Err(Error::new(ErrorKind::Conflict, text));
+        }
+        if delta.base_version() != self.version {
+            let text = format!(
+                "{}: the delta leads from version {} to {}, the model has version {}",
+                folder.display(),
+                delta.base_version(),
+                delta.version(),
+                self.version
+            );
+            return Err(Error::new(ErrorKind::Conflict, text));
+        }
+        let names: Vec<String> = delta.tensors().map(|t| t.name.to_owned()).collect();
+        for name in &names {
+            self.room(name)?;
+        }
+        self.staging()?.derive_all(&names, |name, model, out| {
+            let declared = delta.tensors().find(|t| t.name == name).and_then(|t| t.layout);
+            if let Some((dtype, shape)) = declared.filter(|(d, s)| d != model.dtype().name() || *s != model.shape()) {
+                let (ours, kind) = (model.shape(), model.dtype().name());
+                let text = format!("tensor {name:?} is {dtype} {shape:?} in the delta, {kind} {ours:?} in the model");
+                return Err(Error::new(ErrorKind::Shape, text).at(folder.display()));
+            }
+            delta.apply(name, model.bytes(), out)
+        })?;
+        Ok(delta.version())
     }
 
     /// Makes the new weights the model's: waits for, ends or stops the sequences under way, then changes all weights

@@ -15,10 +15,11 @@
  * Strings.  Pointer and length in bytes, UTF-8, not NUL-terminated, unless said otherwise.
  * Buffers.  Functions with (buffer, capacity, *need) write at most capacity elements and the number needed to *need.
  *           With too small a capacity they write no element and return RRT_E_SHORT_BUFFER; (NULL, 0) asks for the size.
- * Handles.  rrt_runtime, rrt_model, rrt_tokenizer and rrt_result are freed by the caller, exactly once, by the function
+ * Handles.  rrt_runtime, rrt_model, rrt_tokenizer, rrt_update and rrt_result are freed by the caller, exactly once, by the function
  *           of their name; freeing NULL does nothing. Jobs are numbers, never used twice in a process.
  * Threads.  Any thread may call any function with any handle at any time, with one exception: while one thread frees
- *           or closes a handle, no other may use it. Results are immutable.
+ *           or closes a handle, no other may use it. Results are immutable. An update is used by one thread at a time:
+ *           a second one gets RRT_E_BUSY.
  * Memory.   What is passed in is borrowed for the call and copied before it returns. Pointers in views are borrowed
  *           until rrt_result_free.
  * Promises. The library never exits, aborts, prints, installs a signal handler, or calls back except for the log. A bug
@@ -53,12 +54,12 @@ enum {
     RRT_E_ABI = -3,              /* struct_size or version do not fit */
     RRT_E_SHORT_BUFFER = -4,     /* *need says how much is needed */
     RRT_E_RANGE = -5,            /* an index is past the end */
-    RRT_E_NOT_FOUND = -6,        /* no such file or job */
-    RRT_E_BUSY = -7,             /* models or results are still alive */
+    RRT_E_NOT_FOUND = -6,        /* no such file, job or tensor */
+    RRT_E_BUSY = -7,             /* it is in use: handles are alive, another thread is at it, sequences are under way */
     RRT_E_FULL = -8,             /* the queue is full: retry later, nothing was queued */
     RRT_E_CANCELLED = -9,        /* the job was cancelled */
-    RRT_E_CONFLICT = -10,        /* reserved */
-    RRT_E_DUPLICATE = -11,       /* reserved */
+    RRT_E_CONFLICT = -10,        /* another version or state than the call expects: ended updates, invalid weights */
+    RRT_E_DUPLICATE = -11,       /* the tensor was put before */
     RRT_E_IO = -20,              /* the system refused a read */
     RRT_E_FORMAT = -21,          /* a file breaks its format */
     RRT_E_UNSUPPORTED = -22,     /* this version does not do that */
@@ -321,9 +322,13 @@ typedef struct rrt_sequences_view {
     const int32_t *finish;          /* [count] RRT_FINISH_… */
     const uint32_t *prompt_index;   /* [count] */
     const uint32_t *sample_index;   /* [count] */
-    const uint64_t *version;        /* [count] */
+    const uint64_t *version;        /* [count] of the last token */
     const size_t *text_offsets;     /* [count + 1] into text */
     const char *text;               /* decoded without special tokens, cut at a stop string; empty without a tokenizer */
+    const size_t *span_offsets;     /* [count + 1] into the spans: which weights sampled which tokens */
+    const uint32_t *span_end;       /* one past the span's last token, counted from the sequence's first; begins at the
+                                       end of the span before, or at 0 */
+    const uint64_t *span_version;
 } rrt_sequences_view;
 
 /* What a scoring job returned, in the order of the sequences. */
@@ -340,6 +345,110 @@ typedef struct rrt_scores_view {
 rrt_status rrt_result_sequences(const rrt_result *result, rrt_sequences_view *out, rrt_error *err);
 rrt_status rrt_result_scores(const rrt_result *result, rrt_scores_view *out, rrt_error *err);
 void rrt_result_free(rrt_result *result);
+
+/* ---- weights that change ---------------------------------------------------------------------------------------- */
+
+/* What becomes of the sequences that are under way when weights change or work pauses. */
+enum {
+    RRT_IN_FLIGHT_WAIT = 0,      /* they finish as they began; what has not begun waits */
+    RRT_IN_FLIGHT_CANCEL = 1,    /* every job submitted before ends, as by rrt_job_cancel */
+    RRT_IN_FLIGHT_KEEP = 2       /* they go on later, with the weights of then: see span_version */
+};
+
+/* Stops every model between two steps, until rrt_resume. Jobs may be submitted, and wait. UINT64_MAX: no time limit.
+ * RRT_TIMEOUT if sequences do not finish in time, RRT_E_BUSY if they cannot: everything goes on then. */
+rrt_status rrt_pause(rrt_runtime *runtime, int32_t in_flight, uint64_t timeout_ns, rrt_error *err);
+rrt_status rrt_resume(rrt_runtime *runtime, rrt_error *err);
+
+enum { RRT_SLEEP_WEIGHTS = 1u, RRT_SLEEP_KV_CACHE = 2u };
+
+/* Gives memory back until rrt_model_wake: the device's weights (the checkpoint's bytes stay, mapped or in host memory), the
+ * KV cache, or both. Jobs may be submitted, and wait. Statuses as for rrt_pause; RRT_E_CONFLICT during an update in place. */
+rrt_status rrt_model_sleep(rrt_model *model, uint32_t tags, int32_t in_flight, uint64_t timeout_ns, rrt_error *err);
+/* On an error the model sleeps on. */
+rrt_status rrt_model_wake(rrt_model *model, uint32_t tags, rrt_error *err);
+
+enum { RRT_DTYPE_F32 = 0, RRT_DTYPE_F16 = 1, RRT_DTYPE_BF16 = 2 };
+
+typedef struct rrt_tensor_info {
+    uint32_t struct_size;
+    int32_t dtype;               /* RRT_DTYPE_… */
+    const char *name;            /* borrowed while the model lives */
+    size_t name_len;
+    uint64_t shape[8];           /* the first `rank` count, outermost dimension first */
+    uint32_t rank;
+    uint32_t reserved;
+} rrt_tensor_info;
+
+/* The model's tensors in name order: what an update has to bring. RRT_E_RANGE past the end. */
+rrt_status rrt_model_tensor(const rrt_model *model, size_t index, rrt_tensor_info *out, rrt_error *err);
+
+enum { RRT_STORAGE_SHADOW = 0, RRT_STORAGE_IN_PLACE = 1 };
+enum { RRT_REQUIRE_ALL = 0, RRT_REQUIRE_SUBSET = 1 };
+enum {
+    RRT_UPDATE_EXPECT_VERSION = 1u, /* compare expect_version with the model's */
+    RRT_UPDATE_CHECK_FINITE = 2u,   /* refuse NaN and infinities */
+    RRT_UPDATE_CONVERT = 4u         /* round tensors of another dtype to the model's, ties to even */
+};
+
+typedef struct rrt_update_opts {
+    uint32_t struct_size;
+    uint32_t flags;              /* RRT_UPDATE_… */
+    uint64_t expect_version;
+    int32_t storage;             /* SHADOW: the old weights serve until the commit, and after a failed one.
+                                    IN_PLACE: no room for a second copy; the model computes nothing until the end, and
+                                    an update that was not committed once something was put leaves no valid weights:
+                                    RRT_E_CONFLICT for all jobs until an update with all tensors is committed */
+    int32_t in_flight;           /* RRT_IN_FLIGHT_…, at the commit; IN_PLACE: at the beginning */
+    int32_t require;             /* ALL: every tensor must come; SUBSET: the others stay */
+    uint32_t reserved;           /* 0 */
+    uint64_t timeout_ns;         /* for sequences under way; UINT64_MAX: no limit */
+} rrt_update_opts;
+#define RRT_UPDATE_OPTS_INIT { sizeof(rrt_update_opts), 0, 0, RRT_STORAGE_SHADOW, RRT_IN_FLIGHT_WAIT, RRT_REQUIRE_ALL, 0, \
+                               UINT64_MAX }
+void rrt_update_opts_init(rrt_update_opts *opts);
+
+typedef struct rrt_update rrt_update;
+
+/* RRT_E_CONFLICT if the model has another version than expected, is asleep, or is being written in place. */
+rrt_status rrt_update_begin(rrt_model *model, const rrt_update_opts *opts, rrt_update **out, rrt_error *err);
+
+typedef struct rrt_tensor_desc {
+    uint32_t struct_size;
+    uint32_t flags;              /* 0 */
+    const char *name;            /* the checkpoint's own, also where the library fuses tensors */
+    size_t name_len;
+    int32_t dtype;               /* RRT_DTYPE_… */
+    uint32_t reserved;           /* 0 */
+    size_t rank;                 /* at most 8 */
+    const uint64_t *shape;       /* [rank] */
+    const void *data;            /* row major, without gaps, of any alignment; copied before the call returns */
+    size_t bytes;
+    const uint8_t *checksum;     /* 16 bytes, XXH3-128 of the data in canonical (big-endian) form; NULL: none */
+} rrt_tensor_desc;
+#define RRT_TENSOR_DESC_INIT { sizeof(rrt_tensor_desc), 0, NULL, 0, RRT_DTYPE_F32, 0, 0, NULL, NULL, 0, NULL }
+void rrt_tensor_desc_init(rrt_tensor_desc *desc);
+
+/* After an error of these four nothing of the tensor (file, delta) was taken and the update can go on; in place a file or
+ * delta may have been taken in part. RRT_E_NOT_FOUND: no such tensor; RRT_E_SHAPE: another shape or dtype;
+ * RRT_E_DUPLICATE: put before, or parts overlap; RRT_E_FORMAT: the checksum differs; RRT_E_NONFINITE; RRT_E_LIMIT: the
+ * memory budget; RRT_E_CONFLICT: the update has ended. */
+rrt_status rrt_update_tensor(rrt_update *update, const rrt_tensor_desc *desc, rrt_error *err);
+/* A part: desc->shape is the part's, start[rank] its first index in each dimension. */
+rrt_status rrt_update_slice(rrt_update *update, const rrt_tensor_desc *desc, const uint64_t *start, rrt_error *err);
+/* A safetensors file or a checkpoint folder; mapped if the model's own files are. */
+rrt_status rrt_update_file(rrt_update *update, const char *path, size_t path_len, rrt_error *err);
+/* A delta folder made for the model's version (RRT_E_CONFLICT otherwise); *version: the one that it leads to. */
+rrt_status rrt_update_delta(rrt_update *update, const char *path, size_t path_len, uint64_t *version, rrt_error *err);
+
+/* Changes all weights between two steps; caches of the old ones are gone. RRT_OK ends the update. RRT_E_SHAPE: tensors are
+ * missing, the text lists them. RRT_E_CONFLICT: another update was committed since this one began. RRT_TIMEOUT:
+ * sequences under way did not finish. After an error in shadow the old weights serve on and the update can go on. */
+rrt_status rrt_update_commit(rrt_update *update, uint64_t new_version, rrt_error *err);
+/* Ends the update without a change (in place: see storage). */
+rrt_status rrt_update_abort(rrt_update *update, rrt_error *err);
+/* Aborts it if it has not ended. */
+void rrt_update_free(rrt_update *update);
 
 #ifdef __cplusplus
 }

@@ -15,4 +15,5 @@ mod runtime;
 mod status;
 mod structs;
 mod tokenizer;
+mod update;
 mod version;

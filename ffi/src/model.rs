@@ -1,9 +1,10 @@
 //! rrt_model_load, rrt_model_free, rrt_get_model_info
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use runtime::model::Head;
-use runtime::weights::WeightFormat;
+use runtime::weights::{Dtype, WeightFormat};
 use runtime::{Model, ModelOptions, Precision};
 
 use crate::boundary::{Outcome, enter, input, output, quietly, reference, text, write};
@@ -17,6 +18,14 @@ const NO_MMAP: u32 = 1;
 pub struct rrt_model {
     pub model: Model,
     pub child: Child,
+    /// Names, dtypes and shapes, in name order; names are borrowed by hosts.
+    tensors: OnceLock<Vec<(String, Dtype, Vec<usize>)>>,
+}
+
+impl rrt_model {
+    pub fn tensors(&self) -> &[(String, Dtype, Vec<usize>)] {
+        self.tensors.get_or_init(|| self.model.tensors())
+    }
 }
 
 /// # Safety
@@ -79,7 +88,7 @@ pub unsafe extern "C" fn rrt_model_load(
         };
         options.load.use_mmap = opts.flags & NO_MMAP == 0;
         let model = runtime.runtime.load_model(Path::new(path), &options)?;
-        let handle = rrt_model { model, child: Child::of(&runtime.shared) };
+        let handle = rrt_model { model, child: Child::of(&runtime.shared), tensors: OnceLock::new() };
         // SAFETY: not NULL.
         unsafe { out.write(Box::into_raw(Box::new(handle))) };
         Ok(())

@@ -34,6 +34,9 @@ struct Sequences {
     version: Vec<u64>,
     text_offsets: Vec<usize>,
     text: String,
+    span_offsets: Vec<usize>,
+    span_end: Vec<u32>,
+    span_version: Vec<u64>,
 }
 
 #[derive(Default)]
@@ -45,7 +48,8 @@ struct Scores {
 
 impl Sequences {
     fn new(list: Vec<SampledSequence>) -> Self {
-        let mut all = Sequences { offsets: vec![0], text_offsets: vec![0], ..Sequences::default() };
+        let mut all =
+            Sequences { offsets: vec![0], text_offsets: vec![0], span_offsets: vec![0], ..Sequences::default() };
         for sequence in list {
             for token in &sequence.tokens {
                 all.ids.push(token.id);
@@ -68,6 +72,12 @@ impl Sequences {
             all.version.push(sequence.weight_version);
             all.text.push_str(sequence.text.as_deref().unwrap_or_default());
             all.text_offsets.push(all.text.len());
+            for span in &sequence.versions {
+                // Below max_new_tokens.
+                all.span_end.push(span.end as u32);
+                all.span_version.push(span.version);
+            }
+            all.span_offsets.push(all.span_end.len());
         }
         all
     }
@@ -132,6 +142,9 @@ pub unsafe extern "C" fn rrt_result_sequences(
             version: s.version.as_ptr(),
             text_offsets: s.text_offsets.as_ptr(),
             text: s.text.as_ptr().cast(),
+            span_offsets: s.span_offsets.as_ptr(),
+            span_end: s.span_end.as_ptr(),
+            span_version: s.span_version.as_ptr(),
             ..rrt_sequences_view::initial()
         };
         // SAFETY: the header's condition on structs.

@@ -1,6 +1,6 @@
 //! The structs of the header, field by field.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 use std::ptr::null;
 
 use crate::boundary::Sized32;
@@ -45,6 +45,9 @@ pub struct rrt_sequences {
     pub offsets: *const usize,
     pub count: usize,
 }
+
+/// Dimensions of a tensor that fit into a struct.
+pub const MAX_RANK: usize = 8;
 
 const NO_SEQUENCES: rrt_sequences = rrt_sequences { ids: null(), offsets: null(), count: 0 };
 
@@ -140,6 +143,38 @@ structs! {
         rule: *const c_char = null(),
         rule_len: usize = 0,
     }
+    struct rrt_update_opts {
+        struct_size: u32 = size_of::<rrt_update_opts>() as u32,
+        flags: u32 = 0,
+        expect_version: u64 = 0,
+        storage: i32 = 0,
+        in_flight: i32 = 0,
+        require: i32 = 0,
+        reserved: u32 = 0,
+        timeout_ns: u64 = u64::MAX,
+    }
+    struct rrt_tensor_desc {
+        struct_size: u32 = size_of::<rrt_tensor_desc>() as u32,
+        flags: u32 = 0,
+        name: *const c_char = null(),
+        name_len: usize = 0,
+        dtype: i32 = 0,
+        reserved: u32 = 0,
+        rank: usize = 0,
+        shape: *const u64 = null(),
+        data: *const c_void = null(),
+        bytes: usize = 0,
+        checksum: *const u8 = null(),
+    }
+    struct rrt_tensor_info {
+        struct_size: u32 = size_of::<rrt_tensor_info>() as u32,
+        dtype: i32 = 0,
+        name: *const c_char = null(),
+        name_len: usize = 0,
+        shape: [u64; MAX_RANK] = [0; MAX_RANK],
+        rank: u32 = 0,
+        reserved: u32 = 0,
+    }
     struct rrt_sequences_view {
         struct_size: u32 = size_of::<rrt_sequences_view>() as u32,
         reserved: u32 = 0,
@@ -157,6 +192,9 @@ structs! {
         version: *const u64 = null(),
         text_offsets: *const usize = null(),
         text: *const c_char = null(),
+        span_offsets: *const usize = null(),
+        span_end: *const u32 = null(),
+        span_version: *const u64 = null(),
     }
     struct rrt_scores_view {
         struct_size: u32 = size_of::<rrt_scores_view>() as u32,
@@ -185,6 +223,8 @@ inits! {
     rrt_model_opts_init => rrt_model_opts;
     rrt_sample_req_init => rrt_sample_req;
     rrt_score_req_init => rrt_score_req;
+    rrt_update_opts_init => rrt_update_opts;
+    rrt_tensor_desc_init => rrt_tensor_desc;
 }
 
 #[cfg(test)]

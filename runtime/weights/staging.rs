@@ -298,15 +298,40 @@ impl Staging {
         Ok(())
     }
 
-    /// Takes a tensor that `make` computes from the model's present bytes, into zeroed memory of the same size.
+    /// Takes tensors that `make` computes from the model's present ones, into zeroed memory of the same size. No other
+    /// tensor is required any more.
     ///
     /// # Errors
-    /// Those of `make`; `NotFound`, `Duplicate`, `NonFinite` or `HostMemory`.
-    pub fn derive(&mut self, name: &str, make: impl FnOnce(&Tensor, &mut [u8]) -> Result<()>) -> Result<()> {
+    /// Those of `make`; `NotFound`, `Duplicate`, `NonFinite` or `HostMemory`. Nothing is taken then, except in place.
+    pub fn derive_all(
+        &mut self,
+        names: &[String],
+        make: impl Fn(&str, &Tensor, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        for (i, name) in names.iter().enumerate() {
+            if let Err(error) = self.derive(name, &make) {
+                if !self.rules.in_place {
+                    names[..i].iter().for_each(|name| self.forget(name));
+                }
+                return Err(error);
+            }
+        }
+        self.rules.require_all = false;
+        Ok(())
+    }
+
+    fn forget(&mut self, name: &str) {
+        self.staged.remove(name);
+        if self.is_head(name) {
+            self.head = None;
+        }
+    }
+
+    fn derive(&mut self, name: &str, make: impl Fn(&str, &Tensor, &mut [u8]) -> Result<()>) -> Result<()> {
         self.check_new(name)?;
         let Some(model) = self.model_tensor(name)? else { return Ok(()) };
         let mut tensor = model.blank(name)?;
-        make(model, tensor.bytes_mut().ok_or_else(|| not_ours(name))?)?;
+        make(name, model, tensor.bytes_mut().ok_or_else(|| not_ours(name))?)?;
         self.check_values(name, tensor.dtype(), tensor.bytes(), tensor.dtype())?;
         if self.is_head(name) {
             self.head = Some(tensor);
