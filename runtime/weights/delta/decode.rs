@@ -6,7 +6,7 @@
 use std::io::Read;
 
 use super::checksum::{Algorithm, Checksum, Hasher};
-use crate::error::{Error, Result, try_vec};
+use crate::error::{Error, Result, checked_size, try_vec};
 
 /// zstd's number for a window of 8 MiB: what levels up to 19 use, and what RFC 8878 asks every decoder to accept.
 pub(super) const WINDOW_LOG: u32 = 23;
@@ -46,8 +46,7 @@ pub(super) fn overwrite(frame: &[u8], algorithm: Algorithm, base: &[u8], out: &m
     if count > base.len() {
         return Err(Error::format(format!("its frame changes {count} bytes, the tensor has {}", base.len())));
     }
-    // Fits: at most 5 bytes for each byte that is in memory.
-    let total = 4 + 5 * count;
+    let total = 4 + checked_size("its frame", &[5, count])?;
     let mut values = Frame::open(frame)?;
     let (mut places, mut bytes) = (try_vec("positions", 0, PART)?, try_vec("values", 0, PART / 4)?);
     let mut ahead = 4 + 4 * count;

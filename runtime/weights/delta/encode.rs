@@ -24,8 +24,8 @@ pub(super) fn encode(old: &[u8], new: &[u8], encoding: Encoding, level: i32) -> 
     }
     let frame = match encoding {
         Encoding::Xor => xor(old, new, level),
-        Encoding::Overwrite if u32::try_from(new.len() - 1).is_err() => {
-            let what = format!("it has {} bytes; overwrite counts up to 2^32 of them: use xor", new.len());
+        Encoding::Overwrite if u32::try_from(new.len()).is_err() => {
+            let what = format!("it has {} bytes; overwrite counts below 2^32 of them: use xor", new.len());
             return Err(Error::unsupported(what));
         }
         Encoding::Overwrite => overwrite(old, new, level),
@@ -50,12 +50,12 @@ fn xor(old: &[u8], new: &[u8], level: i32) -> io::Result<Vec<u8>> {
 fn overwrite(old: &[u8], new: &[u8], level: i32) -> io::Result<Vec<u8>> {
     let count = old.iter().zip(new).filter(|(old, new)| old != new).count();
     let mut frame = encoder(4 + 5 * count, level)?;
+    // Fits, as do the places: `encode` has checked the length.
     frame.write_all(&(count as u32).to_le_bytes())?;
     let mut part = Vec::with_capacity(4 * PART);
     for (i, (old, new)) in old.chunks(PART).zip(new.chunks(PART)).enumerate() {
         part.clear();
         let changed = old.iter().zip(new).enumerate().filter(|(_, (old, new))| old != new);
-        // Fits: `encode` has checked the length.
         part.extend(changed.flat_map(|(place, _)| ((i * PART + place) as u32).to_le_bytes()));
         frame.write_all(&part)?;
     }

@@ -142,7 +142,8 @@ impl Delta {
         self.index.version
     }
 
-    /// The version that it has to be applied to; always below [`Delta::version`].
+    /// The version that it has to be applied to, what [`crate::UpdateOptions::expect_version`] asks for; always below
+    /// [`Delta::version`].
     pub fn base_version(&self) -> u64 {
         self.index.base_version
     }
@@ -164,20 +165,6 @@ impl Delta {
     /// True if this tensor changed.
     pub fn contains(&self, name: &str) -> bool {
         self.frames.contains(name)
-    }
-
-    /// Refuses to follow any version but the base.
-    ///
-    /// # Errors
-    /// `Argument` if `version` is not the base version.
-    pub fn check_version(&self, version: u64) -> Result<()> {
-        if version == self.index.base_version {
-            return Ok(());
-        }
-        Err(Error::argument(format!(
-            "the delta leads from version {} to {}, the weights have version {version}",
-            self.index.base_version, self.index.version
-        )))
     }
 
     /// Compares the delta with the headers of the checkpoint that it is for.
