@@ -377,6 +377,58 @@ fn synth_refuses() {
 }
 
 #[test]
+fn diff_writes_deltas() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = small_config(folder.path());
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    for (name, seed) in [("old", "1"), ("new", "2")] {
+        assert!(rewardrt(&["synth", &config, "--out", &path(name), "--seed", seed]).status.success());
+    }
+    let (old, new) = (path("old"), path("new"));
+    let diff = |name: &str, rest: &[&str], says: &[&str]| {
+        let output = rewardrt(&[&["diff", &old, &new, "--out", &path(name)][..], rest].concat());
+        let (text, errors) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        assert!(output.status.success() && errors.is_empty(), "{errors}");
+        assert!(text.lines().count() == 1 && text.starts_with(&path(name)), "{text}");
+        says.iter().for_each(|says| assert!(text.contains(says), "{text}\ndoes not say {says:?}"));
+        rewardrt::weights::Delta::open(path(name).as_ref(), &Default::default()).unwrap()
+    };
+    let delta = diff("delta", &[], &[": version 0 to 1 (xor), 33 of 33 tensors changed, ", " %), ", " s"]);
+    assert_eq!((delta.base_version(), delta.version(), delta.tensors().count()), (0, 1, 33));
+    let more = ["--encoding", "overwrite", "--version", "8", "--level", "5", "--threads", "1"];
+    let delta = diff("weight_v000008", &more, &[": version 7 to 8 (overwrite), "]);
+    assert_eq!((delta.base_version(), delta.version()), (7, 8));
+    let delta = diff("later", &["--base-version", "9"], &[": version 9 to 10 (xor), "]);
+    let weights = |name: &str| {
+        let spec = rewardrt::model::read_spec(path(name).as_ref()).unwrap();
+        let plan = rewardrt::model::Plan::new(&spec).unwrap();
+        plan.load_weights(&spec, path(name).as_ref(), &Default::default()).unwrap()
+    };
+    let (before, after) = (weights("old"), weights("new"));
+    for tensor in delta.tensors() {
+        let base = before.get(tensor.name).unwrap().bytes();
+        let mut out = vec![0; base.len()];
+        delta.apply(tensor.name, base, &mut out).unwrap();
+        assert!(out == after.get(tensor.name).unwrap().bytes(), "{}", tensor.name);
+    }
+
+    let refuses = |args: &[&str], code, says: &str| fails(&[&["diff"], args].concat(), code, says);
+    refuses(&[&old, &new], 2, "--out");
+    refuses(&[&old, &new, "--out", &path("delta")], 2, "it exists; name a folder that does not");
+    refuses(&[&old, &new, "--out", &path("x"), "--encoding", "sparse"], 2, "xor, overwrite");
+    refuses(&[&old, &new, "--out", &path("x"), "--level", "0"], 2, "the level is 0, it must be from 1 to 19");
+    refuses(&[&old, &new, "--out", &path("x"), "--threads", "0"], 2, "threads is 0");
+    let versions = ["--base-version", "3", "--version", "3"];
+    refuses(&[&[old.as_str(), &new, "--out", &path("x")], &versions[..]].concat(), 2, "base version is 3");
+    refuses(&[&old, &new, "--out", &path("weight_v000005")], 2, "of version 1 it must be \"weight_v000001\"");
+    refuses(&["/nowhere", &new, "--out", &path("x")], 2, "/nowhere");
+    refuses(&[&old, &path_of("llama-tied"), "--out", &path("x")], 2, "differ in more than their bytes");
+    refuses(&[&old, &path("delta"), "--out", &path("x")], 2, "a delta between checkpoints");
+    fails(&["inspect", &path("delta")], 2, "config.json");
+    assert!(!folder.path().join("x").exists());
+}
+
+#[test]
 fn bench_times_jobs_and_kernels() {
     let model = path_of("llama-tied");
     let base = ["bench", "--model", &model, "--device", "cpu", "--threads", "1", "--repeat", "1"];

@@ -36,6 +36,8 @@ pub enum Command {
     Synth(Synth),
     /// Time sampling and scoring of random tokens, and the kernels they run.
     Bench(Bench),
+    /// Write what changed between two checkpoints, as slime does for its weight updates.
+    Diff(Diff),
 }
 
 #[derive(ClapArgs)]
@@ -428,4 +430,38 @@ fn shape(text: &str) -> std::result::Result<(usize, usize), String> {
     let (texts, tokens) = text.split_once('x').ok_or("it must be BxL, as in 16x256")?;
     let number = |n: &str| n.parse().map_err(|e| format!("{n:?}: {e}; it must be BxL, as in 16x256"));
     Ok((number(texts)?, number(tokens)?))
+}
+
+#[derive(ClapArgs)]
+pub struct Diff {
+    /// The checkpoint that receivers have: a folder or a .safetensors file.
+    pub old: PathBuf,
+    /// The checkpoint that they are to have, with the same tensors.
+    pub new: PathBuf,
+    /// The folder to make; slime wants weight_vNNNNNN. It appears when it is complete.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// How the delta holds what changed.
+    #[arg(long, value_enum, default_value = "xor")]
+    pub encoding: EncodingArg,
+    /// Version of the old checkpoint [default: one below --version, or 0].
+    #[arg(long, value_name = "N")]
+    pub base_version: Option<u64>,
+    /// Version of the new checkpoint [default: one above --base-version, or 1].
+    #[arg(long, value_name = "N")]
+    pub version: Option<u64>,
+    /// Level of zstd, from 1 to 19.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub level: i32,
+    /// Threads [default: one a core].
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum EncodingArg {
+    /// new XOR old: the smaller one.
+    Xor,
+    /// Positions and values of changed bytes: may be applied twice.
+    Overwrite,
 }

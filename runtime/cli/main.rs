@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod devices;
+mod diff;
 mod inspect;
 mod jobs;
 mod logprobs;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         args::Command::Score(a) => score::run(a),
         args::Command::Synth(a) => synth::run(a),
         args::Command::Bench(a) => bench::run(a),
+        args::Command::Diff(a) => diff::run(a),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,11 +7,11 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use rewardrt::model::{Plan, parse_config};
-use rewardrt::weights::Dtype;
+use rewardrt::weights::{Dtype, PartialFolder};
 use rewardrt::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
@@ -32,11 +32,11 @@ pub fn run(args: &Synth) -> Result<()> {
     let plan = Plan::new(&spec)?;
     let begin = Instant::now();
     let folder = PartialFolder::create(&args.out)?;
-    let in_folder = |name: &str| folder.partial.join(name);
+    let in_folder = |name: &str| folder.path().join(name);
     fs::write(in_folder("config.json"), &config).map_err(|e| failed(&in_folder("config.json"), &e))?;
     let weights = in_folder("model.safetensors");
     let bytes = write_weights(&weights, &plan, args.dtype.into(), args.seed).map_err(|e| failed(&weights, &e))?;
-    folder.finish()?;
+    folder.publish()?;
     let seconds = begin.elapsed().as_secs_f64();
     print_line(&format!(
         "{}: {} of random {} weights, {:.1} MB in {seconds:.1} s",
@@ -63,42 +63,6 @@ fn read_config(path: &Path) -> Result<Vec<u8>> {
         ));
     }
     Ok(text)
-}
-
-/// A folder that has another name until it is complete, and goes away if it never is.
-struct PartialFolder {
-    partial: PathBuf,
-    path: PathBuf,
-}
-
-impl PartialFolder {
-    fn create(path: &Path) -> Result<Self> {
-        if path.symlink_metadata().is_ok() {
-            let what = format!("--out {}: it exists; name a folder that does not", path.display());
-            return Err(Error::new(ErrorKind::Argument, what));
-        }
-        let Some(name) = path.file_name() else {
-            let what = format!("--out {}: it must end in the name of a folder", path.display());
-            return Err(Error::new(ErrorKind::Argument, what));
-        };
-        let mut partial = name.to_owned();
-        partial.push(format!(".partial-{}", std::process::id()));
-        let partial = path.with_file_name(partial);
-        fs::create_dir(&partial).map_err(|e| failed(&partial, &e))?;
-        Ok(PartialFolder { partial, path: path.to_owned() })
-    }
-
-    fn finish(self) -> Result<()> {
-        // Another process may have made the folder meanwhile: then this fails, unless it is empty.
-        fs::rename(&self.partial, &self.path).map_err(|e| failed(&self.path, &e))
-    }
-}
-
-impl Drop for PartialFolder {
-    fn drop(&mut self) {
-        // Gone after `finish`. Best effort: the error that led here is the one to report.
-        let _ = fs::remove_dir_all(&self.partial);
-    }
 }
 
 /// Writes every tensor of `plan`; returns the file's size.

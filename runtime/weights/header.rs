@@ -4,7 +4,7 @@
 //! checked here first: a header that does not begin with `{`, a name that stands twice (the crate keeps the last),
 //! a tensor called `__metadata__`; and the limits that keep a hostile header from costing memory.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 
@@ -75,6 +75,13 @@ pub(super) fn parse(file: &[u8], limits: &Limits) -> Result<Vec<Tensor>> {
         tensors.push(Tensor { name, dtype: info.dtype, shape: info.shape.clone(), range });
     }
     Ok(tensors)
+}
+
+/// The `__metadata__` of a file that [`parse`] accepted.
+pub(super) fn metadata(file: &[u8]) -> Result<HashMap<String, String>> {
+    let (_, header) =
+        SafeTensors::read_metadata(file).map_err(|e| Error::format(format!("not a valid safetensors file: {e}")))?;
+    Ok(header.metadata().clone().unwrap_or_default())
 }
 
 fn json_part<'a>(file: &'a [u8], limits: &Limits) -> Result<&'a [u8]> {

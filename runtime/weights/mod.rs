@@ -5,8 +5,10 @@
 //! name, dtype and shape were checked. Nothing is copied: the bytes stay in the memory map.
 
 mod buffer;
+mod delta;
 mod dtype;
 mod header;
+mod publish;
 mod shards;
 mod source;
 mod staging;
@@ -19,8 +21,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use buffer::Buffer;
+pub use delta::{Delta, DeltaOptions, DeltaReport, DeltaTensor, Encoding, write_delta};
 pub use dtype::Dtype;
 pub use header::Limits as HeaderLimits;
+pub use publish::{PartialFolder, publish};
 use source::FileBytes;
 pub use staging::TensorData;
 pub(crate) use staging::{Staging, StagingRules};
@@ -97,7 +101,10 @@ impl Checkpoint {
     /// `Io` when a file cannot be read; `Format` when a header or the index breaks a rule of the format; `Limit` when
     /// it claims more than `options.limits` allows.
     pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
-        let layout = shards::Layout::find(path, &options.limits)?;
+        Self::from_layout(&shards::Layout::find(path, &options.limits)?, options)
+    }
+
+    fn from_layout(layout: &shards::Layout, options: &LoadOptions) -> Result<Self> {
         let mut checkpoint = Checkpoint { files: Vec::new(), entries: BTreeMap::new() };
         for file in &layout.files {
             checkpoint.add_file(file, options)?;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::header::{Limits, unique_keys};
 use crate::error::{Error, ErrorKind, Result, io_error};
@@ -19,30 +20,52 @@ struct Index {
     weight_map: Box<serde_json::value::RawValue>,
 }
 
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+
+/// True if an index is that of a delta, whose files hold no weights.
+pub(super) fn names_delta(index: &[u8]) -> Result<bool> {
+    #[derive(Deserialize)]
+    struct Index {
+        metadata: Option<Metadata>,
+    }
+    #[derive(Deserialize)]
+    struct Metadata {
+        delta_encoding: Option<IgnoredAny>,
+    }
+    let index: Index = serde_json::from_slice(index).map_err(|e| Error::format(format!("not a valid index: {e}")))?;
+    Ok(index.metadata.is_some_and(|m| m.delta_encoding.is_some()))
+}
+
 impl Layout {
     pub(super) fn find(path: &Path, limits: &Limits) -> Result<Self> {
         let metadata = std::fs::metadata(path).map_err(|e| io_error(path, e))?;
         if metadata.is_file() {
             return Ok(Layout { files: vec![path.to_owned()], index: None });
         }
-        let index = path.join("model.safetensors.index.json");
+        let index = path.join(INDEX);
         if index.exists() {
-            return Self::from_index(path, index, limits);
+            let text = read_bounded(&index, limits.index_bytes)?;
+            if names_delta(&text).map_err(|e| e.at(index.display()))? {
+                let what = format!("{}: a delta between checkpoints; apply it to the one it is for", path.display());
+                return Err(Error::unsupported(what));
+            }
+            let layout = Self::from_index(path, index, &text, limits)?;
+            if layout.files.is_empty() {
+                return Err(Error::format(format!("{}: weight_map is empty", path.join(INDEX).display())));
+            }
+            return Ok(layout);
         }
         let single = path.join("model.safetensors");
         if single.symlink_metadata().is_ok() {
             return Ok(Layout { files: vec![inside(path, &single)?], index: None });
         }
-        Err(Error::new(
-            ErrorKind::Io,
-            format!("{}: neither model.safetensors nor model.safetensors.index.json is there", path.display()),
-        ))
+        Err(Error::new(ErrorKind::Io, format!("{}: neither model.safetensors nor {INDEX} is there", path.display())))
     }
 
-    fn from_index(folder: &Path, index: PathBuf, limits: &Limits) -> Result<Self> {
-        let text = read_bounded(&index, limits.index_bytes)?;
+    /// The files that the index `text` names; of a delta in which nothing changed, none.
+    pub(super) fn from_index(folder: &Path, index: PathBuf, text: &[u8], limits: &Limits) -> Result<Self> {
         let fail = |message: String| Error::format(format!("{}: {message}", index.display()));
-        let parsed: Index = serde_json::from_slice(&text).map_err(|e| fail(format!("not a valid index: {e}")))?;
+        let parsed: Index = serde_json::from_slice(text).map_err(|e| fail(format!("not a valid index: {e}")))?;
         let raw = parsed.weight_map.get().as_bytes();
         unique_keys(raw, limits.tensors.saturating_mul(limits.shards)).map_err(|e| e.at(index.display()))?;
         let map: BTreeMap<String, String> =
@@ -64,12 +87,14 @@ impl Layout {
                 files.insert(file.clone(), inside(folder, &folder.join(file))?);
             }
         }
-        if files.is_empty() {
-            return Err(fail("weight_map is empty".into()));
-        }
         refuse_unlisted(folder, &files.keys().map(String::as_str).collect(), &index)?;
         let by_tensor = map.into_iter().map(|(tensor, file)| (tensor, files[&file].clone())).collect();
         Ok(Layout { files: files.into_values().collect(), index: Some((index, by_tensor)) })
+    }
+
+    /// True if the index names the tensor, or there is no index.
+    pub(super) fn lists(&self, tensor: &str) -> bool {
+        self.index.as_ref().is_none_or(|(_, by_tensor)| by_tensor.contains_key(tensor))
     }
 
     /// Checks that every tensor is in the shard that the index names; `place` tells where one was found.
