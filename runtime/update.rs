@@ -194,13 +194,13 @@ impl Update {
     }
 
     /// Makes sure that the memory budget has room for what is to be put.
-    fn room(&mut self, name: &str) -> Result<()> {
+    fn room<S: AsRef<str> + std::fmt::Debug>(&mut self, names: &[S]) -> Result<()> {
         let (held, budget) = (self.held, self.model.memory_budget());
         let staging = self.staging()?;
-        let (staged, more) = (staging.bytes(), staging.cost(name));
+        let (staged, more) = (staging.bytes(), names.iter().map(|name| staging.cost(name.as_ref())).sum::<u64>());
         match budget {
             Some(budget) if held.saturating_add(staged).saturating_add(more) > budget => Err(Error::limit(format!(
-                "tensor {name:?}: the memory budget is {budget} bytes; {held} are held, {staged} staged, and it takes {more} more"
+                "{names:?}: the memory budget is {budget} bytes; {held} are held, {staged} staged, and {more} more are needed"
             ))),
             _ => Ok(()),
         }
@@ -213,7 +213,7 @@ impl Update {
     /// `Argument` for another number of bytes, `Format` if the checksum differs, `NonFinite`, `Limit` (memory budget) or
     /// `HostMemory`. Nothing of the tensor is taken then, and the update can go on. `Conflict` if it has ended.
     pub fn put(&mut self, tensor: &TensorData) -> Result<()> {
-        self.room(tensor.name)?;
+        self.room(&[tensor.name])?;
         self.staging()?.put(tensor)
     }
 
@@ -223,7 +223,7 @@ impl Update {
     /// # Errors
     /// As [`Update::put`]; `Shape` for a part that reaches out, `Duplicate` for one that overlaps another.
     pub fn put_slice(&mut self, tensor: &TensorData, start: &[usize]) -> Result<()> {
-        self.room(tensor.name)?;
+        self.room(&[tensor.name])?;
         self.staging()?.put_slice(tensor, start)
     }
 
@@ -262,9 +262,7 @@ impl Update {
             return Err(Error::new(ErrorKind::Conflict, text));
         }
         let names: Vec<String> = delta.tensors().map(|t| t.name.to_owned()).collect();
-        for name in &names {
-            self.room(name)?;
-        }
+        self.room(&names)?;
         self.staging()?.derive_all(&names, |name, model, out| {
             let declared = delta.tensors().find(|t| t.name == name).and_then(|t| t.layout);
             if let Some((dtype, shape)) = declared.filter(|(d, s)| d != model.dtype().name() || *s != model.shape()) {
