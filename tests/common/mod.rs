@@ -3,6 +3,7 @@
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub mod amx_emulator;
+pub mod deltas;
 
 pub mod checkpoints;
 

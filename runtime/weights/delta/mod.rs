@@ -121,7 +121,7 @@ impl Delta {
             let checksum = Checksum::parse(self.index.checksum, text).map_err(at)?;
             self.checksums.insert(name.clone(), checksum);
         }
-        self.frames.files.iter().try_for_each(|file| file.check_unchanged())
+        self.frames.check_unchanged()
     }
 
     fn check_declared(&self) -> Result<()> {

@@ -98,9 +98,8 @@ pub fn write_delta(
             files.push(changed.into_iter().map(|(pair, _)| pair.name).collect::<Vec<_>>());
         }
     }
-    for file in before.files.iter().chain(&after.files) {
-        file.check_unchanged()?;
-    }
+    before.check_unchanged()?;
+    after.check_unchanged()?;
     let mut weight_map = BTreeMap::new();
     for (i, names) in files.iter().enumerate() {
         let name = format!("model-{i:05}-of-{:05}.safetensors", files.len());
