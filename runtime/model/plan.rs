@@ -173,8 +173,8 @@ impl Plan {
         self.ops.iter().skip(i).find_map(of).unwrap_or(self.head)
     }
 
-    /// The weights of products, which may be quantised: all but the embedding table as such and a score head.
-    pub fn quantisable(&self, spec: &ModelSpec) -> Vec<MatrixId> {
+    /// The weights of the layers' products: queries, keys, values, outputs, gate, up and down.
+    pub fn projections(&self) -> Vec<MatrixId> {
         let mut list = Vec::new();
         for op in &self.ops {
             match op {
@@ -184,6 +184,12 @@ impl Plan {
                 _ => {}
             }
         }
+        list
+    }
+
+    /// The weights of products, which may be quantised: all but the embedding table as such and a score head.
+    pub fn quantisable(&self, spec: &ModelSpec) -> Vec<MatrixId> {
+        let mut list = self.projections();
         if matches!(spec.head, Head::LanguageModel { .. }) {
             list.push(self.head);
         }

@@ -4,6 +4,7 @@
 //! every difference at once; only the [`Weights`] it returns give access to bytes, so no byte is used before its
 //! name, dtype and shape were checked. Nothing is copied: the bytes stay in the memory map.
 
+mod adapter;
 mod buffer;
 mod delta;
 mod dtype;
@@ -20,6 +21,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
+pub use adapter::{AdapterCheckpoint, AdapterWeights, LowRank};
 use buffer::Buffer;
 pub use delta::{Delta, DeltaOptions, DeltaReport, DeltaTensor, Encoding, write_delta};
 pub use dtype::Dtype;
