@@ -23,6 +23,7 @@
 //!
 //! - [`Runtime`]: a device and the engine thread that feeds it. [`Model`]: a checkpoint loaded onto it.
 //! - [`SampleRequest`], [`LogprobRequest`], [`ScoreRequest`]: what can be asked; each becomes a [`Job`].
+//! - [`Adapter`]: a LoRA adapter of a model, chosen by each request.
 //! - [`Session`]: a rollout of several turns. [`Guide`]: what a sampled text must be.
 //! - [`Rule`]: how a sequence becomes a score.
 //! - [`Tokenizer`]: ids from text and from chat messages.
@@ -33,6 +34,7 @@
 //! handler or a logger (a panic inside a dependency is caught, but the process's panic hook sees it; the first [`Guide`]
 //! makes llguidance put a hook before it that hides the panics which that crate catches itself).
 
+mod adapter;
 pub mod backend;
 mod engine;
 mod error;
@@ -49,6 +51,7 @@ mod text;
 mod update;
 pub mod weights;
 
+pub use adapter::{Adapter, AdapterOptions};
 pub use backend::gpu::{DeviceInfo, DeviceType};
 pub use backend::{KernelTime, Limits};
 pub use engine::{

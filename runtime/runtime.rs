@@ -7,7 +7,11 @@ use std::time::Instant;
 use crate::backend::cpu::{self, CpuExecutor, CpuOptions, Pool};
 use crate::backend::gpu::{self, DeviceInfo, Gpu, GpuExecutor, GpuOptions, GpuWeights, Selection, list_devices};
 use crate::backend::{Capacity, Executor, KernelTime, Limits, Memory};
-use crate::engine::{Engine, InFlight, Job, JobOptions, Lane, ModelStats, QueueLimits, RuntimeStats};
+use crate::adapter::Adapter;
+use crate::engine::{
+    AdapterContent, Engine, InFlight, Job, JobOptions, Lane, ModelStats, NewAdapter, NewSequence, QueueLimits,
+    RuntimeStats,
+};
 use crate::error::{Error, Result};
 use crate::guide::{CompiledGuide, Guide, GuideVocabulary};
 use crate::kernels::linear::{Precision, Quantised};
@@ -184,7 +188,7 @@ impl Runtime {
             Device::Cpu { isa, pool } => {
                 let cpu =
                     CpuOptions { isa: *isa, pool: pool.clone(), precision: options.precision, format: options.weights };
-                let executor = CpuExecutor::new(spec.clone(), plan, &weights, capacity, cpu);
+                let executor = CpuExecutor::new(spec.clone(), plan.clone(), &weights, capacity, cpu);
                 Box::new(executor.map_err(|e| e.at(folder.display()))?)
             }
             Device::Gpu(gpu) => {
@@ -223,6 +227,7 @@ impl Runtime {
                 runtime,
                 id,
                 spec,
+                plan,
                 tokenizer,
                 max_context,
                 capacity,
@@ -323,6 +328,7 @@ struct ModelInner {
     runtime: Arc<RuntimeInner>,
     id: u64,
     spec: ModelSpec,
+    plan: Arc<Plan>,
     tokenizer: Option<Arc<Tokenizer>>,
     max_context: usize,
     capacity: Capacity,
@@ -358,7 +364,30 @@ impl Model {
 
     /// Bytes it holds.
     pub fn memory(&self) -> Memory {
-        self.inner.weights.lock().memory
+        Memory { adapters: self.stats().adapter_bytes, ..self.inner.weights.lock().memory }
+    }
+
+    pub(crate) fn plan(&self) -> &Plan {
+        &self.inner.plan
+    }
+
+    /// Bytes that adapters may take.
+    pub(crate) fn adapter_room(&self) -> u64 {
+        let held = Memory { adapters: 0, ..self.inner.weights.lock().memory };
+        self.inner.budget.map_or(u64::MAX, |budget| budget.saturating_sub(held.allocated()))
+    }
+
+    pub(crate) fn add_adapter(&self, adapter: NewAdapter) -> Result<()> {
+        self.inner.runtime.engine.add_adapter(self.inner.id, adapter)
+    }
+
+    pub(crate) fn free_adapters(&self) {
+        self.inner.runtime.engine.free_adapters(self.inner.id);
+    }
+
+    /// True for a clone of the same model.
+    pub(crate) fn is(&self, other: &Model) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     /// Longest sequence it takes.
@@ -450,12 +479,19 @@ impl Model {
         inner.guides.get_or_init(new).as_ref().map_err(Error::clone)?.compile(guide)
     }
 
+    /// The content of a request's adapter.
+    fn adapted(&self, adapter: &Option<Adapter>) -> Result<Option<Arc<AdapterContent>>> {
+        adapter.as_ref().map(|a| a.content(self)).transpose()
+    }
+
     fn submit<T>(
         &self,
-        sequences: Vec<crate::engine::NewSequence>,
+        mut sequences: Vec<NewSequence>,
+        adapter: Option<Arc<AdapterContent>>,
         options: JobOptions,
         read: impl Fn(Vec<crate::engine::Finished>) -> Result<T> + Send + Sync + 'static,
     ) -> Result<Job<T>> {
+        sequences.iter_mut().for_each(|s| s.adapter = adapter.clone());
         let (id, kv_blocks) = (self.inner.id, self.inner.capacity.kv_blocks);
         let state = self.inner.runtime.engine.submit(id, kv_blocks, sequences, options)?;
         Ok(Job::new(state, read))
@@ -479,11 +515,13 @@ impl Model {
     ) -> Result<Job<Vec<SampledSequence>>> {
         self.language_model()?;
         let guide = request.guide.as_ref().map(|g| self.compile(g)).transpose()?;
+        let adapter = self.adapted(&request.adapter)?;
         let sequences = self.checker().sample(request, prompts, guide)?;
         let (drawn, returned) = (request.best_of.unwrap_or(request.n), request.n);
         let options = JobOptions { scheduling: request.scheduling, stream: request.stream, per_prompt: drawn };
-        let samples = Samples { drawn, returned, weight_version: self.weights_version() };
-        self.submit(sequences, options, move |finished| {
+        let adapter_version = adapter.as_ref().map(|a| a.version);
+        let samples = Samples { drawn, returned, weight_version: self.weights_version(), adapter_version };
+        self.submit(sequences, adapter, options, move |finished| {
             let results = read_samples(samples, finished)?;
             each(&results);
             Ok(results)
@@ -496,11 +534,13 @@ impl Model {
     /// `Argument` or `Limit` for a field out of range, `Full` if the queue is.
     pub fn logprobs(&self, request: &LogprobRequest) -> Result<Job<Vec<SequenceLogprobs>>> {
         self.language_model()?;
+        let adapter = self.adapted(&request.adapter)?;
         let sequences = self.checker().logprobs(request)?;
         let prompt_len = |i: usize| request.prompt_lens.get(i).copied().unwrap_or(0);
         let scored: Vec<usize> = request.sequences.iter().enumerate().map(|(i, s)| s.len() - prompt_len(i)).collect();
+        let version = adapter.as_ref().map(|a| a.version);
         let options = JobOptions { scheduling: request.scheduling, ..JobOptions::default() };
-        self.submit(sequences, options, move |finished| read_logprobs(&scored, finished))
+        self.submit(sequences, adapter, options, move |finished| read_logprobs(&scored, version, finished))
     }
 
     /// Queues a scoring job, in the order of the sequences.
@@ -513,8 +553,10 @@ impl Model {
             None => Rule::for_model(&self.inner.spec)?,
         };
         let bound = rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?;
+        let adapter = self.adapted(&request.adapter)?;
         let sequences = self.checker().score(request, &bound)?;
+        let version = adapter.as_ref().map(|a| a.version);
         let options = JobOptions { scheduling: request.scheduling, ..JobOptions::default() };
-        self.submit(sequences, options, move |finished| read_scores(&bound, finished))
+        self.submit(sequences, adapter, options, move |finished| read_scores(&bound, version, finished))
     }
 }

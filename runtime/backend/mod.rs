@@ -13,7 +13,7 @@ pub use profile::{KernelTime, Limits};
 use crate::error::{Error, Result};
 use crate::kernels::embed::FROM_DRAW;
 use crate::kernels::{RowMeta, adjust_logits, sample, top_k};
-use crate::weights::Weights;
+use crate::weights::{AdapterWeights, Weights};
 
 /// What a row asks for once its final hidden state is there.
 #[derive(Clone, Debug)]
@@ -90,7 +90,12 @@ pub struct Step<'a> {
     pub cos_sin: &'a [f32],
     /// The rows that want something; at most [`Capacity::max_rows`].
     pub outputs: &'a [OutputRow],
+    /// The adapter of every row, by the slot it was added under, or [`NO_ADAPTER`]; empty where no row has one.
+    pub adapters: &'a [u32],
 }
+
+/// In [`Step::adapters`]: the row is computed by the base model alone.
+pub const NO_ADAPTER: u32 = u32::MAX;
 
 /// What the vocabulary says about one position.
 #[derive(Clone, Debug, PartialEq)]
@@ -212,6 +217,15 @@ pub trait Executor: Send {
     /// # Errors
     /// `DeviceMemory`, `HostMemory` or `DeviceLost`.
     fn restore_cache(&mut self) -> Result<()>;
+    /// Makes an adapter known under a slot that no other one has, unless all adapters would then take more than `room`
+    /// bytes. Slots are small numbers, given anew when they are free.
+    ///
+    /// # Errors
+    /// `Limit` beyond `room`, `HostMemory`, or an error of the device; nothing has changed then.
+    fn add_adapter(&mut self, slot: u32, adapter: Arc<AdapterWeights>, room: u64) -> Result<()>;
+
+    /// Forgets an adapter, which no later step names.
+    fn remove_adapter(&mut self, slot: u32);
 
     /// Bytes held for weights, KV cache and activations.
     fn memory(&self) -> Memory;
@@ -245,12 +259,14 @@ pub struct Memory {
     pub scratch: u64,
     /// Weights in host memory beside those of a GPU: what was put by updates, for later ones and for waking up.
     pub host: u64,
+    /// Adapters, with what steps that have some need besides.
+    pub adapters: u64,
 }
 
 impl Memory {
     /// Everything that is allocated: what a memory budget bounds.
     pub fn allocated(&self) -> u64 {
-        self.weights + self.kv_cache + self.scratch + self.host
+        self.weights + self.kv_cache + self.scratch + self.host + self.adapters
     }
 }
 

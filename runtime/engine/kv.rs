@@ -18,6 +18,15 @@ use crate::kernels::KV_BLOCK;
 /// the length beyond the trained one, the forward's length (else 0).
 pub(super) type Key = (u32, u32);
 
+/// What computed the keys and values of a tree, besides tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Root {
+    /// Which weights: rises with every change.
+    pub generation: u64,
+    /// The id of an adapter's content, which no other content ever has; 0: none.
+    pub adapter: u64,
+}
+
 /// A sequence's way through the tree.
 #[derive(Default)]
 pub(super) struct Path {
@@ -69,8 +78,8 @@ pub(super) struct KvCache {
     idle: BTreeSet<(u64, Reverse<u32>, u32)>,
     /// By uid of the parent.
     children: HashMap<u64, Vec<u32>>,
-    /// The root of each version of the weights.
-    roots: HashMap<u64, u64>,
+    /// The uid of each root.
+    roots: HashMap<Root, u64>,
     next_uid: u64,
     step: u64,
     /// Blocks whose `stable` lags behind `filled`.
@@ -124,17 +133,23 @@ impl KvCache {
         self.next_uid
     }
 
-    /// A path that begins where nothing is computed, under these weights.
-    pub fn path(&mut self, version: u64) -> Path {
-        let root = match self.roots.get(&version) {
-            Some(root) => *root,
+    /// A path that begins where nothing is computed, under this root.
+    pub fn path(&mut self, root: Root) -> Path {
+        let root = match self.roots.get(&root) {
+            Some(uid) => *uid,
             None => {
-                let root = self.uid();
-                self.roots.insert(version, root);
-                root
+                let uid = self.uid();
+                self.roots.insert(root, uid);
+                uid
             }
         };
         Path { root, ..Path::default() }
+    }
+
+    /// Forgets the roots of an adapter that is gone. Nobody finds what hangs under them any more; it goes when its space is
+    /// needed.
+    pub fn forget_adapter(&mut self, adapter: u64) {
+        self.roots.retain(|root, _| root.adapter != adapter);
     }
 
     fn node(&mut self, block: u32) -> Option<&mut Node> {
@@ -227,8 +242,8 @@ impl KvCache {
     }
 
     /// How many blocks of a new sequence are there, and how many of them nobody uses.
-    pub fn probe(&self, version: u64, key: impl Fn(usize) -> Key, limit: usize) -> (usize, usize) {
-        let Some(mut parent) = self.roots.get(&version).copied() else { return (0, 0) };
+    pub fn probe(&self, root: Root, key: impl Fn(usize) -> Key, limit: usize) -> (usize, usize) {
+        let Some(mut parent) = self.roots.get(&root).copied() else { return (0, 0) };
         let (mut matched, mut unused) = (0, 0);
         while (matched + 1) * KV_BLOCK <= limit {
             let keys = std::array::from_fn(|i| key(matched * KV_BLOCK + i));
@@ -408,25 +423,33 @@ mod tests {
     fn prefixes_are_shared_to_the_token() {
         let mut kv = KvCache::new(16);
         let tokens: Vec<u32> = (0..40).collect();
-        let mut a = kv.path(0);
+        let mut a = kv.path(Root::default());
         assert_eq!(compute(&mut kv, &mut a, &tokens, 39), 40);
         // The same again: all but the last position.
-        let mut b = kv.path(0);
+        let mut b = kv.path(Root::default());
         assert_eq!(compute(&mut kv, &mut b, &tokens, 39), 1);
         assert_eq!(a.blocks[..2], b.blocks[..2]);
         assert_ne!(a.blocks[2], b.blocks[2], "a partly filled block has one owner");
         // Another end; other weights.
         let mut other = tokens.clone();
         other[35] = 99;
-        let mut c = kv.path(0);
+        let mut c = kv.path(Root::default());
         assert_eq!(compute(&mut kv, &mut c, &other, 39), 5);
-        let mut d = kv.path(1);
+        let mut d = kv.path(Root { generation: 1, ..Root::default() });
         assert_eq!(compute(&mut kv, &mut d, &tokens, 39), 40);
+        kv.release(&mut d);
+        // An adapter, and the same adapter after it was replaced.
+        for adapter in [7, 8] {
+            let mut d = kv.path(Root { adapter, ..Root::default() });
+            assert_eq!(compute(&mut kv, &mut d, &tokens, 39), 40);
+            kv.release(&mut d);
+            kv.forget_adapter(adapter);
+        }
         for path in [&mut a, &mut b, &mut c, &mut d] {
             kv.release(path);
         }
         assert_eq!(kv.available(), 16);
-        let mut e = kv.path(0);
+        let mut e = kv.path(Root::default());
         assert_eq!(compute(&mut kv, &mut e, &tokens, 39), 1, "kept without a user");
     }
 
@@ -434,7 +457,7 @@ mod tests {
     fn what_is_on_its_way_is_waited_for() {
         let mut kv = KvCache::new(16);
         let tokens: Vec<u32> = (0..40).collect();
-        let (mut a, mut b) = (kv.path(0), kv.path(0));
+        let (mut a, mut b) = (kv.path(Root::default()), kv.path(Root::default()));
         assert_eq!(kv.follow(&mut a, key(&tokens), 39), Follow::Compute);
         for p in 0..16 {
             assert!(kv.reserve(&mut a, p));
@@ -454,7 +477,7 @@ mod tests {
     fn forks_copy_their_end_and_least_recent_goes_first() {
         let mut kv = KvCache::new(6);
         let tokens: Vec<u32> = (0..20).collect();
-        let mut a = kv.path(0);
+        let mut a = kv.path(Root::default());
         compute(&mut kv, &mut a, &tokens, 19);
         let mut b = kv.fork(&a).unwrap();
         assert_eq!((b.computed, b.blocks[0]), (20, a.blocks[0]));
@@ -465,10 +488,10 @@ mod tests {
         assert_eq!((kv.available(), kv.idle()), (6, 3));
         // Four blocks of something else: three free ones and a's end, the one used least recently.
         let other: Vec<u32> = (100..164).collect();
-        let mut c = kv.path(0);
+        let mut c = kv.path(Root::default());
         compute(&mut kv, &mut c, &other, 63);
         assert_eq!((kv.evictions, kv.idle()), (1, 2));
-        let mut d = kv.path(0);
+        let mut d = kv.path(Root::default());
         assert_eq!(compute(&mut kv, &mut d, &tokens[..17], 16), 1, "the first block is still there");
         assert!(!kv.reserve(&mut d, 48), "no more than there is");
         kv.release(&mut c);

@@ -5,6 +5,7 @@
 //! with the same results, since nothing that is computed for a sequence depends on the others. The oldest always goes
 //! on, and any one sequence fits into the cache alone, so every sequence comes to its end.
 
+mod adapters;
 mod pack;
 mod quiesce;
 
@@ -13,16 +14,17 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use adapters::Adapters;
 use pack::{Owner, Packed};
 pub use quiesce::InFlight;
 pub(crate) use quiesce::{Holds, Quiesce};
 
 use super::angles::Angles;
 use super::job::JobState;
-use super::kv::KvCache;
-use super::sequence::{Finish, Finished, NewSequence, Purpose, Role, Sequence};
+use super::kv::{KvCache, Root};
+use super::sequence::{Adapted, Finish, Finished, NewSequence, Purpose, Role, Sequence};
 use super::stats::ModelStats;
-use crate::backend::{Capacity, Executor, Output, Step};
+use crate::backend::{Capacity, Executor, NO_ADAPTER, Output, Step};
 use crate::error::{Error, ErrorKind};
 use crate::model::Rope;
 
@@ -38,6 +40,7 @@ pub(crate) struct Lane {
     /// What the cache calls them.
     generation: u64,
     kv: KvCache,
+    adapters: Adapters,
     /// By number, which is the order of submission.
     jobs: BTreeMap<u64, LaneJob>,
     next_job: u64,
@@ -66,6 +69,11 @@ struct LaneJob {
     /// What it counts for in the queue.
     positions: usize,
     started: bool,
+}
+
+/// What computes keys and values under these weights.
+fn root(generation: u64, adapter: Option<&Adapted>) -> Root {
+    Root { generation, adapter: adapter.map_or(0, |a| a.content.id) }
 }
 
 /// What the lane is done with.
@@ -101,6 +109,7 @@ impl Lane {
             version,
             generation: 0,
             kv: KvCache::new(capacity.kv_blocks),
+            adapters: Adapters::default(),
             jobs: BTreeMap::new(),
             next_job: 0,
             next_seniority: 0,
@@ -117,6 +126,11 @@ impl Lane {
 
     pub fn executor(&mut self) -> &mut dyn Executor {
         &mut *self.executor
+    }
+
+    /// What computes a sequence's keys and values.
+    fn root(&self, sequence: &Sequence) -> Root {
+        root(self.generation, sequence.adapter.as_ref())
     }
 
     /// Takes a job in, or fails it if the device is gone.
@@ -140,8 +154,15 @@ impl Lane {
                     Finished::Read { outputs: Vec::new(), version: self.version },
                 ));
             } else {
-                let path = self.kv.path(self.generation);
-                waiting.push_back(Sequence::new(state.clone(), number, index, new, path, trained));
+                let adapter = match self.adapters.find(new.adapter.as_ref()) {
+                    Ok(adapter) => adapter,
+                    Err(error) => {
+                        state.fail(error);
+                        return nothing;
+                    }
+                };
+                let path = self.kv.path(root(self.generation, adapter.as_ref()));
+                waiting.push_back(Sequence::new(state.clone(), number, index, new, adapter, path, trained));
                 owed += results;
             }
             index += results;
@@ -168,6 +189,7 @@ impl Lane {
         released += self.run(packed);
         // Not before: outputs go by places in `running`.
         self.requeue_preempted();
+        self.free_adapters();
         if !self.running.is_empty() || released.jobs > 0 {
             self.stats.step_time += begin.elapsed();
         }
@@ -197,8 +219,9 @@ impl Lane {
         let (tables, kinds) = (&packed.tables, packed.kinds);
         let steps: Vec<&Packed> = std::iter::once(&packed).chain(&packed.ahead).collect();
         let mut as_given = Vec::new();
-        for Packed { rows, cos_sin, outputs, .. } in &steps {
-            as_given.push(Step { rows, tables, cos_sin, outputs });
+        for Packed { rows, cos_sin, outputs, adapters, .. } in &steps {
+            let adapters = if adapters.iter().all(|a| *a == NO_ADAPTER) { &[][..] } else { adapters };
+            as_given.push(Step { rows, tables, cos_sin, outputs, adapters });
         }
         let begin = Instant::now();
         let copied = self.executor.copy_blocks(&copies);
@@ -255,6 +278,8 @@ impl Lane {
     }
 
     fn publish(&mut self) {
+        self.stats.adapters = self.adapters.count();
+        self.stats.adapter_bytes = self.executor.memory().adapters;
         self.stats.jobs = self.jobs.len();
         self.stats.running = self.running.len();
         self.stats.waiting = self.jobs.values().map(|j| j.owed).sum::<usize>().saturating_sub(self.running.len());
@@ -306,7 +331,7 @@ impl Lane {
             let Some(place) = self.next_waiting(job) else { return };
             let first = &job.waiting[place];
             let limit = first.cacheable();
-            let (there, unused) = self.kv.probe(self.generation, |p| first.tokens.key(p), limit);
+            let (there, unused) = self.kv.probe(self.root(first), |p| first.tokens.key(p), limit);
             let needed = KvCache::needed(first.tokens.ids.len()) - there;
             // Room for some of the running ones to grow; a sequence alone may have it all.
             let spare = self.running.len().div_ceil(4);
@@ -450,7 +475,8 @@ impl Lane {
         let has_slot = self.running.len() < self.max_rows;
         let fork = if has_slot { self.kv.fork(&first.path) } else { None };
         let runs = fork.is_some();
-        let path = fork.unwrap_or_else(|| self.kv.path(self.generation));
+        let root = self.root(first);
+        let path = fork.unwrap_or_else(|| self.kv.path(root));
         let Some(mut sibling) = first.sibling(owner.sibling, path) else { return };
         match sibling.accept(owner.position, output, self.version) {
             Ok(finished) => {

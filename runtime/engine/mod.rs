@@ -27,13 +27,14 @@ pub(crate) use lane::Lane;
 use lane::{Quiesce, Released};
 pub(crate) use sampler::SamplePlan;
 pub use sequence::{Finish, SampledToken, Timing, VersionSpan};
-pub(crate) use sequence::{Finished, NewSequence, Purpose, Sampled};
+pub(crate) use sequence::{AdapterContent, Finished, NewSequence, Purpose, Sampled};
 pub use stats::{JobStats, ModelStats, Rows, RuntimeStats};
 
 use crate::backend::{Capacity, Executor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::KV_BLOCK;
 use crate::model::Rope;
+use crate::weights::AdapterWeights;
 
 /// Commands carried out between two steps: many at once, and no flood that keeps steps from running.
 const COMMANDS_A_TURN: usize = 1024;
@@ -54,6 +55,16 @@ enum Command {
     Quiesce { model: u64, wish: Quiesce },
     Pause { in_flight: InFlight, deadline: Option<Instant>, answer: Sender<Result<()>> },
     Resume,
+    AddAdapter { model: u64, adapter: NewAdapter, answer: Sender<Result<()>> },
+    FreeAdapters { model: u64 },
+}
+
+/// An adapter's content on its way to the device.
+pub(crate) struct NewAdapter {
+    pub content: Arc<AdapterContent>,
+    pub weights: Arc<AdapterWeights>,
+    /// Bytes that all adapters of the model may take.
+    pub room: u64,
 }
 
 /// The lanes, and whether they may move.
@@ -147,6 +158,23 @@ impl Engine {
             let _ = answer.send(visit(executor));
         });
         self.send(Command::Visit { model, visit })?;
+        self.answer(&answered)
+    }
+
+    /// Brings an adapter's content to the device, between two steps. It stays there as long as somebody has it.
+    pub(crate) fn add_adapter(&self, model: u64, adapter: NewAdapter) -> Result<()> {
+        let (answer, answered) = channel();
+        self.send(Command::AddAdapter { model, adapter, answer })?;
+        self.answer(&answered)?
+    }
+
+    /// Frees what adapters took that nobody has any more.
+    pub(crate) fn free_adapters(&self, model: u64) {
+        // An engine that is gone has no adapters left either.
+        let _ = self.send(Command::FreeAdapters { model });
+    }
+
+    fn answer<T>(&self, answered: &Receiver<T>) -> Result<T> {
         let gone = |_| self.shared.poison().unwrap_or_else(|| Error::new(ErrorKind::NotFound, "the model was freed"));
         answered.recv().map_err(gone)
     }
@@ -376,6 +404,19 @@ fn obey(floor: &mut Floor, command: Command) -> Released {
             // Dropping a visit to a model that is gone tells who waits.
             if let Some((_, lane)) = lanes.iter_mut().find(|(id, _)| *id == model) {
                 visit(lane.executor());
+            }
+            Released::default()
+        }
+        Command::AddAdapter { model, adapter, answer } => {
+            if let Some((_, lane)) = lanes.iter_mut().find(|(id, _)| *id == model) {
+                // Nobody waits any more if this fails.
+                let _ = answer.send(lane.add_adapter(adapter));
+            }
+            Released::default()
+        }
+        Command::FreeAdapters { model } => {
+            if let Some((_, lane)) = lanes.iter_mut().find(|(id, _)| *id == model) {
+                lane.free_adapters();
             }
             Released::default()
         }

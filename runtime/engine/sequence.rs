@@ -88,6 +88,23 @@ pub(crate) enum Purpose {
     Read(Vec<(usize, Want)>),
 }
 
+/// What an adapter is at one time. Replacing an adapter gives it another content; whoever began with this one keeps it.
+#[derive(Debug)]
+pub(crate) struct AdapterContent {
+    /// No other content of the process ever has it; not 0.
+    pub id: u64,
+    /// The version that results carry.
+    pub version: u64,
+}
+
+/// The adapter of a running sequence.
+#[derive(Clone)]
+pub(super) struct Adapted {
+    pub content: Arc<AdapterContent>,
+    /// Where the executor has it; its own as long as the content is in use.
+    pub slot: u32,
+}
+
 /// A sequence as the caller hands it over.
 pub(crate) struct NewSequence {
     pub tokens: Vec<u32>,
@@ -95,6 +112,7 @@ pub(crate) struct NewSequence {
     /// every other position is a forward of its own.
     pub forwards: Vec<Range<usize>>,
     pub purpose: Purpose,
+    pub adapter: Option<Arc<AdapterContent>>,
 }
 
 impl NewSequence {
@@ -174,6 +192,7 @@ pub(super) struct Sequence {
     pub tokens: Tokens,
     pub path: Path,
     pub role: Role,
+    pub adapter: Option<Adapted>,
     prompt_len: usize,
     started: Option<Instant>,
     /// Positions that were computed at least once.
@@ -192,6 +211,7 @@ impl Sequence {
         job_number: u64,
         index: usize,
         new: NewSequence,
+        adapter: Option<Adapted>,
         path: Path,
         length_dependent_above: Option<usize>,
     ) -> Self {
@@ -210,6 +230,7 @@ impl Sequence {
             tokens: Tokens { ids: new.tokens, forwards: new.forwards, length_dependent_above },
             path,
             role,
+            adapter,
             started: None,
             seen: 0,
             preempted: false,
@@ -237,6 +258,7 @@ impl Sequence {
             index: self.index + number as usize,
             tokens: Tokens { ids: self.tokens.ids.clone(), forwards: self.tokens.forwards.clone(), ..self.tokens },
             path,
+            adapter: self.adapter.clone(),
             role: Role::Sample { sampler: Box::new(sampler.sibling(sampler.sample + number)), siblings: 0 },
             ..*self
         })

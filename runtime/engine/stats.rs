@@ -81,6 +81,10 @@ pub struct ModelStats {
     pub kv_evictions: u64,
     /// KV blocks copied for a sequence that goes on from the middle of one.
     pub kv_copies: u64,
+    /// Contents of adapters on the device: of those that are loaded, and of replaced or dropped ones that sequences still use.
+    pub adapters: usize,
+    /// Bytes that they take.
+    pub adapter_bytes: u64,
 }
 
 /// What a runtime has to do.

@@ -259,6 +259,7 @@ impl Checker<'_> {
                     samples: samples as u32,
                     max_tokens,
                 },
+                adapter: None,
             });
         }
         Ok(sequences)
@@ -290,6 +291,7 @@ impl Checker<'_> {
                 // A prompt and its completion are computed the way sampling computes them.
                 forwards: once(if prompt_len > 0 { prompt_len } else { tokens.len() }),
                 purpose: Purpose::Read((prompt_len.max(1)..tokens.len()).map(want).collect()),
+                adapter: None,
             })
         };
         r.sequences.iter().enumerate().map(sequence).collect()
@@ -301,7 +303,7 @@ impl Checker<'_> {
         let sequence = |(i, tokens): (usize, &Vec<u32>)| {
             self.tokens("sequence", i, tokens, self.max_context)?;
             let purpose = Purpose::Read(rule.wants(tokens));
-            Ok(NewSequence { tokens: tokens.clone(), forwards: once(tokens.len()), purpose })
+            Ok(NewSequence { tokens: tokens.clone(), forwards: once(tokens.len()), purpose, adapter: None })
         };
         r.sequences.iter().enumerate().map(sequence).collect()
     }

@@ -7,6 +7,7 @@ pub(crate) use check::{Checker, Prompt};
 pub use results::{SampledSequence, SequenceLogprobs, SequenceScore};
 pub(crate) use results::{Samples, read_logprobs, read_samples, read_scores};
 
+use crate::adapter::Adapter;
 use crate::engine::Scheduling;
 use crate::guide::Guide;
 use crate::score::Rule;
@@ -75,6 +76,9 @@ pub struct SampleRequest {
     pub speculate: usize,
     /// Hand out tokens as they are sampled, by [`Job::next_chunk`](crate::Job::next_chunk).
     pub stream: bool,
+    /// Whose weights come on top of the model's; `None`: the model alone. A request keeps the content that the adapter
+    /// has when it is submitted.
+    pub adapter: Option<Adapter>,
     /// Priority and deadline.
     pub scheduling: Scheduling,
 }
@@ -108,6 +112,7 @@ impl Default for SampleRequest {
             kept_ids: 0,
             speculate: 0,
             stream: false,
+            adapter: None,
             scheduling: Scheduling::default(),
         }
     }
@@ -122,6 +127,9 @@ pub struct LogprobRequest {
     pub prompt_lens: Vec<usize>,
     /// Report this many of the most likely tokens at each place (at most 128).
     pub top_logprobs: usize,
+    /// Whose weights come on top of the model's; `None`: the model alone. A request keeps the content that the adapter
+    /// has when it is submitted.
+    pub adapter: Option<Adapter>,
     /// Priority and deadline.
     pub scheduling: Scheduling,
 }
@@ -146,6 +154,9 @@ pub struct ScoreRequest {
     pub sequences: Vec<Vec<u32>>,
     /// `None`: the rule that the checkpoint's head implies.
     pub rule: Option<Rule>,
+    /// Whose weights come on top of the model's; `None`: the model alone. A request keeps the content that the adapter
+    /// has when it is submitted.
+    pub adapter: Option<Adapter>,
     /// Priority and deadline.
     pub scheduling: Scheduling,
 }

@@ -24,6 +24,8 @@ pub struct SampledSequence {
     pub weight_version: u64,
     /// Which weights sampled which of its tokens.
     pub versions: Vec<VersionSpan>,
+    /// The version of the request's adapter.
+    pub adapter_version: Option<u64>,
     /// How long its parts took.
     pub timing: Timing,
 }
@@ -48,6 +50,8 @@ pub struct SequenceLogprobs {
     pub top: Vec<Vec<(u32, f32)>>,
     /// The weights that produced it.
     pub weight_version: u64,
+    /// The version of the request's adapter.
+    pub adapter_version: Option<u64>,
 }
 
 impl SequenceLogprobs {
@@ -68,6 +72,8 @@ pub struct SequenceScore {
     pub rule: String,
     /// The weights that produced it.
     pub weight_version: u64,
+    /// The version of the request's adapter.
+    pub adapter_version: Option<u64>,
 }
 
 /// How the samples of a job become its result.
@@ -78,15 +84,26 @@ pub(crate) struct Samples {
     /// How many of them are returned; fewer than drawn: the best ones, best first.
     pub returned: usize,
     pub weight_version: u64,
+    pub adapter_version: Option<u64>,
 }
 
 pub(crate) fn read_samples(samples: Samples, finished: Vec<Finished>) -> Result<Vec<SampledSequence>> {
-    let Samples { drawn, returned, weight_version } = samples;
+    let Samples { drawn, returned, weight_version, adapter_version } = samples;
     let read = |(i, finished)| match finished {
         Finished::Sampled(Sampled { tokens, finish, text, versions, timing }) => {
             let weight_version = versions.last().map_or(weight_version, |span| span.version);
             let (prompt, sample) = (i / drawn, i % drawn);
-            Ok(SampledSequence { prompt, sample, tokens, text, finish, weight_version, versions, timing })
+            Ok(SampledSequence {
+                prompt,
+                sample,
+                tokens,
+                text,
+                finish,
+                weight_version,
+                versions,
+                adapter_version,
+                timing,
+            })
         }
         Finished::Read { .. } => Err(Error::internal("a sampling job with a scoring result")),
     };
@@ -106,7 +123,11 @@ pub(crate) fn read_samples(samples: Samples, finished: Vec<Finished>) -> Result<
 }
 
 /// `scored[i]`: how many entries sequence i has, `None`s at its start included.
-pub(crate) fn read_logprobs(scored: &[usize], finished: Vec<Finished>) -> Result<Vec<SequenceLogprobs>> {
+pub(crate) fn read_logprobs(
+    scored: &[usize],
+    adapter_version: Option<u64>,
+    finished: Vec<Finished>,
+) -> Result<Vec<SequenceLogprobs>> {
     let read = |(finished, &entries): (Finished, &usize)| {
         let (outputs, weight_version) = outputs(finished)?;
         let missing = entries - outputs.len();
@@ -115,6 +136,7 @@ pub(crate) fn read_logprobs(scored: &[usize], finished: Vec<Finished>) -> Result
             entropies: vec![None; missing],
             top: vec![Vec::new(); missing],
             weight_version,
+            adapter_version,
         };
         for output in outputs {
             let Output::Logprob(TokenStats { logprob, entropy, top }) = output else {
@@ -129,12 +151,16 @@ pub(crate) fn read_logprobs(scored: &[usize], finished: Vec<Finished>) -> Result
     finished.into_iter().zip(scored).map(read).collect()
 }
 
-pub(crate) fn read_scores(rule: &BoundRule, finished: Vec<Finished>) -> Result<Vec<SequenceScore>> {
+pub(crate) fn read_scores(
+    rule: &BoundRule,
+    adapter_version: Option<u64>,
+    finished: Vec<Finished>,
+) -> Result<Vec<SequenceScore>> {
     let (labels, name) = (Arc::<[String]>::from(rule.labels()), rule.rule.to_string());
     let read = |finished| {
         let (outputs, weight_version) = outputs(finished)?;
-        let score = rule.read(&outputs)?;
-        Ok(SequenceScore { score, labels: labels.clone(), rule: name.clone(), weight_version })
+        let (score, labels, rule) = (rule.read(&outputs)?, labels.clone(), name.clone());
+        Ok(SequenceScore { score, labels, rule, weight_version, adapter_version })
     };
     finished.into_iter().map(read).collect()
 }

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 
 use super::Lane;
-use crate::backend::{OutputRow, Want};
+use crate::backend::{NO_ADAPTER, OutputRow, Want};
 use crate::engine::kv::{Follow, KvCache};
 use crate::engine::sequence::{Finish, Role, Sequence};
 use crate::engine::stats::Rows;
@@ -18,6 +18,8 @@ pub(super) struct Packed {
     pub tables: Vec<u32>,
     pub cos_sin: Vec<f32>,
     pub outputs: Vec<OutputRow>,
+    /// Of every row.
+    pub adapters: Vec<u32>,
     pub owners: Vec<Owner>,
     /// Rows by kind, the steps ahead included.
     pub kinds: Rows,
@@ -204,9 +206,10 @@ impl Lane {
             }
         }
         // Siblings for whom this step has no output draw from a row of their own later.
+        let root = self.root(&self.running[i]);
         let sequence = &mut self.running[i];
         if !draws.is_empty() && sequence.results() > draws.len() {
-            let path = self.kv.path(self.generation);
+            let path = self.kv.path(root);
             let later = sequence.split(draws.len() as u32, path);
             if let Some(job) = self.jobs.get_mut(&sequence.job_number) {
                 later.into_iter().for_each(|s| job.waiting.push_front(s));
@@ -270,6 +273,7 @@ impl Lane {
             slot: (block * KV_BLOCK + position % KV_BLOCK) as u32,
             table: table as u32,
         });
+        packed.adapters.push(sequence.adapter.as_ref().map_or(NO_ADAPTER, |a| a.slot));
         self.angles.push(position, sequence.tokens.forward_len(position), &mut packed.cos_sin);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Lane, LaneJob, Released};
+use super::{Lane, LaneJob, Released, root};
 use crate::engine::sequence::{Role, Sequence};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -140,7 +140,7 @@ impl Lane {
         }
         self.kv.clear();
         for sequence in self.jobs.values_mut().flat_map(|job| &mut job.waiting) {
-            sequence.path = self.kv.path(self.generation);
+            sequence.path = self.kv.path(root(self.generation, sequence.adapter.as_ref()));
             // A score of two versions would be nobody's.
             if let Role::Read { outputs, .. } = &mut sequence.role {
                 outputs.clear();

@@ -1,0 +1,174 @@
+//! Adapters of a loaded model: policies that share one copy of the base weights.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::engine::{AdapterContent, NewAdapter};
+use crate::error::{Error, Result};
+use crate::runtime::Model;
+use crate::weights::{AdapterCheckpoint, LoadOptions};
+
+/// How an adapter is loaded.
+#[derive(Clone, Debug, Default)]
+pub struct AdapterOptions {
+    /// What it is called in messages; `None`: as its folder.
+    pub name: Option<String>,
+    /// The version that results carry.
+    pub version: u64,
+    /// How its files are opened.
+    pub load: LoadOptions,
+}
+
+/// A LoRA adapter of a model. Cheap to clone.
+///
+/// Requests name it, or another one, or none; rows of all of them share steps, and what is returned for a sequence
+/// depends on the sequence and its own adapter alone. So a policy is a base model with an adapter and the reference is the
+/// same model without one:
+///
+/// ```no_run
+/// # fn f(model: &rewardrt::Model, prompts: Vec<Vec<u32>>) -> rewardrt::Result<()> {
+/// use rewardrt::{AdapterOptions, LogprobRequest, SampleRequest};
+///
+/// let policy = model.load_adapter("step-1".as_ref(), &AdapterOptions { version: 1, ..AdapterOptions::default() })?;
+/// let request = SampleRequest { prompts: prompts.clone(), adapter: Some(policy.clone()), ..SampleRequest::default() };
+/// let answers = model.sample(&request)?.wait()?;
+/// let pairs = answers.iter().map(|a| (prompts[a.prompt].clone(), a.tokens.iter().map(|t| t.id).collect()));
+/// let reference = model.logprobs(&LogprobRequest::completions(pairs))?.wait()?;
+/// policy.replace("step-2".as_ref(), 2)?;
+/// # let _ = reference;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// When the last clone is dropped, and the last sequence that uses it has ended, its memory is free.
+#[derive(Clone)]
+pub struct Adapter {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: String,
+    load: LoadOptions,
+    // Dropped before `freed` tells the engine that it may be the last.
+    current: Mutex<Loaded>,
+    freed: Freed,
+}
+
+#[derive(Clone)]
+struct Loaded {
+    content: Arc<AdapterContent>,
+    rank: usize,
+    bytes: u64,
+    folder: PathBuf,
+}
+
+/// Tells the engine to look which contents are still in use.
+struct Freed(Model);
+
+impl Drop for Freed {
+    fn drop(&mut self) {
+        self.0.free_adapters();
+    }
+}
+
+impl Model {
+    /// Loads a LoRA adapter from the folder that PEFT's `save_pretrained` wrote: factors of any of q, k, v, o, gate, up and
+    /// down, and on a sequence classifier a score head of its own. Nothing of the base model is copied or changed. Steps go
+    /// on while it is read.
+    ///
+    /// # Errors
+    /// `Io`, `NotFound`, `Format`, `Unsupported`, `Shape` or `NonFinite`, naming the file and every field or tensor; `Limit`
+    /// if it does not fit [`ModelOptions::memory`](crate::ModelOptions::memory); `HostMemory` or `DeviceMemory`. Nothing
+    /// stays loaded.
+    pub fn load_adapter(&self, folder: &Path, options: &AdapterOptions) -> Result<Adapter> {
+        let name = options.name.clone().unwrap_or_else(|| {
+            folder.file_name().map_or_else(|| folder.display().to_string(), |n| n.to_string_lossy().into_owned())
+        });
+        let loaded = self.adapter_content(&name, folder, options.version, &options.load)?;
+        let (load, freed) = (options.load.clone(), Freed(self.clone()));
+        Ok(Adapter { inner: Arc::new(Inner { name, load, current: Mutex::new(loaded), freed }) })
+    }
+
+    fn adapter_content(&self, name: &str, folder: &Path, version: u64, load: &LoadOptions) -> Result<Loaded> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let checkpoint = AdapterCheckpoint::open(folder, self.spec(), self.plan(), load)?;
+        let room = self.adapter_room();
+        // Before it is read; the device counts again, with what others take.
+        if checkpoint.bytes() > room {
+            return Err(Error::limit(format!(
+                "{}: the adapter takes {} bytes, and the model's memory budget leaves {room} for adapters; load the model with more memory or fewer kv_tokens",
+                folder.display(),
+                checkpoint.bytes()
+            )));
+        }
+        let weights = Arc::new(checkpoint.read()?);
+        let (rank, bytes) = (weights.rank(), weights.bytes());
+        let content = Arc::new(AdapterContent { id: NEXT.fetch_add(1, Ordering::Relaxed), version });
+        self.add_adapter(NewAdapter { content: content.clone(), weights, room })
+            .map_err(|e| e.at(folder.display()))?;
+        log::info!("{}: adapter {name:?}, version {version}, rank {rank}, {} KiB", folder.display(), bytes >> 10);
+        Ok(Loaded { content, rank, bytes, folder: folder.to_owned() })
+    }
+}
+
+impl Adapter {
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    fn current(&self) -> Loaded {
+        self.inner.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The largest rank of its modules.
+    pub fn rank(&self) -> usize {
+        self.current().rank
+    }
+
+    /// The version that results of new requests carry.
+    pub fn version(&self) -> u64 {
+        self.current().content.version
+    }
+
+    /// Bytes of its values; the device may take somewhat more.
+    pub fn bytes(&self) -> u64 {
+        self.current().bytes
+    }
+
+    /// The folder it was last loaded from.
+    pub fn folder(&self) -> PathBuf {
+        self.current().folder
+    }
+
+    /// Puts other values in its place, which may have other ranks and modules. Requests that are submitted from now on use
+    /// them, in every clone; sequences that were submitted before end with the values that they began with. Steps go on
+    /// while they are read, and for that time there is room for both.
+    ///
+    /// # Errors
+    /// As [`Model::load_adapter`]; the old values stay then.
+    pub fn replace(&self, folder: &Path, version: u64) -> Result<()> {
+        let model = &self.inner.freed.0;
+        let loaded = model.adapter_content(&self.inner.name, folder, version, &self.inner.load)?;
+        let old = std::mem::replace(&mut *self.inner.current.lock().unwrap_or_else(PoisonError::into_inner), loaded);
+        drop(old);
+        model.free_adapters();
+        Ok(())
+    }
+
+    /// What a request of `model` gets.
+    pub(crate) fn content(&self, model: &Model) -> Result<Arc<AdapterContent>> {
+        if self.inner.freed.0.is(model) {
+            return Ok(self.current().content);
+        }
+        Err(Error::argument(format!("the adapter {:?} was loaded for another model", self.inner.name)))
+    }
+}
+
+impl fmt::Debug for Adapter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Adapter").field("name", &self.name()).field("version", &self.version()).finish_non_exhaustive()
+    }
+}
