@@ -13,6 +13,8 @@ pub mod linear;
 pub mod linear_gated;
 pub mod linear_qkv;
 pub mod log_sum_exp;
+pub mod lora_down;
+pub mod lora_up;
 pub mod philox;
 pub mod rms_norm;
 pub mod rope;

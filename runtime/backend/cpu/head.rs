@@ -11,10 +11,11 @@ use super::CpuExecutor;
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, logit_rows, top_logprobs};
 use crate::error::{Result, try_vec};
 use crate::kernels::adjust_logits::{adjust_logits, raw_logit};
-use crate::kernels::linear::{self, Arithmetic, Hint, ROW_BLOCK, Source};
+use crate::kernels::linear::{self, Arithmetic, Hint, ROW_BLOCK, Source, Weight};
 use crate::kernels::log_sum_exp::{CHUNK, Stats, log_sum_exp};
-use crate::kernels::{Isa, SharedMut, sample, top_k};
+use crate::kernels::{Isa, MatrixView, SharedMut, sample, top_k};
 use crate::model::{Buf, Head};
+use crate::weights::Dtype;
 
 /// The output rows by what they need of the vocabulary.
 pub(super) struct Order {
@@ -81,7 +82,7 @@ impl CpuExecutor {
                 put(start, self.vocabulary_rows(rows.clone(), &wants[rows], start < order.kept)?);
             }
         }
-        put(order.vocabulary, self.single_rows(order.vocabulary, &wants[order.vocabulary..]));
+        put(order.vocabulary, self.single_rows(&order.rows, order.vocabulary, &wants[order.vocabulary..]));
         Ok(results.into_iter().flatten().collect())
     }
 
@@ -157,9 +158,9 @@ impl CpuExecutor {
         Ok(outputs.into_iter().map(|m| m.into_inner().unwrap_or_else(|e| e.into_inner())).collect())
     }
 
-    /// Rows from `first` on that need a few rows of the head only: single tokens as the whole vocabulary would have
-    /// them, or a score head, in f32.
-    fn single_rows(&mut self, first: usize, wants: &[&Want]) -> Vec<Option<Output>> {
+    /// Output rows from `first` on that need a few rows of the head only: single tokens as the whole vocabulary would have
+    /// them, or a score head, in f32. `step_rows`: where the output rows are in the step.
+    fn single_rows(&mut self, step_rows: &[u32], first: usize, wants: &[&Want]) -> Vec<Option<Output>> {
         let (d, isa) = (self.spec.hidden_size, self.options.isa);
         let mut buffer = std::mem::take(&mut self.packed);
         let x = &self.buffers[Buf::Final as usize][first * d..(first + wants.len()) * d];
@@ -182,6 +183,11 @@ impl CpuExecutor {
                         linear::column_sums(isa, &packed, r..r + 1, &weight, col..col + 1, logit, Hint::NONE);
                     }
                 } else {
+                    let own = self.adapters.head(step_rows[first + r]).map(|head| {
+                        let bytes = bytemuck::cast_slice(head);
+                        Weight::Stored(MatrixView::new(Dtype::F32, bytes, weight.rows(), weight.cols()))
+                    });
+                    let weight = own.unwrap_or(weight);
                     logits = vec![0.0; weight.rows()];
                     linear::column_sums(isa, &packed, r..r + 1, &weight, 0..weight.rows(), &mut logits, Hint::NONE);
                 }

@@ -1,5 +1,6 @@
 //! The CPU executor: the twins, over weights that stay in the memory map.
 
+mod adapters;
 mod cores;
 mod head;
 mod limits;
@@ -10,6 +11,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use adapters::{Adapters, Fixed};
 use cores::Cores;
 pub use pool::Pool;
 pub(crate) use pool::SMALL;
@@ -26,7 +28,7 @@ use crate::kernels::kv_write::{self, Cache};
 use crate::kernels::linear::{self, Arithmetic, Hint, Norm, PackBuffer, Part, Precision, Source, Weight};
 use crate::kernels::{Isa, KV_BLOCK, MatrixView, SharedMut, embed, gather_rows, rms_norm, rope};
 use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
-use crate::weights::{Tensor, WeightFormat, Weights};
+use crate::weights::{AdapterWeights, Tensor, WeightFormat, Weights};
 
 /// Cores of this machine that nobody in the process computes on.
 pub(crate) fn cores() -> &'static Cores {
@@ -58,6 +60,7 @@ pub struct CpuExecutor {
     buffers: Vec<Vec<f32>>,
     packed: PackBuffer,
     logits: Vec<f32>,
+    adapters: Adapters,
     capacity: Capacity,
     profile: Profile,
 }
@@ -67,6 +70,16 @@ enum Product {
     Store(Projection),
     Add(Projection),
     Gated { gate: Projection, up: Projection },
+}
+
+impl Product {
+    fn weights(&self) -> impl Iterator<Item = MatrixId> + use<> {
+        let (first, second) = match self {
+            Product::Store(p) | Product::Add(p) => (p.weight, None),
+            Product::Gated { gate, up } => (gate.weight, Some(up.weight)),
+        };
+        std::iter::once(first).chain(second)
+    }
 }
 
 impl CpuExecutor {
@@ -93,6 +106,7 @@ impl CpuExecutor {
             buffers: vec![Vec::new(); Buf::ALL.len()],
             packed: PackBuffer::default(),
             logits: Vec::new(),
+            adapters: Adapters::default(),
             spec,
             plan,
             weights,
@@ -190,6 +204,11 @@ impl CpuExecutor {
         }
     }
 
+    /// What steps with adapters are sized by.
+    fn fixed(&self) -> Fixed {
+        Fixed { max_rows: self.capacity.max_rows, widest: widest(&self.spec), threads: self.options.pool.threads() }
+    }
+
     fn take(&mut self, buf: Buf) -> Vec<f32> {
         std::mem::take(&mut self.buffers[buf as usize])
     }
@@ -212,13 +231,23 @@ impl CpuExecutor {
         let k = x.width(&self.spec);
         let norm = norm.map(|v| Norm { weight: &self.weights.vectors[v.0], eps: self.spec.rms_norm_eps });
         let held = &self.weights;
-        let parts: Vec<Part> = products
-            .iter()
-            .zip(&mut outs)
-            .map(|((product, _), out)| Part { then: held.then(product), out: SharedMut::new(out) })
-            .collect();
-        let arithmetic = Arithmetic::of(*isa, *precision, parts.iter().flat_map(|p| p.then.weights()));
         let source = Source { x: &self.buffers[x as usize][..rows * k], rows, k, norm };
+        let begin = self.profile.on.then(Instant::now);
+        let ids: Vec<MatrixId> = products.iter().flat_map(|(product, _)| product.weights()).collect();
+        let ups = self.adapters.down(*isa, pool, &ids, source).map(|(ups, cost)| {
+            if let Some(begin) = begin {
+                self.profile.add("lora_down", begin.elapsed(), cost);
+            }
+            ups
+        });
+        let mut first = 0;
+        let mut parts: Vec<Part> = Vec::new();
+        for ((product, _), out) in products.iter().zip(&mut outs) {
+            let then = held.then(product, |i| ups.as_ref().map(|ups| ups.delta(first + i)));
+            first += product.weights().count();
+            parts.push(Part { then, out: SharedMut::new(out) });
+        }
+        let arithmetic = Arithmetic::of(*isa, *precision, parts.iter().flat_map(|p| p.then.weights()));
         let packed = self.packed.pack(*isa, pool, arithmetic, source);
         linear::run(*isa, pool, &packed, &parts, Hint::at(&held.weight(after), 0));
         for ((_, buf), out) in products.iter().zip(outs) {
@@ -283,6 +312,7 @@ impl Executor for CpuExecutor {
             )));
         }
         self.reserve(step.rows.len(), step.outputs.len())?;
+        self.adapters.begin(step.adapters)?;
         let _turn = cores().take(self.options.pool.threads());
         let order = head::Order::new(step.outputs);
         let plan = self.plan.clone();
@@ -344,6 +374,14 @@ impl Executor for CpuExecutor {
         Ok(())
     }
 
+    fn add_adapter(&mut self, slot: u32, adapter: Arc<AdapterWeights>, room: u64) -> Result<()> {
+        self.adapters.add(slot, adapter, room, self.fixed())
+    }
+
+    fn remove_adapter(&mut self, slot: u32) {
+        self.adapters.remove(slot);
+    }
+
     fn memory(&self) -> Memory {
         let (weights, mapped) = self.weights.bytes();
         Memory {
@@ -352,6 +390,7 @@ impl Executor for CpuExecutor {
             kv_cache: self.kv.iter().map(|(k, v)| (k.len() + v.len()) as u64 * 4).sum(),
             scratch: scratch_bytes(&self.spec, self.capacity.max_rows, self.options.pool.threads()),
             host: 0,
+            adapters: self.adapters.bytes(self.fixed()),
         }
     }
 

@@ -7,6 +7,7 @@ use super::{CpuOptions, Product, view};
 use crate::backend::{DeviceWeights, Loader};
 use crate::error::Result;
 use crate::kernels::linear::{Columns, Quantised, Then, Weight};
+use crate::kernels::lora_up::Delta;
 use crate::model::{MatrixId, ModelSpec, Plan, Projection};
 use crate::weights::{Tensor, Weights};
 
@@ -31,15 +32,18 @@ impl CpuWeights {
         }
     }
 
-    fn columns(&self, p: &Projection) -> Columns<'_> {
-        Columns { weight: self.weight(p.weight), bias: p.bias.map(|b| &self.vectors[b.0][..]) }
+    fn columns<'a>(&'a self, p: &Projection, delta: Option<Delta<'a>>) -> Columns<'a> {
+        Columns { weight: self.weight(p.weight), bias: p.bias.map(|b| &self.vectors[b.0][..]), delta }
     }
 
-    pub(super) fn then(&self, product: &Product) -> Then<'_> {
+    /// `delta(i)`: what adapters add to the product's i-th projection.
+    pub(super) fn then<'a>(&'a self, product: &Product, delta: impl Fn(usize) -> Option<Delta<'a>>) -> Then<'a> {
         match product {
-            Product::Store(p) => Then::Store(self.columns(p)),
-            Product::Add(p) => Then::Add(self.columns(p)),
-            Product::Gated { gate, up } => Then::Gated { gate: self.columns(gate), up: self.columns(up) },
+            Product::Store(p) => Then::Store(self.columns(p, delta(0))),
+            Product::Add(p) => Then::Add(self.columns(p, delta(0))),
+            Product::Gated { gate, up } => {
+                Then::Gated { gate: self.columns(gate, delta(0)), up: self.columns(up, delta(1)) }
+            }
         }
     }
 

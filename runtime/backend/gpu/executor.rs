@@ -17,7 +17,7 @@ use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::linear::Precision;
 use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, attention, sample};
 use crate::model::{Buf, MatrixId, ModelSpec, Plan};
-use crate::weights::{WeightFormat, Weights};
+use crate::weights::{AdapterWeights, WeightFormat, Weights};
 
 /// Decode steps that are computed before their results are read.
 const STEPS_AT_ONCE: usize = 8;
@@ -197,6 +197,7 @@ impl GpuExecutor {
             kv_cache: 2 * per_layer * spec.layers as u64,
             scratch: scratch_bytes(&spec, rows),
             host: 0,
+            adapters: 0,
         };
         Ok(GpuExecutor {
             calls,
@@ -390,6 +391,12 @@ impl Executor for GpuExecutor {
     fn restore_cache(&mut self) -> Result<()> {
         Ok(())
     }
+
+    fn add_adapter(&mut self, _slot: u32, _adapter: Arc<AdapterWeights>, _room: u64) -> Result<()> {
+        Err(Error::unsupported("adapters on a GPU"))
+    }
+
+    fn remove_adapter(&mut self, _slot: u32) {}
 
     fn memory(&self) -> Memory {
         self.memory

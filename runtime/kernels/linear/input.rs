@@ -62,6 +62,12 @@ pub(crate) struct Packed<'a> {
 }
 
 impl<'a> Packed<'a> {
+    /// f32 inputs [rows, K] where they are.
+    pub(crate) fn plain(x: &'a [f32], rows: usize, k: usize) -> Self {
+        assert_eq!(x.len(), rows * k);
+        Packed { arithmetic: Arithmetic::Fma, rows, k, stride: k, data: bytemuck::cast_slice(x), scales: &[] }
+    }
+
     pub(crate) fn arithmetic(&self) -> Arithmetic {
         self.arithmetic
     }
@@ -135,8 +141,7 @@ impl PackBuffer {
         source: Source<'a>,
     ) -> Packed<'a> {
         let Source { x, rows, k, norm } = source;
-        assert_eq!(x.len(), rows * k);
-        let packed = Packed { arithmetic, rows, k, stride: k, data: bytemuck::cast_slice(x), scales: &[] };
+        let packed = Packed { arithmetic, ..Packed::plain(x, rows, k) };
         match arithmetic {
             Arithmetic::Fma => {
                 let Some(norm) = norm else { return packed };

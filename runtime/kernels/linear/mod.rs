@@ -29,6 +29,7 @@ pub(crate) use input::{Norm, PackBuffer, Packed, Source};
 pub use int4::{BLOCK as INT4_BLOCK, Int4, Int4Matrix, Int4View};
 pub use int8::{BLOCK as INT8_BLOCK, Int8, Int8Matrix, Int8View};
 
+use super::lora_up::Delta;
 use super::{Isa, MatrixView, SharedMut};
 use crate::backend::cpu::{Pool, SMALL};
 use crate::error::Result;
@@ -155,6 +156,8 @@ pub(crate) struct Columns<'a> {
     pub weight: Weight<'a>,
     /// [N].
     pub bias: Option<&'a [f32]>,
+    /// What adapters add before the bias.
+    pub delta: Option<Delta<'a>>,
 }
 
 /// What becomes of the sums.
@@ -285,6 +288,9 @@ fn compute(isa: Isa, x: &Packed, part: &Part, rows: Range<usize>, cols: Range<us
             let sums_of = |columns: &Columns, sums: &mut Vec<f32>, next: Hint| {
                 sums.resize(sums.len().max(rows.len() * cols.len()), 0.0);
                 column_sums(isa, x, rows.clone(), &columns.weight, cols.clone(), sums, next);
+                if let Some(delta) = &columns.delta {
+                    delta.add(isa, rows.clone(), cols.clone(), columns.weight.rows(), sums);
+                }
             };
             let block =
                 finish::Block { rows: rows.clone(), cols: cols.clone(), width: part.then.width(), out: part.out };
@@ -348,6 +354,6 @@ pub fn linear_alone(isa: Isa, precision: Precision, x: &[f32], weight: Weight, b
     let arithmetic = Arithmetic::of(isa, precision, [weight]);
     let pool = Pool::new(1);
     let packed = buffer.pack(isa, &pool, arithmetic, Source { x, rows, k, norm: None });
-    let part = Part { then: Then::Store(Columns { weight, bias }), out: SharedMut::new(out) };
+    let part = Part { then: Then::Store(Columns { weight, bias, delta: None }), out: SharedMut::new(out) };
     run(isa, &pool, &packed, &[part], Hint::NONE);
 }

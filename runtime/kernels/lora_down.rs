@@ -1,0 +1,17 @@
+//! down[t, j] = scale · Σ_k x[t, k] · a[j, k]: an adapter's first factor, for the rows that have one.
+
+use super::linear::{Hint, Packed, Weight, column_sums};
+use super::{Isa, MatrixView};
+use crate::weights::Dtype;
+
+/// The CPU twin: `x` is [rows, K], `a` [R, K], `down` [rows, R]. f32 FMA, whatever the base weights' arithmetic is.
+///
+/// # Panics
+/// If the lengths do not fit.
+pub fn lora_down(isa: Isa, x: &[f32], a: &[f32], rank: usize, scale: f32, down: &mut [f32]) {
+    let k = a.len() / rank;
+    let rows = down.len() / rank;
+    let weight = Weight::Stored(MatrixView::new(Dtype::F32, bytemuck::cast_slice(a), rank, k));
+    column_sums(isa, &Packed::plain(x, rows, k), 0..rows, &weight, 0..rank, down, Hint::NONE);
+    down.iter_mut().for_each(|v| *v *= scale);
+}
