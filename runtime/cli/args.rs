@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use rewardrt::weights::{Dtype, WeightFormat};
 use rewardrt::{
-    Error, ErrorKind, Guide, Model, ModelOptions, Precision, Result, Rule, Runtime, RuntimeOptions, Scheduling,
+    Adapter, AdapterOptions, Error, ErrorKind, Guide, Model, ModelOptions, Precision, Result, Rule, Runtime, RuntimeOptions, Scheduling,
 };
 
 /// Samples from language models and scores what was sampled.
@@ -24,7 +24,8 @@ pub struct Args {
 pub enum Command {
     /// List the CPU and the graphics adapters.
     Devices(Devices),
-    /// Show a model folder: architecture, head, scoring rule, dtypes, bytes, tensors.
+    /// Show a model folder: architecture, head, scoring rule, dtypes, bytes, tensors. Or an adapter folder: its fields and
+    /// tensors.
     Inspect(Inspect),
     /// Sample answers to prompts.
     Sample(Box<Sample>),
@@ -49,7 +50,7 @@ pub struct Devices {
 
 #[derive(ClapArgs)]
 pub struct Inspect {
-    /// The model folder.
+    /// The model or adapter folder.
     pub model: PathBuf,
     /// Print JSON.
     #[arg(long)]
@@ -160,10 +161,27 @@ impl Common {
     }
 }
 
+/// Whose weights come on top of the model's.
+#[derive(ClapArgs)]
+pub struct AdapterArgs {
+    /// A LoRA adapter of the model: a folder that PEFT wrote.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+}
+
+impl AdapterArgs {
+    /// Loads it, if there is one.
+    pub fn load(&self, model: &Model) -> Result<Option<Adapter>> {
+        self.adapter.as_ref().map(|folder| model.load_adapter(folder, &AdapterOptions::default())).transpose()
+    }
+}
+
 #[derive(ClapArgs)]
 pub struct Sample {
     #[command(flatten)]
     pub common: Common,
+    #[command(flatten)]
+    pub adapter: AdapterArgs,
     /// JSON Lines with prompt, prompt_ids or messages.
     #[arg(long, value_name = "F.jsonl", required_unless_present = "prompt", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
@@ -324,6 +342,8 @@ fn bias(text: &str) -> std::result::Result<(u32, f32), String> {
 pub struct Logprobs {
     #[command(flatten)]
     pub common: Common,
+    #[command(flatten)]
+    pub adapter: AdapterArgs,
     /// JSON Lines with a prompt and its completion, or text or ids.
     #[arg(long, value_name = "F.jsonl")]
     pub input: PathBuf,
@@ -339,6 +359,8 @@ pub struct Logprobs {
 pub struct Score {
     #[command(flatten)]
     pub common: Common,
+    #[command(flatten)]
+    pub adapter: AdapterArgs,
     /// JSON Lines with messages, a prompt and its completion, or text or ids.
     #[arg(long, value_name = "F.jsonl")]
     pub input: PathBuf,
@@ -412,6 +434,12 @@ pub struct Bench {
     /// Texts × tokens whose log-probabilities are computed (or scores, with a score head).
     #[arg(long, value_name = "BxL", value_parser = shape, default_value = "16x256")]
     pub score: (usize, usize),
+    /// Load N random LoRA adapters, whose sequences share the steps; 0: the model alone.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub adapters: usize,
+    /// Rank of the adapters.
+    #[arg(long, value_name = "R", default_value_t = 16)]
+    pub adapter_rank: usize,
     /// Timed runs of each job; the median counts.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub repeat: usize,

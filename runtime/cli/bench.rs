@@ -5,16 +5,16 @@
 
 use std::time::Instant;
 
-use rewardrt::model::Head;
+use rewardrt::model::{Head, Plan};
 use rewardrt::{
-    Error, ErrorKind, KernelTime, Limits, LogprobRequest, Model, Result, Runtime, SampleRequest, SampledSequence,
+    Adapter, AdapterOptions, Error, ErrorKind, KernelTime, Limits, LogprobRequest, Model, Result, Runtime, SampleRequest, SampledSequence,
     ScoreRequest,
 };
 use serde::Serialize;
 
 use crate::args::{Bench, PrecisionArg, WeightsArg};
 use crate::sink::{Sink, print_line};
-use crate::synth::mix;
+use crate::synth::{mix, write_adapter};
 
 #[derive(Clone, Copy)]
 enum Job {
@@ -49,6 +49,10 @@ struct Line<'a> {
     seconds: f64,
     steps: u64,
     step_ms: Option<f64>,
+    /// LoRA adapters that the sequences share.
+    adapters: usize,
+    /// Milliseconds that replacing one takes; null without.
+    swap_ms: Option<f64>,
     /// Of the run whose kernels are listed; timing them costs some.
     profile_seconds: Option<f64>,
     kernels: Vec<Kernel>,
@@ -107,8 +111,8 @@ impl Job {
         blocks.saturating_mul(self.sequences()).saturating_mul(16)
     }
 
-    /// Runs it on random ids; another `number` has others.
-    fn run(self, model: &Model, number: u64) -> Result<Run> {
+    /// Runs it on random ids, which the adapters share if there are any; another `number` has others.
+    fn run(self, model: &Model, adapters: &[Adapter], number: u64) -> Result<Run> {
         let vocab = model.spec().vocab_size as u64;
         let mut next = mix(number);
         let mut id = || {
@@ -117,32 +121,86 @@ impl Job {
         };
         let ids: Vec<Vec<u32>> = (0..self.sequences()).map(|_| (0..self.given()).map(|_| id()).collect()).collect();
         let given = ids.iter().map(Vec::len).sum();
+        // A request has one adapter.
+        let share = ids.len().div_ceil(adapters.len().max(1));
+        let parts: Vec<(Vec<Vec<u32>>, Option<Adapter>)> =
+            ids.chunks(share).enumerate().map(|(i, ids)| (ids.to_vec(), adapters.get(i).cloned())).collect();
         let steps = model.stats().steps;
         let start = Instant::now();
         let (tokens, step_ms) = match self {
             Job::Decode { tokens, .. } => {
-                let request = SampleRequest {
-                    prompts: ids,
-                    max_tokens: tokens,
-                    ignore_eos: true,
-                    seed: number,
-                    ..SampleRequest::default()
-                };
-                let answers = model.sample(&request)?.wait()?;
+                let jobs = submit(parts, |prompts, adapter| {
+                    model.sample(&SampleRequest {
+                        prompts,
+                        max_tokens: tokens,
+                        ignore_eos: true,
+                        seed: number,
+                        adapter,
+                        ..SampleRequest::default()
+                    })
+                })?;
+                let answers = wait(jobs)?;
                 (answers.iter().map(|a| a.tokens.len()).sum(), step_ms(&answers))
             }
             Job::Logprobs { .. } => {
-                model.logprobs(&LogprobRequest { sequences: ids, ..LogprobRequest::default() })?.wait()?;
+                wait(submit(parts, |sequences, adapter| {
+                    model.logprobs(&LogprobRequest { sequences, adapter, ..LogprobRequest::default() })
+                })?)?;
                 (given, None)
             }
             Job::Score { .. } => {
-                model.score(&ScoreRequest { sequences: ids, ..ScoreRequest::default() })?.wait()?;
+                wait(submit(parts, |sequences, adapter| {
+                    model.score(&ScoreRequest { sequences, adapter, ..ScoreRequest::default() })
+                })?)?;
                 (given, None)
             }
         };
         let seconds = start.elapsed().as_secs_f64();
         Ok(Run { seconds, steps: model.stats().steps - steps, tokens, step_ms })
     }
+}
+
+fn submit<T>(
+    parts: Vec<(Vec<Vec<u32>>, Option<Adapter>)>,
+    one: impl Fn(Vec<Vec<u32>>, Option<Adapter>) -> Result<rewardrt::Job<T>>,
+) -> Result<Vec<rewardrt::Job<T>>> {
+    parts.into_iter().map(|(ids, adapter)| one(ids, adapter)).collect()
+}
+
+fn wait<T>(jobs: Vec<rewardrt::Job<Vec<T>>>) -> Result<Vec<T>> {
+    let mut all = Vec::new();
+    for job in jobs {
+        all.extend(job.wait()?);
+    }
+    Ok(all)
+}
+
+/// Random adapters, and the milliseconds that putting another one in the place of the first takes: the median of nine.
+fn adapters(model: &Model, args: &Bench) -> Result<(Vec<Adapter>, f64)> {
+    let plan = Plan::new(model.spec())?;
+    let folder = std::env::temp_dir().join(format!("rewardrt-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).map_err(|e| Error::new(ErrorKind::Io, format!("{}: {e}", folder.display())))?;
+    let made = (0..args.adapters as u64).map(|seed| {
+        // Its values are in memory once it is loaded.
+        let here = folder.join(seed.to_string());
+        std::fs::create_dir_all(&here).map_err(|e| Error::new(ErrorKind::Io, format!("{}: {e}", here.display())))?;
+        write_adapter(&here, &plan, args.adapter_rank, seed)?;
+        model.load_adapter(&here, &AdapterOptions::default())
+    });
+    let made = made.collect::<Result<Vec<Adapter>>>();
+    let times = made.and_then(|made| {
+        let mut times = Vec::new();
+        for i in 0..9 {
+            let start = Instant::now();
+            made[0].replace(&folder.join((i % made.len()).to_string()), i as u64)?;
+            times.push(1e3 * start.elapsed().as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        Ok((made, times[4]))
+    });
+    // What is left behind is the system's to clean.
+    let _ = std::fs::remove_dir_all(&folder);
+    times
 }
 
 /// Of the sequence that decoded fastest: the last one to begin, whose steps had no prompts in them.
@@ -168,6 +226,7 @@ fn check(args: &Bench) -> Result<()> {
         ("--prompt-tokens", args.prompt_tokens, 1),
         ("--tokens", args.tokens, 1),
         ("--repeat", args.repeat, 1),
+        ("--adapter-rank", args.adapter_rank, 1),
         ("--score BxL: B", texts, 1),
         ("--score BxL: L", length, 2),
     ] {
@@ -226,10 +285,17 @@ pub fn run(args: &Bench) -> Result<()> {
             print_line(&format!("limits, measured: reading {read:.1} GB/s, products {flops:.0} GFLOP/s"))?;
         }
     }
+    let loaded = if args.adapters > 0 { Some(adapters(&model, args)?) } else { None };
+    let swap_ms = loaded.as_ref().map(|(_, ms)| *ms);
+    let loaded = loaded.map_or(Vec::new(), |(adapters, _)| adapters);
+    if let (None, Some(ms), Some(first)) = (&sink, swap_ms, loaded.first()) {
+        let (count, rank, bytes) = (loaded.len(), first.rank(), first.bytes() as f64 / 1e6);
+        print_line(&format!("{count} adapters of rank {rank}, {bytes:.1} MB each; replacing one takes {ms:.1} ms"))?;
+    }
     let mut number = 0;
     let mut once = |job: Job| {
         number += 1;
-        job.run(&model, number)
+        job.run(&model, &loaded, number)
     };
     for job in jobs {
         once(job)?;
@@ -245,7 +311,7 @@ pub fn run(args: &Bench) -> Result<()> {
             profile = Some((run.seconds, model.take_profile()?));
         }
         match &mut sink {
-            Some(sink) => sink.write(&line(args, job, median, profile, limits, &device))?,
+            Some(sink) => sink.write(&Line { swap_ms, ..line(args, job, median, profile, limits, &device) })?,
             None => print_job(job, median, profile, limits)?,
         }
     }
@@ -293,6 +359,8 @@ fn line<'a>(
         seconds: run.seconds,
         steps: run.steps,
         step_ms: run.step_ms,
+        adapters: args.adapters,
+        swap_ms: None,
         profile_seconds,
         kernels: kernels.unwrap_or_default().into_iter().map(kernel).collect(),
         limits: limits.map(|l| LimitsLine { bytes_per_second: l.bytes_per_second, flops: l.flops }),

@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 
 use rewardrt::model::{Head, Plan};
 use rewardrt::weights::{Checkpoint, LoadOptions};
-use rewardrt::{Result, Rule};
-use serde_json::json;
+use rewardrt::{Error, ErrorKind, Result, Rule};
+use serde_json::{Map, Value, json};
 
 use crate::args::Inspect;
 use crate::sink::print_line;
 
 pub fn run(args: &Inspect) -> Result<()> {
+    if args.model.join("adapter_config.json").exists() {
+        return adapter(args);
+    }
     let spec = rewardrt::model::read_spec(&args.model)?;
     let options = LoadOptions::default();
     let checkpoint = Checkpoint::open(&args.model, &options)?;
@@ -70,4 +73,41 @@ pub fn run(args: &Inspect) -> Result<()> {
         }
     }
     fits.map(|_| ())
+}
+
+/// An adapter folder says what it is; whether it fits a model turns out with that model.
+fn adapter(args: &Inspect) -> Result<()> {
+    let folder = &args.model;
+    let path = folder.join("adapter_config.json");
+    let failed = |e: String| Error::new(ErrorKind::Format, format!("{}: {e}", path.display()));
+    let text = std::fs::read_to_string(&path).map_err(|e| failed(e.to_string()))?;
+    let config: Map<String, Value> = serde_json::from_str(&text).map_err(|e| failed(e.to_string()))?;
+    let checkpoint = Checkpoint::open(&folder.join("adapter_model.safetensors"), &LoadOptions::default())?;
+    let tensors: Vec<_> = checkpoint.tensors().collect();
+    if args.json {
+        let list: Vec<_> = tensors
+            .iter()
+            .map(|(name, i)| json!({"name": name, "dtype": i.dtype, "shape": i.shape, "bytes": i.bytes}))
+            .collect();
+        let line = json!({"adapter": config, "bytes": checkpoint.total_bytes(), "tensors": list});
+        return print_line(&line.to_string());
+    }
+    const FIELDS: [&str; 8] = [
+        "peft_type",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "target_modules",
+        "rank_pattern",
+        "modules_to_save",
+    ];
+    for field in FIELDS {
+        print_line(&format!("{field:<24} {}", config.get(field).unwrap_or(&Value::Null)))?;
+    }
+    print_line(&format!("{:<24} {:.1} MB", "bytes", checkpoint.total_bytes() as f64 / 1e6))?;
+    for (name, info) in &tensors {
+        print_line(&format!("  {:<5} {:<14} {name}", info.dtype, format!("{:?}", info.shape)))?;
+    }
+    Ok(())
 }

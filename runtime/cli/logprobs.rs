@@ -30,6 +30,7 @@ struct Item {
 pub fn run(args: &Logprobs) -> Result<()> {
     let records = read(&args.input)?;
     let model = args.common.load()?;
+    let adapter = args.adapter.load(&model)?;
     let mut items = Vec::new();
     for (i, (place, record)) in records.iter().enumerate() {
         let (ids, prompt_len) = record.scored(&model).map_err(|e| e.at(place))?;
@@ -40,6 +41,7 @@ pub fn run(args: &Logprobs) -> Result<()> {
         sequences: chunk.iter().map(|i| i.ids.clone()).collect(),
         prompt_lens: chunk.iter().map(|i| i.prompt_len).collect(),
         top_logprobs: args.top,
+        adapter: adapter.clone(),
         ..LogprobRequest::default()
     };
     jobs::run(

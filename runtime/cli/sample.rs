@@ -75,6 +75,7 @@ pub fn run(args: &Sample) -> Result<()> {
     let guide = args.guide.read()?;
     let scheduling = args.scheduling.scheduling()?;
     let model = args.common.load()?;
+    let adapter = args.adapter.load(&model)?;
     let mut prompts = Vec::new();
     for (i, (place, record)) in records.iter().enumerate() {
         prompts.push((id_of(record, i), record.prompt(&model).map_err(|e| e.at(place))?));
@@ -107,6 +108,7 @@ pub fn run(args: &Sample) -> Result<()> {
         kept_ids: args.kept.unwrap_or(0),
         speculate: args.speculate,
         stream: args.stream,
+        adapter: adapter.clone(),
         scheduling,
     };
     if args.stream {

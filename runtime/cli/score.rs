@@ -22,6 +22,7 @@ struct Line<'a> {
 pub fn run(args: &Score) -> Result<()> {
     let records = read(&args.input)?;
     let model = args.common.load()?;
+    let adapter = args.adapter.load(&model)?;
     let rule = match &args.rule {
         Some(rule) => rule.clone(),
         None => Rule::for_model(model.spec())?,
@@ -35,6 +36,7 @@ pub fn run(args: &Score) -> Result<()> {
     let request = |chunk: &[(Value, Vec<u32>)]| ScoreRequest {
         sequences: chunk.iter().map(|(_, ids)| ids.clone()).collect(),
         rule: Some(rule.clone()),
+        adapter: adapter.clone(),
         ..ScoreRequest::default()
     };
     jobs::run(

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use rewardrt::model::{Plan, parse_config};
-use rewardrt::weights::{Dtype, PartialFolder};
+use rewardrt::weights::{Dtype, Expected, PartialFolder};
 use rewardrt::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
@@ -35,7 +35,8 @@ pub fn run(args: &Synth) -> Result<()> {
     let in_folder = |name: &str| folder.path().join(name);
     fs::write(in_folder("config.json"), &config).map_err(|e| failed(&in_folder("config.json"), &e))?;
     let weights = in_folder("model.safetensors");
-    let bytes = write_weights(&weights, &plan, args.dtype.into(), args.seed).map_err(|e| failed(&weights, &e))?;
+    let tensors: Vec<Expected> = plan.expected().cloned().collect();
+    let bytes = write_weights(&weights, &tensors, args.dtype.into(), args.seed).map_err(|e| failed(&weights, &e))?;
     folder.publish()?;
     let seconds = begin.elapsed().as_secs_f64();
     print_line(&format!(
@@ -65,12 +66,30 @@ fn read_config(path: &Path) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Writes every tensor of `plan`; returns the file's size.
-fn write_weights(path: &Path, plan: &Plan, dtype: Dtype, seed: u64) -> io::Result<u64> {
+/// Writes an adapter of random factors of every product into a folder that is there, as PEFT would.
+pub fn write_adapter(folder: &Path, plan: &Plan, rank: usize, seed: u64) -> Result<()> {
+    let (mut tensors, mut modules) = (Vec::new(), Vec::new());
+    for id in plan.projections() {
+        let Expected { name, shape } = &plan.matrices[id.0];
+        let module = name.trim_end_matches(".weight");
+        modules.push(module);
+        for (factor, shape) in [("A", vec![rank, shape[1]]), ("B", vec![shape[0], rank])] {
+            tensors.push(Expected { name: format!("base_model.model.{module}.lora_{factor}.weight"), shape });
+        }
+    }
+    let config = json!({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules}).to_string();
+    let (config_path, path) = (folder.join("adapter_config.json"), folder.join("adapter_model.safetensors"));
+    fs::write(&config_path, config).map_err(|e| failed(&config_path, &e))?;
+    write_weights(&path, &tensors, Dtype::BF16, seed).map_err(|e| failed(&path, &e))?;
+    Ok(())
+}
+
+/// Writes every tensor; returns the file's size.
+fn write_weights(path: &Path, tensors: &[Expected], dtype: Dtype, seed: u64) -> io::Result<u64> {
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
     let mut end = 0u64;
-    for tensor in plan.expected() {
+    for tensor in tensors {
         let start = end;
         end += tensor.shape.iter().product::<usize>() as u64 * dtype.size() as u64;
         let entry = json!({"dtype": dtype.name(), "shape": tensor.shape, "data_offsets": [start, end]});
@@ -84,17 +103,17 @@ fn write_weights(path: &Path, plan: &Plan, dtype: Dtype, seed: u64) -> io::Resul
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     match dtype {
-        Dtype::F32 => write_data::<4>(&mut file, plan, dtype, seed)?,
-        Dtype::F16 | Dtype::BF16 => write_data::<2>(&mut file, plan, dtype, seed)?,
+        Dtype::F32 => write_data::<4>(&mut file, tensors, dtype, seed)?,
+        Dtype::F16 | Dtype::BF16 => write_data::<2>(&mut file, tensors, dtype, seed)?,
     }
     Ok(8 + header.len() as u64 + end)
 }
 
 /// Writes the elements, N bytes each, of every tensor.
-fn write_data<const N: usize>(file: &mut File, plan: &Plan, dtype: Dtype, seed: u64) -> io::Result<()> {
+fn write_data<const N: usize>(file: &mut File, tensors: &[Expected], dtype: Dtype, seed: u64) -> io::Result<()> {
     let (around_0, around_1) = (table::<N>(dtype, 0.0), table::<N>(dtype, 1.0));
     let mut chunk = Vec::with_capacity(CHUNK);
-    for (i, tensor) in plan.expected().enumerate() {
+    for (i, tensor) in tensors.iter().enumerate() {
         let is_norm = tensor.shape.len() == 1 && !tensor.name.ends_with(".bias");
         let values = if is_norm { &around_1 } else { &around_0 };
         let random = Random::new(seed, i as u64);

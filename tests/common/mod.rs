@@ -4,6 +4,8 @@
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub mod amx_emulator;
 pub mod deltas;
+pub mod adapters;
+pub mod expected;
 
 pub mod checkpoints;
 
