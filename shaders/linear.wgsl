@@ -4,7 +4,7 @@
 //
 // A workgroup owns a tile of out; include/products.wgsl and include/tiles.wgsl say in which order its elements are added
 // up. The weight may be bound in slices of rows (a binding is limited). `scale` is a power of two: what the inputs were
-// divided by to fit f16.
+// divided by to fit f16. With ADAPTERS a row's adapter adds its share before the bias (include/adapter.wgsl).
 
 #include enable
 
@@ -25,6 +25,10 @@ struct Params {
 var<immediate> p: Params;
 #include inputs
 @group(0) @binding(5) var<storage, read_write> out: array<f32>; // (T, N)
+#if ADAPTERS
+@group(0) @binding(6) var<storage, read> adapters: array<u32>; // (1), (slots, 4), then factors
+@group(0) @binding(7) var<storage, read> down: array<u32>; // (T, stride)
+#endif
 
 #if TILES
 #include tiles
@@ -33,6 +37,8 @@ var<immediate> p: Params;
 #include products
 #endif
 
+#include adapter
+
 fn finish(thread: u32, first_row: u32, first_column: u32) {
     for (var i = thread; i < ROWS * COLS; i += THREADS) {
         let t = first_row + i / COLS;
@@ -40,6 +46,9 @@ fn finish(thread: u32, first_row: u32, first_column: u32) {
         if t < p.rows && n < p.count {
             let column = p.first + n;
             var value = sums[i] * p.scale;
+#if ADAPTERS
+            value = with_adapter(value, t, 0u, column, p.out_stride);
+#endif
             if p.has_bias == 1u {
                 value += bias[column];
             }

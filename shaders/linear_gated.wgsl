@@ -4,7 +4,8 @@
 //
 // The weight's rows (and the bias) are interleaved: 2i is gate's row i, 2i + 1 is up's. A workgroup owns a tile of both;
 // the order of additions is that of include/products.wgsl or include/tiles.wgsl. `scale` is a power of two that keeps
-// the result in the range of f16 where that is how it is stored.
+// the result in the range of f16 where that is how it is stored. With ADAPTERS a row's adapter adds its share before the biases
+// (include/adapter.wgsl).
 
 #include enable
 
@@ -28,6 +29,10 @@ var<immediate> p: Params;
 #else
 @group(0) @binding(5) var<storage, read_write> out: array<f32>; // (T, F)
 #endif
+#if ADAPTERS
+@group(0) @binding(6) var<storage, read> adapters: array<u32>; // (1), (slots, 4), then factors
+@group(0) @binding(7) var<storage, read> down: array<u32>; // (T, stride)
+#endif
 
 #if TILES
 #include tiles
@@ -35,6 +40,8 @@ var<immediate> p: Params;
 #include half_value
 #include products
 #endif
+
+#include adapter
 
 fn finish(thread: u32, first_row: u32, first_column: u32) {
     for (var i = thread; i < ROWS * COLS / 2u; i += THREADS) {
@@ -44,6 +51,10 @@ fn finish(thread: u32, first_row: u32, first_column: u32) {
             let column = p.first + n;
             var g = sums[2u * i];
             var u = sums[2u * i + 1u];
+#if ADAPTERS
+            g = with_adapter(g, t, 0u, column, 2u * p.out_stride);
+            u = with_adapter(u, t, 1u, column + 1u, 2u * p.out_stride);
+#endif
             if p.has_bias == 1u {
                 g += bias[column];
                 u += bias[column + 1u];

@@ -7,7 +7,8 @@
 // The weight's rows (and the bias) are H query heads, G key heads, G value heads; those of a query or key head are
 // interleaved: 2i is its element i, 2i + 1 its element i + E/2. So a pair shares a workgroup, which owns a tile; the order
 // of additions is that of include/products.wgsl or include/tiles.wgsl. No two rows of a step share a slot. The angles come
-// from the host, the same for both backends.
+// from the host, the same for both backends. With ADAPTERS a row's adapter adds its share to y before the bias
+// (include/adapter.wgsl).
 
 #include enable
 
@@ -41,6 +42,11 @@ var<immediate> p: Params;
 @group(0) @binding(9) var<storage, read_write> values: array<f32>; // (blocks, G, P, E)
 #endif
 
+#if ADAPTERS
+@group(0) @binding(10) var<storage, read> adapters: array<u32>; // (1), (slots, 4), then factors
+@group(0) @binding(11) var<storage, read> down: array<u32>; // (T, stride)
+#endif
+
 #if TILES
 #include tiles
 #else
@@ -58,6 +64,8 @@ fn stored(v: f32) -> f32 {
 }
 #endif
 
+#include adapter
+
 fn finish(thread: u32, first_row: u32, first_column: u32) {
     let e_count = p.head_dim;
     for (var i = thread; i < ROWS * COLS / 2u; i += THREADS) {
@@ -67,11 +75,17 @@ fn finish(thread: u32, first_row: u32, first_column: u32) {
             let column = p.first + n;
             var a = sums[2u * i];
             var b = sums[2u * i + 1u];
+            let head = column / e_count;
+#if ADAPTERS
+            let part = u32(head >= p.heads) + u32(head >= p.heads + p.kv_heads);
+            let columns = (p.heads + 2u * p.kv_heads) * e_count;
+            a = with_adapter(a, t, part, column, columns);
+            b = with_adapter(b, t, part, column + 1u, columns);
+#endif
             if p.has_bias == 1u {
                 a += bias[column];
                 b += bias[column + 1u];
             }
-            let head = column / e_count;
             let in_head = column % e_count;
             let slot = rows[p.first_meta + t].z;
             if head < p.heads + p.kv_heads {

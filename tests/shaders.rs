@@ -78,6 +78,9 @@ fn variants(kernel: &Kernel) -> Vec<Flags> {
                                     if tiled && shape == TileShape::Wide {
                                         all.push(Flags { one_chunk: true, ..flags });
                                     }
+                                    all.extend(asks("ADAPTERS").then_some(Flags { adapters: true, ..flags }));
+                                    let half_in = Flags { half_in: true, f16: true, ..flags };
+                                    all.extend(asks("HALF_IN").then_some(half_in));
                                 }
                             }
                         }
@@ -184,7 +187,7 @@ fn check_bindings(kernel: &Kernel, flags: Flags, module: &naga::Module) {
     assert_eq!(params, [kernel.params_size], "{name}: size of Params");
     bound.sort_by_key(|b| b.0);
     let table: Vec<_> =
-        kernel.bindings.iter().enumerate().map(|(i, (name, access))| (i + 1, (*name).to_owned(), *access)).collect();
+        kernel.bindings(flags.adapters).enumerate().map(|(i, (name, access))| (i + 1, name.to_owned(), access)).collect();
     assert_eq!(bound, table, "{name}");
 }
 

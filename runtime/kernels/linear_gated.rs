@@ -31,5 +31,6 @@ pub struct Params {
 super::kernel!(
     "linear_gated",
     Params,
-    [("x", Read), ("weight", Read), ("scales", Read), ("bias", Read), ("out", Write)]
+    [("x", Read), ("weight", Read), ("scales", Read), ("bias", Read), ("out", Write)],
+    [("adapters", Read), ("down", Read)],
 );

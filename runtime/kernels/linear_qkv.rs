@@ -45,5 +45,6 @@ super::kernel!(
         ("q", Write),
         ("keys", Write),
         ("values", Write),
-    ]
+    ],
+    [("adapters", Read), ("down", Read)],
 );

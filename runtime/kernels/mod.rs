@@ -61,10 +61,20 @@ pub struct Kernel {
     pub params_size: usize,
     /// Storage bindings from 1 on: the variable's name and its access.
     pub bindings: &'static [(&'static str, Access)],
+    /// What follows them in the variants that add adapters.
+    pub adapter_bindings: &'static [(&'static str, Access)],
+}
+
+impl Kernel {
+    /// The storage bindings of a variant with or without adapters, from 1 on.
+    pub fn bindings(&self, adapters: bool) -> impl Iterator<Item = (&'static str, Access)> + use<> {
+        let more = if adapters { self.adapter_bindings } else { &[] };
+        self.bindings.iter().chain(more).copied()
+    }
 }
 
 /// Every kernel, for the table of pipelines and for the test that walks `shaders/`.
-pub const ALL: [&Kernel; 13] = [
+pub const ALL: [&Kernel; 14] = [
     &adjust_logits::KERNEL,
     &attention::KERNEL,
     &attention_join::KERNEL,
@@ -75,19 +85,29 @@ pub const ALL: [&Kernel; 13] = [
     &linear_gated::KERNEL,
     &linear_qkv::KERNEL,
     &log_sum_exp::KERNEL,
+    &lora_down::KERNEL,
     &rms_norm::KERNEL,
     &sample::KERNEL,
     &top_k::KERNEL,
 ];
 
 macro_rules! kernel {
-    ($name:literal, $params:ty, [$(($binding:literal, $access:ident)),* $(,)?]) => {
+    ($name:literal, $params:ty, $bindings:tt) => {
+        $crate::kernels::kernel!($name, $params, $bindings, []);
+    };
+    (
+        $name:literal,
+        $params:ty,
+        [$(($binding:literal, $access:ident)),* $(,)?],
+        [$(($more:literal, $more_access:ident)),* $(,)?] $(,)?
+    ) => {
         /// The shader and its bindings.
         pub const KERNEL: $crate::kernels::Kernel = $crate::kernels::Kernel {
             name: $name,
             source: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $name, ".wgsl")),
             params_size: size_of::<$params>(),
             bindings: &[$(($binding, $crate::kernels::Access::$access)),*],
+            adapter_bindings: &[$(($more, $crate::kernels::Access::$more_access)),*],
         };
     };
 }

@@ -9,7 +9,7 @@ use super::*;
 const UNTOUCHED: f32 = -77.25;
 
 /// How weights may lie on a device, with the flag for native f16.
-fn formats(device: &Device, k: usize) -> Vec<Flags> {
+pub(super) fn formats(device: &Device, k: usize) -> Vec<Flags> {
     let of = |format, f16| Flags { format: Some(format), f16, ..Flags::default() };
     let mut all: Vec<Flags> = Dtype::ALL.into_iter().map(|dtype| of(Format::Rows(dtype), false)).collect();
     all.extend([of(Format::Int8, false), of(Format::Int4, false)]);
@@ -22,7 +22,7 @@ fn formats(device: &Device, k: usize) -> Vec<Flags> {
 }
 
 /// The variants that must have the same bits: shapes, and what the adapter may have.
-fn same_bits(device: &Device, flags: Flags, k: usize, case: usize) -> Vec<Flags> {
+pub(super) fn same_bits(device: &Device, flags: Flags, k: usize, case: usize) -> Vec<Flags> {
     let tiled = flags.is_tiled();
     let mut shapes = vec![TileShape::Narrow, TileShape::Wide];
     if tiled && !flags.head {
@@ -42,16 +42,16 @@ fn same_bits(device: &Device, flags: Flags, k: usize, case: usize) -> Vec<Flags>
 }
 
 /// Inputs and a weight as a kernel of this format reads them, and the values that it sees.
-struct Operands {
-    stride: u32,
+pub(super) struct Operands {
+    pub stride: u32,
     /// x, weight, scales.
     storage: [Vec<u8>; 3],
-    x: Vec<f64>,
-    w: Vec<f32>,
+    pub x: Vec<f64>,
+    pub w: Vec<f32>,
 }
 
 impl Operands {
-    fn new(flags: Flags, x: &[f32], w: &[f32], k: usize) -> Operands {
+    pub fn new(flags: Flags, x: &[f32], w: &[f32], k: usize) -> Operands {
         let n = w.len() / k;
         let through = |dtype: Dtype, v: &[f32]| dtype.to_f32(&dtype.from_f32(v));
         let mut exact_x = x.to_vec();
@@ -98,29 +98,29 @@ impl Operands {
     }
 
     /// x, weight, scales, bias, and what else a kernel binds.
-    fn storage(&self, bias: &[f32], rest: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    pub fn storage(&self, bias: &[f32], rest: &[Vec<u8>]) -> Vec<Vec<u8>> {
         [&self.storage[..], &[bytes(bias)], rest].concat()
     }
 }
 
 /// Workgroups of a product.
-fn groups(flags: Flags, rows: usize, count: usize) -> [u32; 3] {
+pub(super) fn groups(flags: Flags, rows: usize, count: usize) -> [u32; 3] {
     let [tile_rows, tile_cols] = flags.workgroup_tile();
     [(rows as u32).div_ceil(tile_rows), (count as u32).div_ceil(tile_cols), 1]
 }
 
 /// The order of the rows of queries, keys and values: the two elements of a pair are neighbours.
-fn rotated(row: usize, rotated_heads: usize, head_dim: usize) -> usize {
+pub(super) fn rotated(row: usize, rotated_heads: usize, head_dim: usize) -> usize {
     let (head, i) = (row / head_dim, row % head_dim);
     if head < rotated_heads { head * head_dim + i / 2 + i % 2 * (head_dim / 2) } else { row }
 }
 
 /// Rows of `w` in another order.
-fn reordered(w: &[f32], k: usize, order: impl Fn(usize) -> usize) -> Vec<f32> {
+pub(super) fn reordered(w: &[f32], k: usize, order: impl Fn(usize) -> usize) -> Vec<f32> {
     (0..w.len() / k).flat_map(|row| w[order(row) * k..][..k].to_vec()).collect()
 }
 
-fn silu(g: f64) -> f64 {
+pub(super) fn silu(g: f64) -> f64 {
     g / (1.0 + (-g).exp())
 }
 

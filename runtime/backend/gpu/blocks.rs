@@ -36,10 +36,11 @@ fn class(want: &Want) -> Class {
     }
 }
 
-/// Indices of the outputs, in the order in which they are computed.
-pub(super) fn order(outputs: &[OutputRow]) -> Vec<usize> {
+/// Indices of the outputs, in the order in which they are computed; `own_head` names an output's own score head, if it has
+/// one.
+pub(super) fn order(outputs: &[OutputRow], own_head: impl Fn(usize) -> Option<u32>) -> Vec<usize> {
     let mut order: Vec<usize> = (0..outputs.len()).collect();
-    order.sort_by_key(|&i| class(&outputs[i].want));
+    order.sort_by_key(|&i| (class(&outputs[i].want), own_head(i)));
     order
 }
 
@@ -57,6 +58,8 @@ pub(super) struct Block {
     pub samples: bool,
     pub changes: bool,
     pub reports: bool,
+    /// The score head of an adapter, by its slot; `None`: the model's.
+    pub own_head: Option<u32>,
     /// First columns of the tiles that single tokens are in; empty: all columns.
     pub columns: Vec<u32>,
     /// Edits and masks to upload before it.
@@ -104,11 +107,13 @@ impl Blocks {
     }
 
     /// Adds the outputs of a step, which are in their order.
-    pub fn add_step(&mut self, step: usize, wants: &[&Want]) {
+    pub fn add_step(&mut self, step: usize, wants: &[&Want], own_heads: &[Option<u32>]) {
         let mut start = 0;
         while start < wants.len() {
             let class = class(wants[start]);
-            let mut end = start + wants[start..].iter().take_while(|w| self::class(w) == class).count();
+            let own_head = own_heads[start];
+            let same = |(w, own): &(&&Want, &Option<u32>)| self::class(w) == class && **own == own_head;
+            let mut end = start + wants[start..].iter().zip(&own_heads[start..]).take_while(same).count();
             end = end.min(start + self.rows);
             let mut columns = Vec::new();
             if class == Class::Columns {
@@ -134,6 +139,9 @@ impl Blocks {
                 end = end.min(start + wants[start..end].iter().take_while(fits).count().max(1));
             }
             self.add_block(step, start, class, columns, &wants[start..end]);
+            if let Some(block) = self.blocks.last_mut() {
+                block.own_head = own_head;
+            }
             start = end;
         }
     }
@@ -151,6 +159,7 @@ impl Blocks {
             samples: false,
             changes: false,
             reports: false,
+            own_head: None,
             columns,
             upload: None,
             best_at: 0,

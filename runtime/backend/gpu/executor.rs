@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::adapters::Adapters;
 use super::blocks;
 use super::device::Gpu;
 use super::head::{self, Head};
@@ -11,7 +12,7 @@ use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
 use super::upload::Uploader;
 use crate::backend::cpu::Pool;
-use crate::backend::{BlockCopy, Capacity, DeviceWeights, Executor, KernelTime, Limits, Loader, Memory, Output, Step};
+use crate::backend::{BlockCopy, Capacity, NO_ADAPTER, DeviceWeights, Executor, KernelTime, Limits, Loader, Memory, Output, Step};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::linear::Precision;
@@ -32,6 +33,7 @@ pub struct GpuExecutor {
     pub(super) spec: ModelSpec,
     pub(super) buffers: Buffers,
     calls: Vec<Call>,
+    adapters: Adapters,
     pub(super) head: Head,
     /// A block of every layer, on its way to another block: a buffer cannot be copied onto itself.
     passing: wgpu::Buffer,
@@ -177,6 +179,7 @@ impl GpuExecutor {
             tile,
             half_kv: half,
             calls: Vec::new(),
+            products: Vec::new(),
             tied: None,
             weight_bytes: 0,
             underflows: 0,
@@ -187,6 +190,7 @@ impl GpuExecutor {
         builder.uploader.finish()?;
         let (calls, weight_bytes, underflows, count) =
             (builder.calls, builder.weight_bytes, builder.underflows, builder.weight_count);
+        let adapters = Adapters::new(builder.products, builder.pipelines, rows);
         if half {
             log::info!("products on matrix units: {count} weights as f16, {underflows} of them rounded (below 2^-14)");
         }
@@ -201,6 +205,7 @@ impl GpuExecutor {
         };
         Ok(GpuExecutor {
             calls,
+            adapters,
             head,
             passing,
             capacity,
@@ -250,6 +255,15 @@ impl GpuExecutor {
         write(&self.buffers.cos_sin, bytemuck::cast_slice(&cos_sin));
         write(&self.buffers.picked, bytemuck::cast_slice(&picked));
         write(&self.buffers.tables, bytemuck::cast_slice(steps[0].tables));
+        if steps.iter().any(|s| !s.adapters.is_empty()) {
+            let mut slots = Vec::new();
+            for step in steps {
+                slots.extend_from_slice(step.adapters);
+                // Of a step without adapters.
+                slots.resize(slots.len() + step.rows.len() - step.adapters.len(), NO_ADAPTER);
+            }
+            self.adapters.upload(&self.gpu, &slots);
+        }
     }
 
     fn check(&self, steps: &[Step]) -> Result<()> {
@@ -291,7 +305,8 @@ impl Executor for GpuExecutor {
     fn steps(&mut self, steps: &[Step]) -> Result<Vec<Vec<Output>>> {
         self.check(steps)?;
         let begin = Instant::now();
-        let orders: Vec<Vec<usize>> = steps.iter().map(|s| blocks::order(s.outputs)).collect();
+        let orders: Vec<Vec<usize>> =
+            steps.iter().map(|s| blocks::order(s.outputs, |i| self.head.own_head(s, i))).collect();
         let window = self.spec.sliding_window.map_or(u64::MAX, |w| w as u64);
         let gpu = self.gpu.clone();
         let work: Vec<Attention> = steps.iter().map(|step| self.attention(step)).collect();
@@ -314,12 +329,27 @@ impl Executor for GpuExecutor {
                 segments: work[s].segments,
                 keys: step.rows.iter().map(seen).sum(),
             };
+            let with = self.adapters.step(step.adapters)?;
             let clock = self.clock.as_mut().filter(|_| self.is_timed);
             // A step runs while the next one is encoded.
             last = Some(gpu.checked("a step", || {
                 let mut recorder = Recorder::new(&gpu, clock);
-                for call in &self.calls {
-                    recorder.dispatch(&call.bound, &(call.rule)(&dims));
+                let mut down = None;
+                for (i, call) in self.calls.iter().enumerate() {
+                    let mut bound = &call.bound;
+                    if let (Some(with), Some(a)) = (&with, &call.adaptable)
+                        && with.changes(a.product)
+                        && let Some(own) = self.adapters.call(i)
+                    {
+                        // Slices of a product share what the first factors leave.
+                        if down.replace(a.product) != Some(a.product)
+                            && let Some((bound, dispatch)) = self.adapters.down(with, a.product, &dims)
+                        {
+                            recorder.dispatch(bound, &dispatch);
+                        }
+                        bound = own;
+                    }
+                    recorder.dispatch(bound, &(call.rule)(&dims));
                     recorder.bound(&gpu)?;
                 }
                 self.head.record(&gpu, &mut recorder, &mut pending, s)?;
@@ -392,14 +422,28 @@ impl Executor for GpuExecutor {
         Ok(())
     }
 
-    fn add_adapter(&mut self, _slot: u32, _adapter: Arc<AdapterWeights>, _room: u64) -> Result<()> {
-        Err(Error::unsupported("adapters on a GPU"))
+    fn add_adapter(&mut self, slot: u32, adapter: Arc<AdapterWeights>, room: u64) -> Result<()> {
+        let heads = self.head.own_bytes();
+        let own = adapter.head().map_or(0, |head| self.head.bytes_of_own(head));
+        let room = room.saturating_sub(heads + own);
+        self.adapters.add(&self.gpu, &self.calls, slot, &adapter, room)?;
+        if let Some(head) = adapter.head() {
+            let pipelines = self.adapters.pipelines();
+            if let Err(error) = self.head.add_own(&self.gpu, pipelines, &self.buffers, slot, head) {
+                self.remove_adapter(slot);
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
-    fn remove_adapter(&mut self, _slot: u32) {}
+    fn remove_adapter(&mut self, slot: u32) {
+        self.adapters.remove(slot);
+        self.head.remove_own(slot);
+    }
 
     fn memory(&self) -> Memory {
-        self.memory
+        Memory { adapters: self.adapters.bytes() + self.head.own_bytes(), ..self.memory }
     }
 
     fn set_profiling(&mut self, on: bool) -> Result<()> {

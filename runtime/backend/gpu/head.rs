@@ -1,6 +1,7 @@
 //! What follows the final norm on the GPU. Log-probs alone leave no logits behind; draws and alternatives work on a block of
 //! rows at a time, whatever T is. Everything stays on the device until the last step's results are read.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use bytemuck::pod_collect_to_vec;
@@ -9,9 +10,9 @@ use super::blocks::{Block, Blocks, Class, TOKEN_TILE, most_edits};
 use super::device::Gpu;
 use super::layers::{Buffers, Builder, product, shapes, slice_bytes};
 use super::matrix::{Matrix, Order};
-use super::pipelines::Flags;
+use super::pipelines::{Flags, Format, Pipelines};
 use super::record::{Bound, Dispatch, Params, Recorder, fold};
-use crate::backend::{Output, Step, TokenStats, Want, top_logprobs};
+use crate::backend::{Output, OutputRow, Step, TokenStats, Want, top_logprobs};
 use crate::error::{Error, Result};
 use crate::kernels::adjust_logits::Edit;
 use crate::kernels::linear::Weight;
@@ -19,6 +20,7 @@ use crate::kernels::log_sum_exp::RowStats;
 use crate::kernels::top_k::{Candidate, MAX_K};
 use crate::kernels::{adjust_logits, head, linear, log_sum_exp, sample, top_k};
 use crate::model::{self, ModelSpec, Projection};
+use crate::weights::Dtype;
 
 /// Logits that exist at a time, in bytes.
 const LOGIT_BYTES: usize = 160 << 20;
@@ -48,8 +50,18 @@ struct HeadSlice {
     bytes: u64,
 }
 
+/// The score head of an adapter.
+struct OwnHead {
+    bound: Bound,
+    flags: Flags,
+    stride: u32,
+    bytes: u64,
+}
+
 pub(super) struct Head {
     slices: Vec<HeadSlice>,
+    /// By the adapter's slot.
+    own: BTreeMap<u32, OwnHead>,
     /// Of the pass, and of the product alone.
     flags: Flags,
     log_sum_exp: Bound,
@@ -151,6 +163,7 @@ impl Head {
         let pipelines = &mut builder.pipelines;
         Ok(Head {
             slices,
+            own: BTreeMap::new(),
             flags,
             log_sum_exp: Bound::plain(gpu, pipelines, &log_sum_exp::KERNEL, none, &[&stats, &joined])?,
             top_k: Bound::plain(gpu, pipelines, &top_k::KERNEL, none, &[&logits, &best])?,
@@ -194,7 +207,8 @@ impl Head {
         let mut builder = Blocks::new([self.block, self.width, spec.vocab_size]);
         for (s, (step, order)) in steps.iter().zip(orders).enumerate() {
             let wants: Vec<&Want> = order.iter().map(|&i| &step.outputs[i].want).collect();
-            builder.add_step(s, &wants);
+            let own: Vec<Option<u32>> = order.iter().map(|&i| self.own_head(step, i)).collect();
+            builder.add_step(s, &wants, &own);
         }
         let Blocks { mut blocks, targets, requests, .. } = builder;
         // Of all outputs first, then what only some blocks have.
@@ -221,6 +235,58 @@ impl Head {
             }
         })?;
         Ok(Pending { blocks, requests, readback: readback.clone(), bytes })
+    }
+
+    /// Whose score head computes an output, where it is not the model's.
+    pub(super) fn own_head(&self, step: &Step, output: usize) -> Option<u32> {
+        let OutputRow { row, want } = &step.outputs[output];
+        let slot = step.adapters.get(*row as usize).filter(|_| matches!(want, Want::Score))?;
+        self.own.contains_key(slot).then_some(*slot)
+    }
+
+    /// Elements of a row of a head on the device.
+    fn own_stride(&self, head: &[f32]) -> usize {
+        (head.len() / self.width.max(1)).next_multiple_of(8)
+    }
+
+    /// What an adapter's head takes.
+    pub(super) fn bytes_of_own(&self, head: &[f32]) -> u64 {
+        4 * (self.own_stride(head) * self.width) as u64
+    }
+
+    /// What the heads of all adapters take.
+    pub(super) fn own_bytes(&self) -> u64 {
+        self.own.values().map(|own| own.bytes).sum()
+    }
+
+    /// Brings an adapter's score head [labels, D] to the device.
+    pub(super) fn add_own(
+        &mut self,
+        gpu: &Gpu,
+        pipelines: &mut Pipelines,
+        buffers: &Buffers,
+        slot: u32,
+        head: &[f32],
+    ) -> Result<()> {
+        let (d, stride) = (head.len() / self.width.max(1), self.own_stride(head));
+        let mut padded = vec![0.0f32; stride * self.width];
+        for (row, padded) in head.chunks_exact(d.max(1)).zip(padded.chunks_exact_mut(stride.max(1))) {
+            padded[..d].copy_from_slice(row);
+        }
+        let bytes = self.bytes_of_own(head);
+        let buffer = gpu.buffer("score head", bytes, wgpu::BufferUsages::STORAGE)?;
+        gpu.checked("score head", || gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&padded)))?;
+        let format = Some(Format::Rows(Dtype::F32));
+        let flags = Flags { format, vec4: d.is_multiple_of(4), ..Flags::default() };
+        let storage = [&buffers.last, &buffer, &buffers.nothing, &buffers.nothing, &self.logits];
+        let bound = Bound::new(gpu, pipelines, &linear::KERNEL, flags, shapes(flags), &storage)?;
+        // Below the width of a model.
+        self.own.insert(slot, OwnHead { bound, flags, stride: stride as u32, bytes });
+        Ok(())
+    }
+
+    pub(super) fn remove_own(&mut self, slot: u32) {
+        self.own.remove(&slot);
     }
 
     /// Columns of the logits that a block of single tokens or scores has.
@@ -326,6 +392,12 @@ impl Head {
                 scale: 1.0,
             };
             let flags = Flags { head: false, ..self.flags };
+            if let Some(own) = block.own_head.and_then(|slot| self.own.get(&slot)) {
+                // One slice, whatever the model's head has.
+                let params = linear::Params { count: width, first: 0, stride: own.stride, ..base };
+                recorder.dispatch(&own.bound, &product(own.flags, [rows, width, s.k], own.bytes, &params));
+                break;
+            }
             if block.columns.is_empty() {
                 recorder.dispatch(&slice.alone, &product(flags, [rows, s.count, s.k], slice.bytes, &base));
                 continue;

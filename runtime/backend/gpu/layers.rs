@@ -4,6 +4,7 @@
 //! its segments) → output product onto the residual stream →
 //! norm → gate and up with silu → down product onto the residual stream.
 
+use super::adapters::{Adaptable, HalfBound, Product};
 use super::device::Gpu;
 use super::matrix::{Matrix, Order, Slice};
 use super::pipelines::{Flags, Format, Pipelines, TileShape};
@@ -43,6 +44,8 @@ type Rule = Box<dyn Fn(&Dims) -> Dispatch + Send>;
 pub(super) struct Call {
     pub bound: Bound,
     pub rule: Rule,
+    /// Of products that adapters may change.
+    pub adaptable: Option<Adaptable>,
 }
 
 /// The buffers of a model that do not belong to one op.
@@ -91,6 +94,8 @@ pub(super) struct Builder<'a> {
     pub tile: Option<u32>,
     pub half_kv: bool,
     pub calls: Vec<Call>,
+    /// That adapters may change.
+    pub products: Vec<Product>,
     /// The embedding table, where it is the head too.
     pub tied: Option<Matrix>,
     pub weight_bytes: u64,
@@ -181,8 +186,34 @@ impl Builder<'_> {
         rule: Rule,
     ) -> Result<()> {
         let bound = Bound::new(self.gpu, &mut self.pipelines, kernel, flags, shapes, storage)?;
-        self.calls.push(Call { bound, rule });
+        self.calls.push(Call { bound, rule, adaptable: None });
         Ok(())
+    }
+
+    /// The same for a slice of the product that was described last.
+    fn push_product(&mut self, kernel: &'static Kernel, flags: Flags, storage: &[&wgpu::Buffer], rule: Rule) -> Result<()> {
+        let shapes = shapes(flags);
+        self.push(kernel, flags, shapes, storage, rule)?;
+        let storage = storage.iter().map(|b| (*b).clone()).collect();
+        if let (Some(call), Some(product)) = (self.calls.last_mut(), self.products.len().checked_sub(1)) {
+            call.adaptable = Some(Adaptable { product, kernel, flags, shapes, storage });
+        }
+        Ok(())
+    }
+
+    /// Describes a product of these parts for adapters.
+    fn describe(&mut self, parts: &[&Projection], order: Order, x: &wgpu::Buffer, scale: f32, bound: HalfBound) {
+        let shapes: Vec<&[usize]> = parts.iter().map(|p| &self.plan.matrices[p.weight.0].shape[..]).collect();
+        self.products.push(Product {
+            weights: parts.iter().map(|p| p.weight).collect(),
+            order,
+            lengths: shapes.iter().map(|shape| shape[0]).collect(),
+            k: shapes.first().map_or(0, |shape| shape[1]),
+            x: x.clone(),
+            scale,
+            half_in: self.tile.is_some(),
+            bound: if self.tile.is_some() { bound } else { HalfBound::None },
+        });
     }
 
     /// Uploads what `projections` multiply with, merged.
@@ -363,14 +394,16 @@ impl Builder<'_> {
         let order = Order::Rotated { rotated_heads: spec.heads + spec.kv_heads, head_dim: spec.head_dim };
         let matrix = self.matrix("queries, keys, values", parts, order, true)?;
         let (bias, largest) = self.bias("queries, keys, values", parts, order)?;
+        // Rotation mixes two elements, and yarn scales it.
+        let (_, rope_factor) = spec.rope.frequencies(0);
+        let rotated = std::f32::consts::SQRT_2 * rope_factor.abs().max(1.0);
+        let rest = length * matrix.half.longest_row() + largest;
         if self.tile.is_some() {
             fits_half("the normed inputs", length)?;
-            // Rotation mixes two elements, and yarn scales it.
-            let (_, rope_factor) = spec.rope.frequencies(0);
-            let rotated = std::f32::consts::SQRT_2 * rope_factor.abs().max(1.0);
-            fits_half("keys and values", (length * matrix.half.longest_row() + largest) * rotated)?;
+            fits_half("keys and values", rest * rotated)?;
         }
         let b = self.buffers;
+        self.describe(parts, order, &b.normed, 1.0, HalfBound::Rotated { length, rest, factor: rotated });
         let (keys, values) = &b.kv[layer];
         let flags = Flags { half_kv: self.half_kv, ..matrix.variant() };
         for slice in &matrix.slices {
@@ -397,7 +430,7 @@ impl Builder<'_> {
                 };
                 product(flags, [d.rows, count, k], bytes, &params)
             });
-            self.push(&linear_qkv::KERNEL, flags, shapes(flags), &storage, rule)?;
+            self.push_product(&linear_qkv::KERNEL, flags, &storage, rule)?;
         }
         Ok(())
     }
@@ -455,6 +488,7 @@ impl Builder<'_> {
     fn onto_residual(&mut self, name: &str, x: &wgpu::Buffer, part: &Projection, scale: f32) -> Result<()> {
         let matrix = self.matrix(name, &[part], Order::Plain, true)?;
         let (bias, _) = self.bias(name, &[part], Order::Plain)?;
+        self.describe(&[part], Order::Plain, x, scale, HalfBound::None);
         let b = self.buffers;
         let flags = matrix.variant();
         for slice in &matrix.slices {
@@ -466,7 +500,7 @@ impl Builder<'_> {
                 let params = linear::Params { rows: d.rows, ..base };
                 product(flags, [d.rows, base.count, base.k], bytes, &params)
             });
-            self.push(&linear::KERNEL, flags, shapes(flags), &storage, rule)?;
+            self.push_product(&linear::KERNEL, flags, &storage, rule)?;
         }
         Ok(())
     }
@@ -476,10 +510,10 @@ impl Builder<'_> {
         let matrix = self.matrix("mlp gate and up", &[gate, up], Order::Interleaved, true)?;
         let (bias, largest) = self.bias("mlp gate and up", &[gate, up], Order::Interleaved)?;
         let mut scale = 1.0f32;
+        // |silu(g)| ≤ |g|, and neither factor is larger than the lengths of a row and of the input allow.
+        let factor = length * matrix.half.longest_row() + largest;
         if self.tile.is_some() {
             fits_half("the normed inputs", length)?;
-            // |silu(g)| ≤ |g|, and neither factor is larger than the lengths of a row and of the input allow.
-            let factor = length * matrix.half.longest_row() + largest;
             while factor * factor * scale > HALF_BOUND {
                 scale /= 2.0;
             }
@@ -491,6 +525,7 @@ impl Builder<'_> {
             }
         }
         let b = self.buffers;
+        self.describe(&[gate, up], Order::Interleaved, &b.normed, 1.0, HalfBound::Gated { length, rest: factor, scale });
         let flags = Flags { half_out: self.tile.is_some(), ..matrix.variant() };
         for slice in &matrix.slices {
             let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
@@ -512,14 +547,14 @@ impl Builder<'_> {
                 };
                 product(flags, [d.rows, base.count, base.k], bytes, &params)
             });
-            self.push(&linear_gated::KERNEL, flags, shapes(flags), &storage, rule)?;
+            self.push_product(&linear_gated::KERNEL, flags, &storage, rule)?;
         }
         Ok(scale)
     }
 }
 
 /// Half of the largest f16: sums and rotations are rounded.
-const HALF_BOUND: f32 = 32_752.0;
+pub(super) const HALF_BOUND: f32 = 32_752.0;
 /// Below this the smaller results would be lost among f16's subnormals.
 const LEAST_SCALE: f32 = 1.0 / 4096.0;
 

@@ -1,5 +1,6 @@
 //! The GPU executor: the shaders, through wgpu, over copies of the weights.
 
+mod adapters;
 mod blocks;
 mod cache;
 mod device;

@@ -11,7 +11,8 @@ use crate::kernels::{Access, Kernel};
 use crate::weights::Dtype;
 
 /// What shaders share: the text of `#include NAME`.
-const INCLUDES: [(&str, &str); 6] = [
+const INCLUDES: [(&str, &str); 7] = [
+    ("adapter", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/adapter.wgsl"))),
     ("enable", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/enable.wgsl"))),
     ("half_value", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/half_value.wgsl"))),
     ("inputs", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/include/inputs.wgsl"))),
@@ -68,6 +69,10 @@ pub struct Flags {
     pub half_out: bool,
     /// Keys and values are f16.
     pub half_kv: bool,
+    /// The input is f16, of a kernel without weights.
+    pub half_in: bool,
+    /// Rows have adapters.
+    pub adapters: bool,
     /// E, for the kernel that takes fewer queries at a time where heads are large.
     pub head_dim: u32,
 }
@@ -88,7 +93,7 @@ impl Flags {
 
     /// True if the shader needs 16-bit floats.
     pub fn needs_f16(self) -> bool {
-        self.native_f16() || self.tile().is_some() || self.half_out || self.half_kv
+        self.native_f16() || self.tile().is_some() || self.half_out || self.half_kv || self.half_in
     }
 
     /// True if the shader needs matrix units.
@@ -126,6 +131,8 @@ impl Flags {
             "FOUR" => tiles && (self.shape == TileShape::Medium || (self.head && self.shape == TileShape::Narrow)),
             "HALF_OUT" => self.half_out,
             "HALF_KV" => self.half_kv,
+            "HALF_IN" => self.half_in,
+            "ADAPTERS" => self.adapters,
             "HEAD_ABOVE_128" => self.head_dim > 128,
             "HEAD_ABOVE_256" => self.head_dim > 256,
             _ => false,
@@ -187,10 +194,11 @@ pub(super) struct Pipeline {
     pub layout: wgpu::BindGroupLayout,
 }
 
-/// The pipelines built so far. Variants of a kernel share its layout, and so a bind group.
+/// The pipelines built so far. Variants of a kernel share its layout, and so a bind group, but for those with adapters.
 #[derive(Default)]
 pub(super) struct Pipelines {
-    layouts: HashMap<&'static str, wgpu::BindGroupLayout>,
+    /// With adapters and without.
+    layouts: HashMap<(&'static str, bool), wgpu::BindGroupLayout>,
     built: HashMap<(&'static str, Flags), Pipeline>,
 }
 
@@ -204,9 +212,9 @@ impl Pipelines {
             one_chunk: gpu.batch_variant && variant.is_tiled() && variant.shape == TileShape::Wide,
             ..variant
         };
-        let layout = match self.layouts.entry(kernel.name) {
+        let layout = match self.layouts.entry((kernel.name, flags.adapters)) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(place) => place.insert(layout(gpu, kernel)?),
+            Entry::Vacant(place) => place.insert(layout(gpu, kernel, flags.adapters)?),
         };
         match self.built.entry((kernel.name, flags)) {
             Entry::Occupied(built) => Ok(built.get().clone()),
@@ -215,18 +223,18 @@ impl Pipelines {
     }
 }
 
-pub(super) fn layout(gpu: &Gpu, kernel: &Kernel) -> Result<wgpu::BindGroupLayout> {
-    let entry = |(i, (_, access)): (usize, &(&str, Access))| wgpu::BindGroupLayoutEntry {
+pub(super) fn layout(gpu: &Gpu, kernel: &Kernel, adapters: bool) -> Result<wgpu::BindGroupLayout> {
+    let entry = |(i, (_, access)): (usize, (&str, Access))| wgpu::BindGroupLayoutEntry {
         binding: i as u32 + 1,
         visibility: wgpu::ShaderStages::COMPUTE,
         ty: wgpu::BindingType::Buffer {
-            ty: wgpu::BufferBindingType::Storage { read_only: *access == Access::Read },
+            ty: wgpu::BufferBindingType::Storage { read_only: access == Access::Read },
             has_dynamic_offset: false,
             min_binding_size: None,
         },
         count: None,
     };
-    let entries: Vec<_> = kernel.bindings.iter().enumerate().map(entry).collect();
+    let entries: Vec<_> = kernel.bindings(adapters).enumerate().map(entry).collect();
     let descriptor = wgpu::BindGroupLayoutDescriptor { label: Some(kernel.name), entries: &entries };
     gpu.checked(kernel.name, || gpu.device.create_bind_group_layout(&descriptor))
 }

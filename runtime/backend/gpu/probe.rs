@@ -30,6 +30,7 @@ pub struct Probe<'a> {
     gpu: &'a Gpu,
     kernel: &'a Kernel,
     pipeline: Pipeline,
+    adapters: bool,
     buffers: Vec<wgpu::Buffer>,
 }
 
@@ -39,10 +40,10 @@ impl<'a> Probe<'a> {
     /// # Errors
     /// See [`dispatch_once`].
     pub fn new(gpu: &'a Gpu, kernel: &'a Kernel, flags: Flags, storage: &[Vec<u8>]) -> Result<Self> {
-        if storage.len() != kernel.bindings.len() {
+        if storage.len() != kernel.bindings(flags.adapters).count() {
             return Err(Error::argument(format!("{}: {} buffers", kernel.name, storage.len())));
         }
-        let layout = layout(gpu, kernel)?;
+        let layout = layout(gpu, kernel, flags.adapters)?;
         let pipeline = build(gpu, kernel, &layout, flags)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let padded = |bytes: &[u8]| {
@@ -56,7 +57,7 @@ impl<'a> Probe<'a> {
             gpu.checked("probe", || gpu.queue.write_buffer(&buffer, 0, &padded(bytes)))?;
             buffers.push(buffer);
         }
-        Ok(Probe { gpu, kernel, pipeline, buffers })
+        Ok(Probe { gpu, kernel, pipeline, adapters: flags.adapters, buffers })
     }
 
     /// Dispatches it `times` in a row and says how long that took, from the submission to its end.
@@ -108,8 +109,9 @@ impl<'a> Probe<'a> {
         })?;
         let bytes = gpu.read(&readback, total, submission)?;
         let mut at = 0;
-        for ((contents, buffer), (_, access)) in storage.iter_mut().zip(&self.buffers).zip(self.kernel.bindings) {
-            if *access == Access::Write {
+        let bindings = self.kernel.bindings(self.adapters);
+        for ((contents, buffer), (_, access)) in storage.iter_mut().zip(&self.buffers).zip(bindings) {
+            if access == Access::Write {
                 let len = contents.len();
                 contents.copy_from_slice(&bytes[at..at + len]);
             }

@@ -63,7 +63,12 @@ pub struct Params {
     pub scale: f32,
 }
 
-super::kernel!("linear", Params, [("x", Read), ("weight", Read), ("scales", Read), ("bias", Read), ("out", Write)]);
+super::kernel!(
+    "linear",
+    Params,
+    [("x", Read), ("weight", Read), ("scales", Read), ("bias", Read), ("out", Write)],
+    [("adapters", Read), ("down", Read)],
+);
 
 /// A weight [N, K].
 #[derive(Clone, Copy)]
