@@ -67,5 +67,6 @@ bench-gpu:
 # Writes the expected values of tests/golden and tests/real anew.
 golden: model .cache/venv-ref/ready
 	.cache/venv-ref/bin/python tests/golden/make.py
+	.cache/venv-ref/bin/python tests/golden/make_adapters.py
 	.cache/venv-ref/bin/python tests/real/make.py $(MODEL)
 	.cache/venv-ref/bin/python tests/real/make_controls.py $(MODEL)

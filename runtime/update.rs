@@ -155,7 +155,8 @@ impl Model {
             return conflict("another update writes the model's weights in place".into());
         };
         let device = if in_place { state.device.take() } else { None };
-        let (version, generation, held) = (state.version, state.generation, state.memory.allocated());
+        let held = Memory { adapters: self.stats().adapter_bytes, ..state.memory }.allocated();
+        let (version, generation) = (state.version, state.generation);
         let is_based = !state.is_broken;
         drop(state);
         if in_place {
