@@ -47,7 +47,7 @@ fn finish(thread: u32, first_row: u32, first_column: u32) {
             let column = p.first + n;
             var value = sums[i] * p.scale;
 #if ADAPTERS
-            value = with_adapter(value, t, 0u, column, p.out_stride);
+            value = with_adapter(value * adapter_scale(t), t, 0u, column, p.out_stride);
 #endif
             if p.has_bias == 1u {
                 value += bias[column];

@@ -59,7 +59,10 @@ fn finish(thread: u32, first_row: u32, first_column: u32) {
                 g += bias[column];
                 u += bias[column + 1u];
             }
-            let value = g / (1.0 + exp(-g)) * u * p.scale;
+            var value = g / (1.0 + exp(-g)) * u * p.scale;
+#if ADAPTERS
+            value *= adapter_scale(t);
+#endif
 #if HALF_OUT
             out[t * p.out_stride + column / 2u] = f16(value);
 #else

@@ -183,6 +183,35 @@ fn score_with_one_and_three_labels() {
 }
 
 #[test]
+fn adapters_of_the_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, adapter) = (path_of("llama-tied"), path_of("adapters/tied-all"));
+    let prompts = write(folder.path(), "prompts.jsonl", &[json!({"prompt_ids": [7, 8, 9]})]);
+    let sample = ["sample", "--model", &model, "--device", "cpu", "--prompts", &prompts, "--temperature", "0"];
+    let sample = [&sample[..], &["--max-tokens", "6", "--ignore-eos"]].concat();
+    let (base, adapted) = (lines(&sample), lines(&[&sample[..], &["--adapter", &adapter]].concat()));
+    assert_ne!(base[0]["model_logprobs"], adapted[0]["model_logprobs"]);
+    assert_eq!((&base[0]["adapter_version"], &adapted[0]["adapter_version"]), (&Value::Null, &json!(0)));
+    let scored = json!({"prompt_ids": [7, 8, 9], "completion_ids": adapted[0]["completion_ids"]});
+    let input = write(folder.path(), "input.jsonl", &[scored]);
+    let logprobs = ["logprobs", "--model", &model, "--device", "cpu", "--input", &input];
+    let of = |more: &[&str]| lines(&[&logprobs[..], more].concat())[0]["logprobs"].clone();
+    assert_eq!(of(&["--adapter", &adapter]), adapted[0]["model_logprobs"]);
+    assert_ne!(of(&[]), adapted[0]["model_logprobs"], "the reference is the base");
+    let (model, adapter) = (path_of("llama-labels-3"), path_of("adapters/labels-3-qv"));
+    let input = write(folder.path(), "ids.jsonl", &[json!({"ids": [7, 8, 9]})]);
+    let score = ["score", "--model", &model, "--device", "cpu", "--input", &input];
+    assert_ne!(lines(&score)[0]["score"], lines(&[&score[..], &["--adapter", &adapter]].concat())[0]["score"]);
+
+    let about = lines(&["inspect", &adapter, "--json"]);
+    assert_eq!((&about[0]["adapter"]["r"], about[0]["tensors"].as_array().unwrap().len()), (&json!(4), 9));
+    let text = String::from_utf8(rewardrt(&["inspect", &adapter]).stdout).unwrap();
+    assert!(text.contains("target_modules") && text.contains("[3, 48]"), "{text}");
+    fails(&[&score[..], &["--adapter", &path_of("adapters/wide-all")]].concat(), 2, "lora_A");
+    fails(&[&score[..], &["--adapter", &path_of("llama-tied")]].concat(), 2, "adapter_config.json");
+}
+
+#[test]
 fn devices_and_inspect() {
     let devices = lines(&["devices", "--json"]);
     assert!(devices[0]["cpu"]["threads"].as_u64().unwrap() >= 1 && devices[0]["gpus"].is_array());

@@ -77,7 +77,7 @@ impl Loaded {
             .map(|p| OutputRow { row: p, want: Want::Logprob { target: 15 + 8 * p, top: p as usize % 3 } })
             .collect();
         outputs.push(OutputRow { row: 11, want: Want::Tokens(Arc::from([3, 99, 50])) });
-        self.executor.step(&Step { rows: &rows, tables: &[1], cos_sin: &cos_sin, outputs: &outputs })
+        self.executor.step(&Step { rows: &rows, tables: &[1], cos_sin: &cos_sin, outputs: &outputs, adapters: &[] })
     }
 }
 
@@ -198,7 +198,7 @@ fn steps_ahead_give_the_bits_of_single_steps() {
             let steps: Vec<Step> = all
                 .iter()
                 .zip(&cos_sin)
-                .map(|((rows, outputs), cos_sin)| Step { rows, tables: &[1, 2], cos_sin, outputs })
+                .map(|((rows, outputs), cos_sin)| Step { rows, tables: &[1, 2], cos_sin, outputs, adapters: &[] })
                 .collect();
             let feeds = |o: &OutputRow| matches!(&o.want, Want::Sample(s) if ahead.executor.feeds(&s.request, s.top));
             assert!(steps.iter().all(|s| s.outputs.iter().all(feeds)));
@@ -208,7 +208,7 @@ fn steps_ahead_give_the_bits_of_single_steps() {
             let mut drawn: Vec<[u32; 2]> = Vec::new();
             for s in 0..DRAWS {
                 let (rows, outputs) = drawing(s + 1, |s, sequence| drawn[s - 1][sequence]).pop().unwrap();
-                let step = Step { rows: &rows, tables: &[1, 2], cos_sin: &cos_sin[s], outputs: &outputs };
+                let step = Step { rows: &rows, tables: &[1, 2], cos_sin: &cos_sin[s], outputs: &outputs, adapters: &[] };
                 let results = single.executor.step(&step).unwrap();
                 // All of it: the draws, log-probs, and how many tokens were kept.
                 assert_eq!(results, together[s], "{matrix_units:?}, step {s}");
@@ -303,7 +303,7 @@ fn the_profile_counts_every_dispatch() {
             let tables: Vec<u32> = (0..69).collect();
             let outputs = [OutputRow { row: 0, want: Want::Logprob { target: 4, top: 0 } }];
             let cos_sin = angles(1, loaded.head_dim);
-            let step = Step { rows: &rows, tables: &tables, cos_sin: &cos_sin, outputs: &outputs };
+            let step = Step { rows: &rows, tables: &tables, cos_sin: &cos_sin, outputs: &outputs, adapters: &[] };
             loaded.executor.step(&step).unwrap();
             let mut profile = loaded.executor.take_profile();
             assert!(profile.iter().all(|k| k.calls > 0 && k.seconds >= 0.0), "{profile:?}");

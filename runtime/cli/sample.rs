@@ -31,6 +31,8 @@ struct Line<'a> {
     finish: &'static str,
     weight_version: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
+    adapter_version: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     timing: Option<Value>,
 }
 
@@ -62,6 +64,7 @@ fn line<'a>(args: &Sample, id: &'a Value, prompt_ids: &'a [u32], answer: Sampled
         kept: args.kept.map(kept),
         finish: answer.finish.name(),
         weight_version: answer.weight_version,
+        adapter_version: answer.adapter_version,
         timing: args.timing.then(timing),
         text: answer.text,
     }

@@ -17,6 +17,8 @@ struct Line<'a> {
     scores: Option<Map<String, Value>>,
     rule: &'a str,
     weight_version: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter_version: Option<u64>,
 }
 
 pub fn run(args: &Score) -> Result<()> {
@@ -53,6 +55,7 @@ pub fn run(args: &Score) -> Result<()> {
                 scores: (result.labels.len() > 1).then(by_label),
                 rule: &result.rule,
                 weight_version: result.weight_version,
+                adapter_version: result.adapter_version,
             })
         },
     )?;

@@ -278,8 +278,6 @@ impl Lane {
     }
 
     fn publish(&mut self) {
-        self.stats.adapters = self.adapters.count();
-        self.stats.adapter_bytes = self.executor.memory().adapters;
         self.stats.jobs = self.jobs.len();
         self.stats.running = self.running.len();
         self.stats.waiting = self.jobs.values().map(|j| j.owed).sum::<usize>().saturating_sub(self.running.len());

@@ -14,6 +14,8 @@ pub struct Params {
     pub k: u32,
     /// First row of the step in `slots`.
     pub first_meta: u32,
+    /// Products that share x.
+    pub parts: u32,
     /// What x was divided by: a power of two.
     pub scale: f32,
 }

@@ -25,4 +25,13 @@ fn with_adapter(sum: f32, t: u32, part: u32, column: u32, columns: u32) -> f32 {
     }
     return sum + delta;
 }
+
+// What a row's results are multiplied by to fit f16 with its adapter, or its sums because their inputs were: a power of two.
+fn adapter_scale(t: u32) -> f32 {
+    let slot = down[t * adapters[0]];
+    if slot == NO_ADAPTER {
+        return 1.0;
+    }
+    return bitcast<f32>(adapters[4u + 4u * slot + 3u]);
+}
 #endif

@@ -13,14 +13,22 @@ fn slot(row: usize) -> u32 {
 
 const RANKS: [usize; 3] = [3, 0, 8];
 
+/// What a row is scaled by.
+fn scale_of(row: usize) -> f64 {
+    SCALES.get(slot(row) as usize).map_or(1.0, |s| f64::from(*s))
+}
+
+/// What rows of each slot are scaled by.
+const SCALES: [f32; 3] = [0.5, 1.0, 2.0];
+
 /// The buffer of all adapters, as the host lays it out: the table, then what `factors` says of each slot, a before b.
-fn arena(stride: usize, parts: usize, factors: [[Vec<f32>; 2]; 3]) -> Vec<u8> {
+fn arena(stride: usize, factors: [[Vec<f32>; 2]; 3]) -> Vec<u8> {
     let mut words = vec![0u32; lora_down::header_words(RANKS.len())];
     words[0] = stride as u32;
     for (slot, [a, b]) in factors.iter().enumerate() {
         let at = words.len();
-        let entry = [at, at + a.len(), RANKS[slot], parts * RANKS[slot]].map(|word| word as u32);
-        words[4 + 4 * slot..][..4].copy_from_slice(&entry);
+        let [a_at, b_at, rank] = [at, at + a.len(), RANKS[slot]].map(|word| word as u32);
+        words[4 + 4 * slot..][..4].copy_from_slice(&[a_at, b_at, rank, SCALES[slot].to_bits()]);
         words.extend(a.iter().chain(b).map(|v| v.to_bits()));
     }
     cast_slice(&words).to_vec()
@@ -42,8 +50,10 @@ fn first_factors_on_the_gpu() {
                 let seen = if half_in { through(&x) } else { x.clone() };
                 let input = if half_in { Dtype::F16.from_f32(&x) } else { bytes(&x) };
                 let down = cast_slice(&vec![untouched; t * stride]).to_vec();
-                let storage = [input, cast_slice(&slots).to_vec(), arena(stride, parts, factors.clone()), down];
-                let params = lora_down::Params { rows: t as u32, k: k as u32, first_meta: first_meta as u32, scale };
+                let storage = [input, cast_slice(&slots).to_vec(), arena(stride, factors.clone()), down];
+                let (rows, first_meta32) = (t as u32, first_meta as u32);
+                let params =
+                    lora_down::Params { rows, k: k as u32, first_meta: first_meta32, parts: parts as u32, scale };
                 let flags = Flags { half_in, f16: half_in, ..Flags::default() };
                 let groups = [t as u32, (parts as u32 * 8).div_ceil(lora_down::COLS), 1];
                 let out = device.run_checked(&lora_down::KERNEL, flags, &params, &storage, groups);
@@ -55,6 +65,7 @@ fn first_factors_on_the_gpu() {
                     let count = a.len() / k;
                     let mut want = vec![0.0; count];
                     if count > 0 {
+                        let scale = scale * SCALES[slot as usize];
                         lora_down::lora_down(Isa::detect().unwrap(), &seen[row * k..][..k], a, count, scale, &mut want);
                     }
                     let got: Vec<f32> = out[1..=count].iter().map(|bits| f32::from_bits(*bits)).collect();
@@ -88,7 +99,7 @@ fn added(numbers: &mut Numbers, t: usize, columns: usize, parts: usize, part: im
             delta[row * columns + column] = (0..rank).map(term).sum();
         }
     }
-    Added { storage: [arena(stride, parts, factors), cast_slice(&down).to_vec()], delta }
+    Added { storage: [arena(stride, factors), cast_slice(&down).to_vec()], delta }
 }
 
 /// Runs the variants with and without adapters in every shape. Those with adapters agree to the bit; rows whose adapter adds
@@ -149,10 +160,10 @@ fn linear_adds_adapters() {
                 let out = run_both(device, &linear::KERNEL, [flags; 2], &params, case, [t, n, k], row);
                 let (sums, sizes) = product(&operands.x, &operands.w, k, None);
                 let want = |i: usize| {
-                    sums[i] * f64::from(scale) + added.delta[i] + f64::from(bias[i % n]) + f64::from(before[i])
+                    sums[i] * f64::from(scale) * scale_of(i / n) + added.delta[i] + f64::from(bias[i % n]) + f64::from(before[i])
                 };
                 let want: Vec<f64> = (0..t * n).map(want).collect();
-                let sizes: Vec<f64> = sizes.iter().map(|s| s * f64::from(scale) + 10.0).collect();
+                let sizes: Vec<f64> = sizes.iter().map(|s| 2.0 * s * f64::from(scale) + 10.0).collect();
                 compare(&format!("linear {flags:?}"), &floats(&out[0]), &want, &sizes, Dtype::F32);
             }
         }
@@ -187,7 +198,8 @@ fn linear_gated_adds_adapters_before_silu() {
                 let out = run_both(device, &linear_gated::KERNEL, [flags; 2], &params, case, [t, n, k], row);
                 let (sums, sizes) = product(&operands.x, &operands.w, k, Some(&bias));
                 let sums: Vec<f64> = sums.iter().zip(&added.delta).map(|(sum, delta)| sum + delta).collect();
-                let want: Vec<f64> = sums.chunks_exact(2).map(|p| silu(p[0]) * p[1] * 0.5).collect();
+                let of = |(i, p): (usize, &[f64])| silu(p[0]) * p[1] * 0.5 * scale_of(i / width);
+                let want: Vec<f64> = sums.chunks_exact(2).enumerate().map(of).collect();
                 let sizes: Vec<f64> = sizes.chunks_exact(2).map(|s| (s[0] + 9.0) * (s[1] + 9.0)).collect();
                 compare(&format!("linear_gated {flags:?}"), &floats(&out[0]), &want, &sizes, Dtype::F32);
                 if device.has_f16() {

@@ -135,6 +135,11 @@ impl Adapters {
         Ok(())
     }
 
+    /// True if no row of the step has an adapter.
+    pub fn is_idle(&self) -> bool {
+        self.groups.is_empty()
+    }
+
     /// The score head of a row of the step, where its adapter has one.
     pub fn head(&self, row: u32) -> Option<&[f32]> {
         let place = self.places.get(row as usize)?;

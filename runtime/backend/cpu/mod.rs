@@ -232,14 +232,17 @@ impl CpuExecutor {
         let norm = norm.map(|v| Norm { weight: &self.weights.vectors[v.0], eps: self.spec.rms_norm_eps });
         let held = &self.weights;
         let source = Source { x: &self.buffers[x as usize][..rows * k], rows, k, norm };
-        let begin = self.profile.on.then(Instant::now);
-        let ids: Vec<MatrixId> = products.iter().flat_map(|(product, _)| product.weights()).collect();
-        let ups = self.adapters.down(*isa, pool, &ids, source).map(|(ups, cost)| {
-            if let Some(begin) = begin {
-                self.profile.add("lora_down", begin.elapsed(), cost);
+        let mut ups = None;
+        if !self.adapters.is_idle() {
+            let begin = Instant::now();
+            let ids: Vec<MatrixId> = products.iter().flat_map(|(product, _)| product.weights()).collect();
+            if let Some((down, cost)) = self.adapters.down(*isa, pool, &ids, source) {
+                ups = Some(down);
+                if self.profile.on {
+                    self.profile.add("lora_down", begin.elapsed(), cost);
+                }
             }
-            ups
-        });
+        }
         let mut first = 0;
         let mut parts: Vec<Part> = Vec::new();
         for ((product, _), out) in products.iter().zip(&mut outs) {

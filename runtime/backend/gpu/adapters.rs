@@ -6,7 +6,7 @@
 //! adapter; a step without adapters runs the pipelines and bindings that a model without any has.
 
 use super::device::Gpu;
-use super::layers::{Call, Dims};
+use super::layers::{Call, Dims, HALF_BOUND, LEAST_SCALE};
 use super::matrix::Order;
 use super::pipelines::{Flags, Pipelines, TileShape};
 use super::record::{Bound, Dispatch, Params};
@@ -54,13 +54,21 @@ pub(super) struct Adaptable {
 }
 
 /// Where an adapter's factors of one product are.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Extent {
     /// In words, after the table of slots.
     start: usize,
     words: usize,
-    /// Of the part with the largest; 0: the product stays as it is.
+    /// Of the part with the largest; 0: nothing is added.
     rank: usize,
+    /// What its rows are scaled by besides, where results are f16: a power of two.
+    scale: f32,
+}
+
+impl Extent {
+    fn changes(&self) -> bool {
+        self.rank > 0 || self.scale != 1.0
+    }
 }
 
 /// The factors of all adapters for one product.
@@ -102,13 +110,13 @@ pub(super) struct Adapters {
 
 /// What a step with adapters computes besides.
 pub(super) struct StepAdapters {
-    /// Columns of `down` by product; 0: no adapter of the step changes it.
-    columns: Vec<u32>,
+    /// Columns of `down` by product; `None`: no adapter of the step changes it.
+    columns: Vec<Option<u32>>,
 }
 
 impl StepAdapters {
     pub fn changes(&self, product: usize) -> bool {
-        self.columns[product] > 0
+        self.columns[product].is_some()
     }
 }
 
@@ -131,9 +139,7 @@ impl Adapters {
         if self.loaded.get(slot).is_some_and(Option::is_some) {
             return Err(Error::internal(format!("slot {slot} has an adapter")));
         }
-        for product in &self.products {
-            product.check(adapter)?;
-        }
+        let scales = self.scales(adapter)?;
         // 1. Places, as far as the buffers have them.
         let slots = self.state.as_ref().map_or(0, |s| s.slots).max((slot + 1).next_power_of_two().max(8));
         let mut extents = Vec::new();
@@ -141,7 +147,7 @@ impl Adapters {
         for (i, product) in self.products.iter().enumerate() {
             let (rank, needed) = product.words(adapter)?;
             let start = self.gap(i, needed);
-            extents.push(Extent { start, words: needed, rank });
+            extents.push(Extent { start, words: needed, rank, scale: scales[i] });
             let held = self.state.as_ref().map_or(0, |s| s.arenas[i].words);
             words.push(held.max(start + needed));
         }
@@ -179,6 +185,38 @@ impl Adapters {
         }
         self.state = Some(state);
         written
+    }
+
+    /// By product, what rows with this adapter are scaled by besides: what the gate's product divides its results by to fit
+    /// f16, the next product multiplies with.
+    fn scales(&self, adapter: &AdapterWeights) -> Result<Vec<f32>> {
+        let mut scales = vec![1.0; self.products.len()];
+        for (i, product) in self.products.iter().enumerate() {
+            match product.bound {
+                HalfBound::None => {}
+                HalfBound::Rotated { length, rest, factor } => {
+                    let largest = (rest + length * product.longest(adapter)) * factor;
+                    if largest > HALF_BOUND {
+                        return Err(too_large("queries, keys and values", largest));
+                    }
+                }
+                HalfBound::Gated { length, rest, scale } => {
+                    let largest = (rest + length * product.longest(adapter)).powi(2);
+                    let mut own = 1.0f32;
+                    while largest * scale * own > HALF_BOUND && scale * own >= LEAST_SCALE {
+                        own /= 2.0;
+                    }
+                    if scale * own < LEAST_SCALE {
+                        return Err(too_large("results of the MLP", largest));
+                    }
+                    scales[i] = own;
+                    if let Some(next) = scales.get_mut(i + 1) {
+                        *next = 1.0 / own;
+                    }
+                }
+            }
+        }
+        Ok(scales)
     }
 
     /// The first place in the arena of a product that has so many words free; its end, if none has.
@@ -285,11 +323,12 @@ impl Adapters {
             let mut table = vec![0u32; header];
             table[0] = state.stride as u32;
             for (entry, extents) in table[4..].chunks_exact_mut(4).zip(&self.loaded) {
-                let Some(Extent { start, rank, .. }) = extents.as_ref().map(|e| e[i]) else { continue };
+                let Some(Extent { start, rank, scale, .. }) = extents.as_ref().map(|e| e[i]) else { continue };
                 let (a, columns) = (header + start, product.weights.len() * rank);
-                entry.copy_from_slice(&[a, a + columns * product.k, rank, columns].map(|word| word as u32));
+                let [a, b, rank] = [a, a + columns * product.k, rank].map(|word| word as u32);
+                entry.copy_from_slice(&[a, b, rank, scale.to_bits()]);
             }
-            let extent = self.loaded[slot].as_ref().map_or(Extent::default(), |e| e[i]);
+            let Some(extent) = self.loaded[slot].as_ref().map(|e| e[i]) else { continue };
             let factors = if extent.words > 0 { product.factors(adapter, extent.rank) } else { Vec::new() };
             gpu.checked("adapters", || {
                 gpu.queue.write_buffer(&arena.buffer, 0, bytemuck::cast_slice(&table));
@@ -336,12 +375,13 @@ impl Adapters {
         if distinct.is_empty() {
             return Ok(None);
         }
-        let mut columns = vec![0; self.products.len()];
+        let mut columns = vec![None; self.products.len()];
         for slot in distinct {
             let extents = self.loaded.get(slot as usize).and_then(Option::as_ref);
             let extents = extents.ok_or_else(|| Error::internal(format!("slot {slot} has no adapter")))?;
             for ((columns, product), extent) in columns.iter_mut().zip(&self.products).zip(extents) {
-                *columns = (*columns).max((product.weights.len() * extent.rank) as u32);
+                let own = extent.changes().then_some((product.weights.len() * extent.rank) as u32);
+                *columns = (*columns).max(own);
             }
         }
         Ok(Some(StepAdapters { columns }))
@@ -350,14 +390,17 @@ impl Adapters {
     /// The dispatch that multiplies a product's input with the first factors.
     pub fn down(&self, step: &StepAdapters, product: usize, dims: &Dims) -> Option<(&Bound, Dispatch)> {
         let state = self.state.as_ref()?;
-        let (Product { k, scale, half_in, .. }, columns) = (&self.products[product], step.columns[product]);
-        let params = lora_down::Params { rows: dims.rows, k: *k as u32, first_meta: dims.first_row, scale: *scale };
+        let (Product { k, scale, half_in, weights, .. }, columns) = (&self.products[product], step.columns[product]?);
+        let (k32, parts) = (*k as u32, weights.len() as u32);
+        let params =
+            lora_down::Params { rows: dims.rows, k: k32, first_meta: dims.first_row, parts, scale: *scale };
         let (rows, k) = (u64::from(dims.rows), *k as u64);
         let input = if *half_in { 2 } else { 4 };
         let dispatch = Dispatch {
             shape: TileShape::Narrow,
             params: Params::of(&params),
-            groups: [dims.rows, columns.div_ceil(lora_down::COLS), 1],
+            // Where nothing is added the slots are written.
+            groups: [dims.rows, columns.div_ceil(lora_down::COLS).max(1), 1],
             bytes: rows * (input * k + 4 * u64::from(columns)) + 4 * k * u64::from(columns),
             multiply_adds: rows * k * u64::from(columns),
         };
@@ -407,33 +450,23 @@ impl Product {
         out
     }
 
-    /// An error if the results can become too large for f16.
-    fn check(&self, adapter: &AdapterWeights) -> Result<()> {
-        // No row of B · A is longer than this.
-        let longest = |m: &LowRank| {
+    /// No row of a part's s · B · A is longer than this.
+    fn longest(&self, adapter: &AdapterWeights) -> f32 {
+        let of_part = |m: &LowRank| {
             let n = m.b.len() / m.rank;
-            let lengths: Vec<f32> = m.a.chunks_exact(m.a.len() / m.rank).map(|row| length(row) * m.scale.abs()).collect();
+            let lengths: Vec<f32> =
+                m.a.chunks_exact(m.a.len() / m.rank).map(|row| length(row) * m.scale.abs()).collect();
             let of = |i: usize| lengths.iter().enumerate().map(|(j, l)| l * m.b[j * n + i].abs()).sum::<f32>();
             (0..n).map(of).fold(0.0f32, f32::max)
         };
-        let (what, largest) = match self.bound {
-            HalfBound::None => return Ok(()),
-            HalfBound::Rotated { length, rest, factor } => {
-                let longest = self.parts(adapter).flatten().map(longest).fold(0.0, f32::max);
-                ("queries, keys and values", (rest + length * longest) * factor)
-            }
-            HalfBound::Gated { length, rest, scale } => {
-                let longest = self.parts(adapter).flatten().map(longest).fold(0.0, f32::max);
-                ("results of the MLP", (rest + length * longest).powi(2) * scale)
-            }
-        };
-        if largest <= super::layers::HALF_BOUND {
-            return Ok(());
-        }
-        Err(Error::unsupported(format!(
-            "with this adapter {what} can be as large as {largest:e}, too much for f16, which the model's products are computed in; load the model with precision f32"
-        )))
+        self.parts(adapter).flatten().map(of_part).fold(0.0, f32::max)
     }
+}
+
+fn too_large(what: &str, largest: f32) -> Error {
+    Error::unsupported(format!(
+        "with this adapter {what} can be as large as {largest:e}, too much for f16, in which this model is computed; load the model with precision f32"
+    ))
 }
 
 fn length(row: &[f32]) -> f32 {

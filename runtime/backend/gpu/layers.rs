@@ -556,7 +556,7 @@ impl Builder<'_> {
 /// Half of the largest f16: sums and rotations are rounded.
 pub(super) const HALF_BOUND: f32 = 32_752.0;
 /// Below this the smaller results would be lost among f16's subnormals.
-const LEAST_SCALE: f32 = 1.0 / 4096.0;
+pub(super) const LEAST_SCALE: f32 = 1.0 / 4096.0;
 
 /// An error if `what` can be larger than f16 allows.
 fn fits_half(what: &str, bound: f32) -> Result<()> {

@@ -52,7 +52,7 @@ impl Lane {
         self.executor.add_adapter(number, weights, room)?;
         slots.resize_with(slots.len().max(slot + 1), || None);
         slots[slot] = Some(Slot { id: content.id, content: Arc::downgrade(&content) });
-        self.publish();
+        self.note_adapters();
         Ok(())
     }
 
@@ -66,7 +66,13 @@ impl Lane {
             }
         }
         if self.adapters.count() < before {
-            self.publish();
+            self.note_adapters();
         }
+    }
+
+    fn note_adapters(&mut self) {
+        self.stats.adapters = self.adapters.count();
+        self.stats.adapter_bytes = self.executor.memory().adapters;
+        self.publish();
     }
 }

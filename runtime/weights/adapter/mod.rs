@@ -35,13 +35,6 @@ pub struct LowRank {
     pub b: Vec<f32>,
 }
 
-impl LowRank {
-    /// R times K and N, in bytes.
-    pub fn bytes(&self) -> u64 {
-        4 * (self.a.len() + self.b.len()) as u64
-    }
-}
-
 /// An adapter for one base model, read and checked.
 pub struct AdapterWeights {
     /// By [`MatrixId`].
@@ -50,6 +43,8 @@ pub struct AdapterWeights {
     names: BTreeMap<String, usize>,
     /// Replaces the score head: [labels, D].
     head: Option<Vec<f32>>,
+    rank: usize,
+    bytes: u64,
 }
 
 impl AdapterWeights {
@@ -76,12 +71,12 @@ impl AdapterWeights {
 
     /// The largest rank of its modules.
     pub fn rank(&self) -> usize {
-        self.modules.values().map(|m| m.rank).max().unwrap_or(0)
+        self.rank
     }
 
     /// What its values take in f32.
     pub fn bytes(&self) -> u64 {
-        self.modules.values().map(LowRank::bytes).sum::<u64>() + self.head.as_ref().map_or(0, |h| 4 * h.len() as u64)
+        self.bytes
     }
 }
 
@@ -192,7 +187,8 @@ impl AdapterCheckpoint {
         }
         let head = self.head.as_ref().map(values).transpose()?;
         if problems.is_empty() {
-            return Ok(AdapterWeights { modules, names, head });
+            let rank = self.modules.values().map(|m| m.rank).max().unwrap_or(0);
+            return Ok(AdapterWeights { modules, names, head, rank, bytes: self.bytes });
         }
         let more = problems.len().saturating_sub(NAMED);
         problems.truncate(NAMED);
