@@ -57,7 +57,7 @@ def write_adapter(folder, base, arguments, dtype, seed):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
-                p.normal_(0, 0.2)
+                p.normal_(0, 0.12)
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder)
     (folder / "README.md").unlink()

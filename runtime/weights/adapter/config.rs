@@ -189,7 +189,7 @@ impl AdapterConfig {
         let scale = (if self.rank_stabilised { alpha / rank.sqrt() } else { alpha / rank }) as f32;
         if !scale.is_finite() {
             return Err(Error::format(format!(
-                "{PLACE}: the scale of {module} is alpha {alpha} over rank {rank}, beyond the range of f32"
+                "{PLACE}: the scale of {module} is alpha {alpha:?} over rank {rank}, beyond the range of f32"
             )));
         }
         Ok(scale)
