@@ -1,13 +1,12 @@
 //! What the whole-library tests share.
 #![allow(dead_code)] // Each test binary uses its part.
 
+pub mod adapters;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub mod amx_emulator;
-pub mod deltas;
-pub mod adapters;
-pub mod expected;
-
 pub mod checkpoints;
+pub mod deltas;
+pub mod expected;
 
 use std::path::{Path, PathBuf};
 use std::sync::Once;
