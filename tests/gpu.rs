@@ -32,7 +32,7 @@ fn gpu(device: &str) -> Gpu {
 
 /// `None` with a loud line where matrix units cannot be emulated.
 fn emulating(device: &str) -> Option<Gpu> {
-    let options = GpuOptions { matrix_units: MatrixUnits::Emulated, ..GpuOptions::default() };
+    let options = GpuOptions { matrix_units: MatrixUnits::Emulated(16), ..GpuOptions::default() };
     match Gpu::select(&Selection::parse(device).unwrap(), &options) {
         Ok(gpu) => gpu,
         Err(error) => {
@@ -127,8 +127,9 @@ fn matrix_units_round_to_f16_and_no_more() {
 #[test]
 fn checked_shaders_give_the_same_bits() {
     for device in gpus() {
-        for matrix_units in [MatrixUnits::Off, MatrixUnits::Emulated] {
-            if matrix_units == MatrixUnits::Emulated && emulating(&device).is_none() {
+        // Tiles of 8 for attention: the model's heads are that small.
+        for matrix_units in [MatrixUnits::Off, MatrixUnits::Emulated(16), MatrixUnits::Emulated(8)] {
+            if matrix_units != MatrixUnits::Off && emulating(&device).is_none() {
                 continue;
             }
             let plain = GpuOptions { matrix_units, ..GpuOptions::default() };
@@ -185,8 +186,9 @@ fn place(sequence: usize) -> usize {
 #[test]
 fn steps_ahead_give_the_bits_of_single_steps() {
     for device in gpus() {
-        for matrix_units in [MatrixUnits::Off, MatrixUnits::Emulated] {
-            if matrix_units == MatrixUnits::Emulated && emulating(&device).is_none() {
+        // Tiles of 8 for attention: the model's heads are that small.
+        for matrix_units in [MatrixUnits::Off, MatrixUnits::Emulated(16), MatrixUnits::Emulated(8)] {
+            if matrix_units != MatrixUnits::Off && emulating(&device).is_none() {
                 continue;
             }
             let options = GpuOptions { matrix_units, ..GpuOptions::default() };

@@ -5,6 +5,8 @@
 //! software model of the matrix units' tiling.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, clippy::too_many_arguments)]
 
+#[path = "kernels/attention_tiles.rs"]
+mod attention_in_tiles;
 #[path = "kernels/attention.rs"]
 mod attention_twins;
 mod common;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::attention::{self, Work, partial_bytes};
 use super::blocks;
 use super::device::Gpu;
 use super::head::{self, Head};
@@ -15,14 +16,12 @@ use crate::backend::{BlockCopy, Capacity, DeviceWeights, Executor, KernelTime, L
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::linear::Precision;
-use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, attention, sample};
+use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, attention_tiles, sample};
 use crate::model::{Buf, MatrixId, ModelSpec, Plan};
 use crate::weights::{WeightFormat, Weights};
 
 /// Decode steps that are computed before their results are read.
 const STEPS_AT_ONCE: usize = 8;
-/// Workgroups of attention that keep a GPU busy.
-const ENOUGH_WORKGROUPS: usize = 1024;
 /// Rows of x that products on matrix units read together at most: buffers end on a multiple of it.
 const ROW_TILE: usize = 64;
 
@@ -37,22 +36,12 @@ pub struct GpuExecutor {
     passing: wgpu::Buffer,
     pub(super) capacity: Capacity,
     kv_element: u64,
+    /// Rows of the matrix units' tiles, if attention uses them.
+    attention_tile: Option<u32>,
     memory: Memory,
     /// Kept when it is stopped, for what it measured.
     clock: Option<Clock>,
     is_timed: bool,
-}
-
-/// How the attention of a step is cut.
-struct Attention {
-    tiles: Vec<[u32; 2]>,
-    /// That are computed side by side.
-    segments: u32,
-}
-
-/// Room for the segments of 32 rows of 16 segments each, or of fewer rows of more.
-fn partial_bytes(spec: &ModelSpec) -> u64 {
-    (4 * 512 * spec.heads * (spec.head_dim + 2)) as u64
 }
 
 /// A matrix of the checkpoint as it is stored.
@@ -119,6 +108,7 @@ impl GpuExecutor {
     ) -> Result<Self> {
         let pool = &Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
         let half = tile.is_some();
+        let attention_tile = attention::tile(&gpu, &spec, tile);
         let element = if half { 2 } else { 4 };
         let storage = wgpu::BufferUsages::STORAGE;
         let rows = capacity.max_rows;
@@ -155,7 +145,10 @@ impl GpuExecutor {
             },
             hidden: activation("activations", rows, d, 4)?,
             normed: activation("activations", padded, d, element)?,
-            q: activation("activations", rows, spec.q_width(), 4)?,
+            q: match attention_tile {
+                Some(_) => activation("activations", rows + attention_tiles::ROWS_BEYOND, spec.q_width(), 2)?,
+                None => activation("activations", rows, spec.q_width(), 4)?,
+            },
             attn: activation("activations", padded, spec.q_width(), element)?,
             gated: activation("activations", padded, spec.intermediate_size, element)?,
             picked_rows: activation("activations", rows, d, 4)?,
@@ -175,6 +168,7 @@ impl GpuExecutor {
             format,
             quantisable: &plan.quantisable(&spec),
             tile,
+            attention_tile,
             half_kv: half,
             calls: Vec::new(),
             tied: None,
@@ -204,6 +198,7 @@ impl GpuExecutor {
             passing,
             capacity,
             kv_element: element as u64,
+            attention_tile,
             memory,
             clock: None,
             is_timed: false,
@@ -213,22 +208,8 @@ impl GpuExecutor {
         })
     }
 
-    /// How the attention of a step is cut.
-    fn attention(&self, step: &Step) -> Attention {
-        let spec = &self.spec;
-        let group = spec.heads / spec.kv_heads;
-        let tiles = attention::tiles(step.rows, group, spec.head_dim);
-        let segments = attention::segments(step.rows, &tiles, spec.sliding_window);
-        // Side by side where there are too few workgroups for a GPU, and room for what they leave.
-        let room = attention::partials_len(step.rows.len(), spec.heads, spec.head_dim, segments)
-            .is_some_and(|len| 4 * len as u64 <= self.buffers.partials.size());
-        let few = tiles.len() * spec.kv_heads < ENOUGH_WORKGROUPS;
-        let segments = if few && room { u32::try_from(segments).unwrap_or(1) } else { 1 };
-        Attention { tiles, segments }
-    }
-
     /// Uploads what the steps differ in.
-    fn upload(&self, steps: &[Step], orders: &[Vec<usize>], work: &[Attention]) {
+    fn upload(&self, steps: &[Step], orders: &[Vec<usize>], tiles: &[[u32; 2]]) {
         let mut rows: Vec<RowMeta> = Vec::new();
         let mut cos_sin: Vec<f32> = Vec::new();
         let mut picked: Vec<u32> = Vec::new();
@@ -243,8 +224,7 @@ impl GpuExecutor {
                 self.gpu.queue.write_buffer(buffer, 0, bytes);
             }
         };
-        let tiles: Vec<[u32; 2]> = work.iter().flat_map(|w| w.tiles.iter().copied()).collect();
-        write(&self.buffers.tiles, bytemuck::cast_slice(&tiles));
+        write(&self.buffers.tiles, bytemuck::cast_slice(tiles));
         write(&self.buffers.rows, bytemuck::cast_slice(&rows));
         write(&self.buffers.cos_sin, bytemuck::cast_slice(&cos_sin));
         write(&self.buffers.picked, bytemuck::cast_slice(&picked));
@@ -291,16 +271,17 @@ impl Executor for GpuExecutor {
         self.check(steps)?;
         let begin = Instant::now();
         let orders: Vec<Vec<usize>> = steps.iter().map(|s| blocks::order(s.outputs)).collect();
-        let window = self.spec.sliding_window.map_or(u64::MAX, |w| w as u64);
         let gpu = self.gpu.clone();
-        let work: Vec<Attention> = steps.iter().map(|step| self.attention(step)).collect();
+        let mut tiles = Vec::new();
+        let partials = self.buffers.partials.size();
+        let cut = |step: &Step| attention::cut(&self.spec, self.attention_tile, step.rows, partials, &mut tiles);
+        let work: Vec<Work> = steps.iter().map(cut).collect();
         let mut pending = self.head.prepare(&gpu, &self.spec, steps, &orders)?;
-        gpu.checked("a step", || self.upload(steps, &orders, &work))?;
-        let (mut first_row, mut first_output, mut first_drawn, mut first_tile) = (0, 0, 0, 0);
+        gpu.checked("a step", || self.upload(steps, &orders, &tiles))?;
+        let (mut first_row, mut first_output, mut first_drawn) = (0, 0, 0);
         let mut last = None;
         let mut waited = Duration::ZERO;
         for (s, step) in steps.iter().enumerate() {
-            let seen = |r: &RowMeta| (u64::from(r.position) + 1).min(window);
             // Rows and outputs are at most max_rows, which fits.
             let dims = Dims {
                 rows: step.rows.len() as u32,
@@ -308,10 +289,7 @@ impl Executor for GpuExecutor {
                 first_row,
                 first_output,
                 first_drawn,
-                tiles: work[s].tiles.len() as u32,
-                first_tile,
-                segments: work[s].segments,
-                keys: step.rows.iter().map(seen).sum(),
+                attention: work[s],
             };
             let clock = self.clock.as_mut().filter(|_| self.is_timed);
             // A step runs while the next one is encoded.
@@ -329,7 +307,6 @@ impl Executor for GpuExecutor {
                 recorder.submit(&gpu)
             })??);
             first_drawn = first_output;
-            first_tile += dims.tiles;
             first_row += dims.rows;
             first_output += dims.outputs;
         }

@@ -1,9 +1,11 @@
-//! The dispatches from token ids to the final norm, built once: seven a layer, eight where few rows see many keys.
+//! The dispatches from token ids to the final norm, built once: seven a layer, one more where few rows see many keys, and
+//! one where matrix units compute the attention of rows that come alone and of many.
 //!
 //! norm → queries, keys and values (with rope, into the cache) → attention (→ joining
 //! its segments) → output product onto the residual stream →
 //! norm → gate and up with silu → down product onto the residual stream.
 
+use super::attention::Work;
 use super::device::Gpu;
 use super::matrix::{Matrix, Order, Slice};
 use super::pipelines::{Flags, Format, Pipelines, TileShape};
@@ -12,9 +14,7 @@ use super::upload::Uploader;
 use crate::backend::cpu::Pool;
 use crate::error::{Error, Result};
 use crate::kernels::linear::{Quantised, Weight};
-use crate::kernels::{
-    Kernel, attention, attention_join, embed, gather_rows, linear, linear_gated, linear_qkv, rms_norm,
-};
+use crate::kernels::{Kernel, attention_tiles, embed, gather_rows, linear, linear_gated, linear_qkv, rms_norm};
 use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
 use crate::weights::{Dtype, WeightFormat, Weights};
 
@@ -29,15 +29,10 @@ pub(super) struct Dims {
     pub first_row: u32,
     pub first_output: u32,
     pub first_drawn: u32,
-    /// Tiles of attention, the first of them, and the segments of keys that are computed side by side.
-    pub tiles: u32,
-    pub first_tile: u32,
-    pub segments: u32,
-    /// Keys that the rows see together.
-    pub keys: u64,
+    pub attention: Work,
 }
 
-type Rule = Box<dyn Fn(&Dims) -> Dispatch + Send>;
+pub(super) type Rule = Box<dyn Fn(&Dims) -> Dispatch + Send>;
 
 /// A dispatch whose bindings never change.
 pub(super) struct Call {
@@ -60,6 +55,7 @@ pub(super) struct Buffers {
     pub hidden: wgpu::Buffer,
     /// A norm's output [T, D]; f16 for matrix units.
     pub normed: wgpu::Buffer,
+    /// [T, H·E]; f16 where attention uses matrix units.
     pub q: wgpu::Buffer,
     /// [T, H·E]; f16 for matrix units.
     pub attn: wgpu::Buffer,
@@ -89,6 +85,8 @@ pub(super) struct Builder<'a> {
     pub quantisable: &'a [MatrixId],
     /// Rows of the matrix units' tiles, if products use them.
     pub tile: Option<u32>,
+    /// The same, if attention does too.
+    pub attention_tile: Option<u32>,
     pub half_kv: bool,
     pub calls: Vec<Call>,
     /// The embedding table, where it is the head too.
@@ -172,7 +170,7 @@ fn by_row<T: bytemuck::Pod>(rows: u32, bytes_a_row: u64, params: &T) -> Dispatch
 }
 
 impl Builder<'_> {
-    fn push(
+    pub(super) fn push(
         &mut self,
         kernel: &Kernel,
         flags: Flags,
@@ -249,7 +247,8 @@ impl Builder<'_> {
         let lengths: Vec<usize> = projections.iter().map(|p| self.plan.matrices[p.weight.0].shape[0]).collect();
         let vectors: Vec<Option<&[f32]>> = vectors.iter().map(Option::as_deref).collect();
         let merged = order.merge(&vectors, &lengths);
-        let largest = merged.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        // NaN is as little to be had in f16 as what is too large.
+        let largest = merged.iter().fold(0.0f32, |m, v| if v.is_nan() { f32::INFINITY } else { m.max(v.abs()) });
         Ok((Some(self.upload_vector(name, &merged)?), largest))
     }
 
@@ -368,11 +367,14 @@ impl Builder<'_> {
             // Rotation mixes two elements, and yarn scales it.
             let (_, rope_factor) = spec.rope.frequencies(0);
             let rotated = std::f32::consts::SQRT_2 * rope_factor.abs().max(1.0);
-            fits_half("keys and values", (length * matrix.half.longest_row() + largest) * rotated)?;
+            // Queries are scaled down after that.
+            fits_half("queries, keys and values", (length * matrix.half.longest_row() + largest) * rotated)?;
         }
         let b = self.buffers;
         let (keys, values) = &b.kv[layer];
-        let flags = Flags { half_kv: self.half_kv, ..matrix.variant() };
+        let half_q = self.attention_tile.is_some();
+        let q_scale = if half_q { attention_tiles::query_scale(spec.head_dim) } else { 1.0 };
+        let flags = Flags { half_kv: self.half_kv, half_q, ..matrix.variant() };
         for slice in &matrix.slices {
             let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
             let bias = bias.as_ref();
@@ -394,62 +396,13 @@ impl Builder<'_> {
                     kv_heads,
                     head_dim,
                     first_meta: d.first_row,
+                    q_scale,
                 };
                 product(flags, [d.rows, count, k], bytes, &params)
             });
             self.push(&linear_qkv::KERNEL, flags, shapes(flags), &storage, rule)?;
         }
         Ok(())
-    }
-
-    fn attention(&mut self, layer: usize) -> Result<()> {
-        let (spec, b) = (self.spec, self.buffers);
-        let (keys, values) = &b.kv[layer];
-        let (heads, kv_heads, head_dim) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32);
-        let storage = [&b.rows, &b.tiles, &b.tables, &b.q, keys, values, &b.attn, &b.partials];
-        let scale = 1.0 / (spec.head_dim as f32).sqrt();
-        let window = spec.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
-        let key_bytes = 2 * (spec.kv_width() as u64) * if self.half_kv { 2 } else { 4 };
-        let width = spec.q_width() as u64;
-        let rule: Rule = Box::new(move |d| {
-            let params = attention::Params {
-                rows: d.rows,
-                heads,
-                kv_heads,
-                head_dim,
-                scale,
-                window,
-                segments: d.segments,
-                first_meta: d.first_row,
-                first_tile: d.first_tile,
-            };
-            Dispatch {
-                shape: TileShape::Narrow,
-                params: Params::of(&params),
-                groups: attention::workgroups(&params, d.tiles as usize),
-                bytes: d.keys * key_bytes + u64::from(d.rows) * 8 * width,
-                multiply_adds: 2 * d.keys * width,
-            }
-        });
-        let half_out = self.tile.is_some();
-        let vec4 = head_dim.is_multiple_of(4);
-        let flags = Flags { vec4, half_kv: self.half_kv, half_out, head_dim, ..Flags::default() };
-        self.push(&attention::KERNEL, flags, &[TileShape::Narrow], &storage, rule)?;
-        let storage = [&b.partials, &b.attn];
-        let rule: Rule = Box::new(move |d| {
-            // One segment needs no joining.
-            let rows = if d.segments > 1 { d.rows } else { 0 };
-            let params = attention_join::Params { rows, heads, head_dim, segments: d.segments };
-            Dispatch {
-                shape: TileShape::Narrow,
-                params: Params::of(&params),
-                groups: attention_join::workgroups(&params),
-                bytes: u64::from(rows) * 4 * width * u64::from(d.segments + 1),
-                multiply_adds: 0,
-            }
-        });
-        let flags = Flags { half_out, ..Flags::default() };
-        self.push(&attention_join::KERNEL, flags, &[TileShape::Narrow], &storage, rule)
     }
 
     fn onto_residual(&mut self, name: &str, x: &wgpu::Buffer, part: &Projection, scale: f32) -> Result<()> {

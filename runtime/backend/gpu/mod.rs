@@ -1,5 +1,6 @@
 //! The GPU executor: the shaders, through wgpu, over copies of the weights.
 
+mod attention;
 mod blocks;
 mod cache;
 mod device;
@@ -21,4 +22,4 @@ pub use executor::{GpuExecutor, GpuWeights, Uploaded};
 pub use pipelines::{Flags, Format, TileShape, resolve};
 pub use probe::{Probe, dispatch_once};
 pub use select::{DeviceInfo, DeviceType, Selection, list_devices};
-pub use self_test::{pack_tiles, tiled_product};
+pub use self_test::{pack_tiles, tiled_attention, tiled_product};

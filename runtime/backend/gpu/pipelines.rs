@@ -68,7 +68,9 @@ pub struct Flags {
     pub half_out: bool,
     /// Keys and values are f16.
     pub half_kv: bool,
-    /// E, for the kernel that takes fewer queries at a time where heads are large.
+    /// Queries are f16.
+    pub half_q: bool,
+    /// E, for the kernels of attention, which take fewer queries at a time where heads are large.
     pub head_dim: u32,
 }
 
@@ -88,7 +90,7 @@ impl Flags {
 
     /// True if the shader needs 16-bit floats.
     pub fn needs_f16(self) -> bool {
-        self.native_f16() || self.tile().is_some() || self.half_out || self.half_kv
+        self.native_f16() || self.tile().is_some() || self.half_out || self.half_kv || self.half_q
     }
 
     /// True if the shader needs matrix units.
@@ -126,6 +128,8 @@ impl Flags {
             "FOUR" => tiles && (self.shape == TileShape::Medium || (self.head && self.shape == TileShape::Narrow)),
             "HALF_OUT" => self.half_out,
             "HALF_KV" => self.half_kv,
+            "HALF_Q" => self.half_q,
+            "HEAD_ABOVE_64" => self.head_dim > 64,
             "HEAD_ABOVE_128" => self.head_dim > 128,
             "HEAD_ABOVE_256" => self.head_dim > 256,
             _ => false,
