@@ -236,12 +236,10 @@ fn main(
     if !alone {
         segment += workgroup.z;
         end = min(end, segment + 1u);
-        if segment >= end {
-            if live && lane == 0u {
-                partials[partial_at] = LOWEST;
-                partials[partial_at + 1u] = 0.0;
-            }
-            return;
+        // No return: matrices want control flow that is uniform as far as a validator sees.
+        if segment >= end && live && lane == 0u {
+            partials[partial_at] = LOWEST;
+            partials[partial_at + 1u] = 0.0;
         }
     }
 

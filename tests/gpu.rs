@@ -293,8 +293,15 @@ fn a_cache_that_cannot_be_written_is_no_error() {
 fn the_profile_counts_every_dispatch() {
     const LAYERS: u64 = 2;
     for device in gpus() {
-        for (position, joined) in [(20, 0), (1100, LAYERS)] {
-            let mut loaded = load_with(Arc::new(gpu(&device)), "llama-tied", Capacity { max_rows: 4, kv_blocks: 70 });
+        let [plain, tiles] = [(MatrixUnits::Off, "attention"), (MatrixUnits::Emulated(8), "attention_tiles")];
+        for (position, joined, (matrix_units, attention)) in
+            [(20, 0, plain), (1100, LAYERS, plain), (20, 0, tiles), (1100, LAYERS, tiles)]
+        {
+            if matrix_units != MatrixUnits::Off && emulating(&device).is_none() {
+                continue;
+            }
+            let gpu = gpu_with(&device, &GpuOptions { matrix_units, ..GpuOptions::default() });
+            let mut loaded = load_with(Arc::new(gpu), "llama-tied", Capacity { max_rows: 4, kv_blocks: 70 });
             if let Err(error) = loaded.executor.set_profiling(true) {
                 assert_eq!(error.kind(), ErrorKind::Unsupported);
                 eprintln!("SKIPPED ON {device}: {error}");
@@ -312,7 +319,7 @@ fn the_profile_counts_every_dispatch() {
             profile.retain(|k| k.name != "encode (host)");
             assert!(profile.iter().all(|k| k.bytes > 0), "{profile:?}");
             let calls = |name: &str| profile.iter().find(|k| k.name == name).map_or(0, |k| k.calls);
-            let in_layers = [("rms_norm", 2), ("linear_qkv", 1), ("attention", 1), ("linear", 2), ("linear_gated", 1)];
+            let in_layers = [("rms_norm", 2), ("linear_qkv", 1), (attention, 1), ("linear", 2), ("linear_gated", 1)];
             assert_eq!(in_layers.iter().map(|(_, calls)| calls).sum::<u64>(), 7);
             for (name, a_layer) in in_layers {
                 // The final norm is one more.

@@ -211,6 +211,60 @@ fn attention_in_tiles_keeps_nan_to_the_rows_that_see_it() {
     }
 }
 
+/// Every value that linear_qkv stores is finite; a row that is not says so by its key.
+#[test]
+fn values_that_are_not_finite_are_stored_as_zero() {
+    const HEAD: usize = 8;
+    const K: usize = 16;
+    const TILE: usize = 8;
+    for device in gpus().iter().filter(|d| d.has_f16()) {
+        let mut numbers = Numbers(5);
+        let mut x = numbers.floats(64 * K);
+        x[K + 3] = f32::NAN;
+        // The first value is too large for f16.
+        let mut bias = vec![0.0; 3 * HEAD];
+        bias[2 * HEAD] = 1e6;
+        let rows: Vec<RowMeta> = (0..2).map(|i| RowMeta { position: i, slot: i, ..RowMeta::default() }).collect();
+        let halves = |n: usize| Dtype::F16.from_f32(&vec![7.0; n]);
+        let storage = [
+            Dtype::F16.from_f32(&x),
+            cast_slice(&pack_tiles(&numbers.floats(3 * HEAD * K), 3 * HEAD, K, TILE, 64)).to_vec(),
+            vec![0; 64],
+            bytes(&bias),
+            cast_slice(&rows).to_vec(),
+            bytes(&[[1.0; HEAD / 2], [0.0; HEAD / 2]].concat().repeat(2)),
+            halves(2 * HEAD),
+            halves(KV_BLOCK * HEAD),
+            halves(KV_BLOCK * HEAD),
+        ];
+        let params = linear_qkv::Params {
+            rows: 2,
+            k: K as u32,
+            stride: K as u32,
+            count: 3 * HEAD as u32,
+            first: 0,
+            has_bias: 1,
+            slice_row: 0,
+            x_first: 0,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: HEAD as u32,
+            first_meta: 0,
+            q_scale: 1.0,
+        };
+        let format = Some(Format::Tiles(TILE as u32));
+        let flags = Flags { format, emulated: true, f16: true, half_kv: true, half_q: true, ..Flags::default() };
+        let groups = [1, (3 * HEAD).div_ceil(TILE) as u32, 1];
+        let out = device.run_checked(&linear_qkv::KERNEL, flags, &params, &storage, groups);
+        let [q, keys, values] = [6, 7, 8].map(|i| Dtype::F16.to_f32(&out[i]));
+        for e in 0..HEAD {
+            assert!(q[e].is_finite() && q[HEAD + e].is_nan());
+            assert!(keys[e * KV_BLOCK].is_finite() && keys[e * KV_BLOCK + 1].is_nan());
+            assert_eq!((values[e] == 0.0, values[HEAD + e]), (e == 0, 0.0));
+        }
+    }
+}
+
 /// Each row is in one tile; a wide one has rows of a sequence, and ends where all its rows see the same last chunk.
 #[test]
 fn tiles_of_attention_take_each_row_once() {

@@ -135,7 +135,7 @@ pub fn pack_tiles(w: &[f32], rows: usize, k: usize, tile: usize, columns: usize)
 /// Heads, kv heads, and the last position of the test's sequences, one of which reaches into a second segment.
 const HEADS: usize = 6;
 const KV_HEADS: usize = 2;
-const LAST: [usize; 2] = [37, 1030];
+const LAST: [usize; 2] = [37, 1027];
 
 /// Attention of rows alone and together, of segments side by side and in a row.
 ///
@@ -153,8 +153,8 @@ fn attention_of(gpu: &Gpu, tile: u32, head_dim: usize) -> Result<()> {
     for last in LAST {
         let table = tables.len() as u32;
         tables.extend((0..=last as u32 / KV_BLOCK as u32).map(|block| table + block));
-        // Across multiples of 16, 32 and 64, and of 1,024.
-        rows.extend((last as u32 - 12..=last as u32).map(|position| RowMeta { position, table, ..RowMeta::default() }));
+        // Across a multiple of 32, and of 1,024; rows alone and together on either side.
+        rows.extend((last as u32 - 6..=last as u32).map(|position| RowMeta { position, table, ..RowMeta::default() }));
     }
     // Blocks in falling order.
     tables.reverse();
