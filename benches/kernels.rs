@@ -175,6 +175,7 @@ const PRODUCTS: [Product; 4] = [
                 kv_heads: 3,
                 head_dim: 64,
                 first_meta: 0,
+                q_scale: 1.0,
             };
             let meta: Vec<RowMeta> = (0..rows).map(|i| RowMeta { slot: i, ..RowMeta::default() }).collect();
             let of = |width: usize| vec![0; 4 * (rows as usize).next_multiple_of(KV_BLOCK) * width];

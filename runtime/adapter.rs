@@ -106,8 +106,7 @@ impl Model {
         let weights = Arc::new(checkpoint.read()?);
         let (rank, bytes) = (weights.rank(), weights.bytes());
         let content = Arc::new(AdapterContent { id: NEXT.fetch_add(1, Ordering::Relaxed), version });
-        self.add_adapter(NewAdapter { content: content.clone(), weights, room })
-            .map_err(|e| e.at(folder.display()))?;
+        self.add_adapter(NewAdapter { content: content.clone(), weights, room }).map_err(|e| e.at(folder.display()))?;
         log::info!("{}: adapter {name:?}, version {version}, rank {rank}, {} KiB", folder.display(), bytes >> 10);
         Ok(Loaded { content, rank, bytes, folder: folder.to_owned() })
     }

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
+use crate::adapter::Adapter;
 use crate::backend::cpu::{self, CpuExecutor, CpuOptions, Pool};
 use crate::backend::gpu::{self, DeviceInfo, Gpu, GpuExecutor, GpuOptions, GpuWeights, Selection, list_devices};
 use crate::backend::{Capacity, Executor, KernelTime, Limits, Memory};
-use crate::adapter::Adapter;
 use crate::engine::{
     AdapterContent, Engine, InFlight, Job, JobOptions, Lane, ModelStats, NewAdapter, NewSequence, QueueLimits,
     RuntimeStats,
@@ -194,7 +194,7 @@ impl Runtime {
             Device::Gpu(gpu) => {
                 let gpu = gpu.clone();
                 let how = GpuWeights { format: options.weights, precision: options.precision };
-                Box::new(GpuExecutor::new(gpu, spec.clone(), &plan, &weights, how, capacity)?)
+                Box::new(GpuExecutor::new(gpu, spec.clone(), plan.clone(), &weights, how, capacity)?)
             }
         };
         let memory = executor.memory();

@@ -77,12 +77,18 @@ pub(crate) struct ModelWeights {
 }
 
 impl ModelWeights {
-    pub fn new(version: u64, weights: Weights, device: DeviceWeights, loader: Arc<dyn Loader>, memory: Memory) -> Self {
+    pub fn new(
+        version: u64,
+        weights: Weights,
+        device: Option<DeviceWeights>,
+        loader: Arc<dyn Loader>,
+        memory: Memory,
+    ) -> Self {
         let state = WeightState {
             version,
             generation: 0,
             weights: Some(weights),
-            device: Some(device),
+            device,
             memory,
             is_broken: false,
             sleeps: crate::lifecycle::Tags::default(),
@@ -371,7 +377,18 @@ impl Model {
     /// Loads weights beside the present ones and takes them over between two steps.
     pub(crate) fn exchange(&self, exchange: Exchange) -> Result<()> {
         let Exchange { weights, changed, version, base, in_flight, deadline } = exchange;
-        let held = self.weights().lock().device.clone();
+        let state = self.weights().lock();
+        let (held, allocated) = (state.device.clone(), state.memory.allocated());
+        drop(state);
+        if let Some(DeviceWeights::Gpu(_)) = &held {
+            // On the CPU what was put is what will be used, and was counted then.
+            let new = changed.iter().filter_map(|name| weights.find(name)).map(|t| t.bytes().len() as u64).sum::<u64>();
+            if let Some(budget) = self.memory_budget().filter(|b| allocated.saturating_add(new) > *b) {
+                return Err(Error::limit(format!(
+                    "the memory budget is {budget} bytes, {allocated} are held, and {new} more are needed until the old weights go; update in place"
+                )));
+            }
+        }
         let device = self.weights().loader.load(&weights, held.as_ref(), changed)?;
         drop(held);
         let model = self.clone();

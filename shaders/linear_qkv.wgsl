@@ -2,7 +2,7 @@
 //
 //   y[n] = Σ_k x[t, k] · weight[n, k] + bias[n]
 //   (a, b) ← (a·cos − b·sin, b·cos + a·sin)   for a = y[h, i], b = y[h, i + E/2] of a query or key head
-//   q[t, h, e],  keys[block, g, e, place],  values[block, g, place, e]                    slot = block·P + place
+//   q[t, h, e] · q_scale,  keys[block, g, e, place],  values[block, g, place, e]                    slot = block·P + place
 //
 // The weight's rows (and the bias) are H query heads, G key heads, G value heads; those of a query or key head are
 // interleaved: 2i is its element i, 2i + 1 its element i + E/2. So a pair shares a workgroup, which owns a tile; the order
@@ -25,6 +25,7 @@ struct Params {
     kv_heads: u32,
     head_dim: u32,
     first_meta: u32,
+    q_scale: f32,
 }
 
 const P = 16u;
@@ -33,7 +34,11 @@ var<immediate> p: Params;
 #include inputs
 @group(0) @binding(5) var<storage, read> rows: array<vec4<u32>>; // (first_meta + T) token, position, slot, table
 @group(0) @binding(6) var<storage, read> cos_sin: array<f32>; // (first_meta + T, 2, E/2)
+#if HALF_Q
+@group(0) @binding(7) var<storage, read_write> q: array<f16>; // (T, H, E)
+#else
 @group(0) @binding(7) var<storage, read_write> q: array<f32>; // (T, H, E)
+#endif
 #if HALF_KV
 @group(0) @binding(8) var<storage, read_write> keys: array<f16>; // (blocks, G, E, P)
 @group(0) @binding(9) var<storage, read_write> values: array<f16>; // (blocks, G, P, E)
@@ -58,8 +63,28 @@ var<immediate> p: Params;
 fn stored(v: f32) -> f16 {
     return f16(v);
 }
+
+// 0 for what f16 does not hold: attention_tiles multiplies values by zero. They are that large, or NaN, only where the
+// row's input is NaN; then so is its key, and nobody who sees it passes over it.
+fn finite(v: f32) -> f32 {
+    return select(0.0, v, (bitcast<u32>(v) & 0x7fffffffu) <= 0x477fe000u);
+}
 #else
 fn stored(v: f32) -> f32 {
+    return v;
+}
+
+fn finite(v: f32) -> f32 {
+    return v;
+}
+#endif
+
+#if HALF_Q
+fn query(v: f32) -> f16 {
+    return f16(v);
+}
+#else
+fn query(v: f32) -> f32 {
     return v;
 }
 #endif
@@ -98,8 +123,8 @@ fn finish(thread: u32, first_row: u32, first_column: u32) {
                 let high = fma(b, c, a * s);
                 if head < p.heads {
                     let at = (t * p.heads + head) * e_count + pair;
-                    q[at] = low;
-                    q[at + e_count / 2u] = high;
+                    q[at] = query(low * p.q_scale);
+                    q[at + e_count / 2u] = query(high * p.q_scale);
                 } else {
                     let at = ((slot / P * p.kv_heads + head - p.heads) * e_count + pair) * P + slot % P;
                     keys[at] = stored(low);
@@ -108,8 +133,8 @@ fn finish(thread: u32, first_row: u32, first_column: u32) {
             } else {
                 let g = head - p.heads - p.kv_heads;
                 let at = ((slot / P * p.kv_heads + g) * P + slot % P) * e_count + in_head;
-                values[at] = stored(a);
-                values[at + 1u] = stored(b);
+                values[at] = stored(finite(a));
+                values[at + 1u] = stored(finite(b));
             }
         }
     }

@@ -338,8 +338,7 @@ fn sixty_four_adapters_share_a_step() {
         let runtime = open(&device, 2);
         let model = load(&runtime, "llama-tied", &small());
         let scratch = tempfile::tempdir().unwrap();
-        let adapters: Vec<Adapter> =
-            (0..64).map(|i| random(&model, scratch.path(), 1 + i as usize % 11, i)).collect();
+        let adapters: Vec<Adapter> = (0..64).map(|i| random(&model, scratch.path(), 1 + i as usize % 11, i)).collect();
         assert_eq!(model.stats().adapters, 64);
         let jobs = together(&runtime, || {
             let submit = |a: &Adapter| model.sample(&request(Some(a), vec![prompt(2)])).unwrap();
@@ -391,7 +390,8 @@ fn requests_with_a_foreign_adapter_are_refused() {
     let error = model.sample(&request(Some(&foreign), vec![prompt(0)])).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Argument);
     assert!(error.to_string().contains("tied-qv"), "{error}");
-    let error = other.sample(&SampleRequest { guide: Some(Guide::Regex("a".into())), ..request(Some(&foreign), vec![prompt(0)]) });
+    let error = other
+        .sample(&SampleRequest { guide: Some(Guide::Regex("a".into())), ..request(Some(&foreign), vec![prompt(0)]) });
     assert!(error.is_err(), "no tokenizer: the request's other errors come through");
 }
 

@@ -48,6 +48,10 @@ fn what_rounds_keeps_its_gate() {
         // Not much of a gate for 4 bits: what they cost is told, not bounded.
         let cases = [("auto", &auto, 1.01), ("int8", &int8, 1.03), ("int4", &int4, 2.0)];
         for (what, options, gate) in cases {
+            // Integer weights use no matrix units.
+            if device.contains("emulated") && what != "auto" {
+                continue;
+            }
             let mut ratios = Vec::new();
             for name in names() {
                 let expected = expected(&name);

@@ -32,7 +32,7 @@ fn gpu(device: &str) -> Gpu {
 
 /// `None` with a loud line where matrix units cannot be emulated.
 fn emulating(device: &str) -> Option<Gpu> {
-    let options = GpuOptions { matrix_units: MatrixUnits::Emulated, ..GpuOptions::default() };
+    let options = GpuOptions { matrix_units: MatrixUnits::Emulated(16), ..GpuOptions::default() };
     match Gpu::select(&Selection::parse(device).unwrap(), &options) {
         Ok(gpu) => gpu,
         Err(error) => {
@@ -58,7 +58,7 @@ fn load_with(gpu: Arc<Gpu>, name: &str, capacity: Capacity) -> Loaded {
     let head_dim = spec.head_dim;
     let plan = Plan::new(&spec).unwrap();
     let weights = plan.load_weights(&spec, &golden(name), &LoadOptions::default()).unwrap();
-    let executor = GpuExecutor::new(gpu, spec, &plan, &weights, GpuWeights::default(), capacity).unwrap();
+    let executor = GpuExecutor::new(gpu, spec, Arc::new(plan), &weights, GpuWeights::default(), capacity).unwrap();
     Loaded { executor, head_dim }
 }
 
@@ -127,8 +127,9 @@ fn matrix_units_round_to_f16_and_no_more() {
 #[test]
 fn checked_shaders_give_the_same_bits() {
     for device in gpus() {
-        for matrix_units in [MatrixUnits::Off, MatrixUnits::Emulated] {
-            if matrix_units == MatrixUnits::Emulated && emulating(&device).is_none() {
+        // Tiles of 8 for attention: the model's heads are that small.
+        for matrix_units in [MatrixUnits::Off, MatrixUnits::Emulated(16), MatrixUnits::Emulated(8)] {
+            if matrix_units != MatrixUnits::Off && emulating(&device).is_none() {
                 continue;
             }
             let plain = GpuOptions { matrix_units, ..GpuOptions::default() };
@@ -185,8 +186,9 @@ fn place(sequence: usize) -> usize {
 #[test]
 fn steps_ahead_give_the_bits_of_single_steps() {
     for device in gpus() {
-        for matrix_units in [MatrixUnits::Off, MatrixUnits::Emulated] {
-            if matrix_units == MatrixUnits::Emulated && emulating(&device).is_none() {
+        // Tiles of 8 for attention: the model's heads are that small.
+        for matrix_units in [MatrixUnits::Off, MatrixUnits::Emulated(16), MatrixUnits::Emulated(8)] {
+            if matrix_units != MatrixUnits::Off && emulating(&device).is_none() {
                 continue;
             }
             let options = GpuOptions { matrix_units, ..GpuOptions::default() };
@@ -208,7 +210,8 @@ fn steps_ahead_give_the_bits_of_single_steps() {
             let mut drawn: Vec<[u32; 2]> = Vec::new();
             for s in 0..DRAWS {
                 let (rows, outputs) = drawing(s + 1, |s, sequence| drawn[s - 1][sequence]).pop().unwrap();
-                let step = Step { rows: &rows, tables: &[1, 2], cos_sin: &cos_sin[s], outputs: &outputs, adapters: &[] };
+                let step =
+                    Step { rows: &rows, tables: &[1, 2], cos_sin: &cos_sin[s], outputs: &outputs, adapters: &[] };
                 let results = single.executor.step(&step).unwrap();
                 // All of it: the draws, log-probs, and how many tokens were kept.
                 assert_eq!(results, together[s], "{matrix_units:?}, step {s}");
@@ -291,8 +294,15 @@ fn a_cache_that_cannot_be_written_is_no_error() {
 fn the_profile_counts_every_dispatch() {
     const LAYERS: u64 = 2;
     for device in gpus() {
-        for (position, joined) in [(20, 0), (1100, LAYERS)] {
-            let mut loaded = load_with(Arc::new(gpu(&device)), "llama-tied", Capacity { max_rows: 4, kv_blocks: 70 });
+        let [plain, tiles] = [(MatrixUnits::Off, "attention"), (MatrixUnits::Emulated(8), "attention_tiles")];
+        for (position, joined, (matrix_units, attention)) in
+            [(20, 0, plain), (1100, LAYERS, plain), (20, 0, tiles), (1100, LAYERS, tiles)]
+        {
+            if matrix_units != MatrixUnits::Off && emulating(&device).is_none() {
+                continue;
+            }
+            let gpu = gpu_with(&device, &GpuOptions { matrix_units, ..GpuOptions::default() });
+            let mut loaded = load_with(Arc::new(gpu), "llama-tied", Capacity { max_rows: 4, kv_blocks: 70 });
             if let Err(error) = loaded.executor.set_profiling(true) {
                 assert_eq!(error.kind(), ErrorKind::Unsupported);
                 eprintln!("SKIPPED ON {device}: {error}");
@@ -310,7 +320,7 @@ fn the_profile_counts_every_dispatch() {
             profile.retain(|k| k.name != "encode (host)");
             assert!(profile.iter().all(|k| k.bytes > 0), "{profile:?}");
             let calls = |name: &str| profile.iter().find(|k| k.name == name).map_or(0, |k| k.calls);
-            let in_layers = [("rms_norm", 2), ("linear_qkv", 1), ("attention", 1), ("linear", 2), ("linear_gated", 1)];
+            let in_layers = [("rms_norm", 2), ("linear_qkv", 1), (attention, 1), ("linear", 2), ("linear_gated", 1)];
             assert_eq!(in_layers.iter().map(|(_, calls)| calls).sum::<u64>(), 7);
             for (name, a_layer) in in_layers {
                 // The final norm is one more.

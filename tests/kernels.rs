@@ -7,6 +7,8 @@
 
 #[path = "kernels/adapters.rs"]
 mod adapters;
+#[path = "kernels/attention_tiles.rs"]
+mod attention_in_tiles;
 #[path = "kernels/attention.rs"]
 mod attention_twins;
 mod common;

@@ -67,7 +67,9 @@ const Q0: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 #[test]
 fn fields_that_ask_for_something_else() {
     let cases = [
-        case("tied-qv", Unsupported, &["\"peft_type\" is \"LOHA\"", "\"LORA\""], |f| set(f, "peft_type", json!("LOHA"))),
+        case("tied-qv", Unsupported, &["\"peft_type\" is \"LOHA\"", "\"LORA\""], |f| {
+            set(f, "peft_type", json!("LOHA"))
+        }),
         case("tied-qv", Unsupported, &["\"peft_type\" is nothing"], |f| set(f, "peft_type", Value::Null)),
         case("tied-qv", Unsupported, &["\"use_dora\" is true", "DoRA", "\"bias\" is \"all\"", "\"none\""], |f| {
             set(f, "use_dora", json!(true));
@@ -75,7 +77,9 @@ fn fields_that_ask_for_something_else() {
         }),
         case("tied-qv", Unsupported, &["fan_in_fan_out"], |f| set(f, "fan_in_fan_out", json!(true))),
         case("tied-qv", Unsupported, &["lora_bias"], |f| set(f, "lora_bias", json!(true))),
-        case("tied-qv", Unsupported, &["layer_replication", "[[0,2]]"], |f| set(f, "layer_replication", json!([[0, 2]]))),
+        case("tied-qv", Unsupported, &["layer_replication", "[[0,2]]"], |f| {
+            set(f, "layer_replication", json!([[0, 2]]))
+        }),
         case("tied-qv", Unsupported, &["target_parameters"], |f| set(f, "target_parameters", json!(["experts"]))),
         case("tied-qv", Unsupported, &["trainable_token_indices"], |f| set(f, "trainable_token_indices", json!([1]))),
         case("tied-qv", Unsupported, &["init_lora_weights", "pissa_niter_4", "path_initial_model"], |f| {
@@ -102,9 +106,14 @@ fn values_out_of_range() {
         case("tied-qv", Format, &["\"r\" is -4"], |f| set(f, "r", json!(-4))),
         case("tied-qv", Format, &["\"r\" is 2.5"], |f| set(f, "r", json!(2.5))),
         case("tied-qv", Limit, &["\"r\" is 1000000", "65536"], |f| set(f, "r", json!(1_000_000))),
-        case("tied-qv", Shape, &["the rank of model.layers.1.self_attn.v_proj is 49", "[48, 48]", "4 differences"], |f| {
-            set(f, "r", json!(49));
-        }),
+        case(
+            "tied-qv",
+            Shape,
+            &["the rank of model.layers.1.self_attn.v_proj is 49", "[48, 48]", "4 differences"],
+            |f| {
+                set(f, "r", json!(49));
+            },
+        ),
         case("tied-qv", Format, &["\"lora_alpha\" is \"NaN\"", "finite"], |f| set(f, "lora_alpha", json!("NaN"))),
         case("tied-qv", Format, &["alpha 1e", "beyond the range of f32"], |f| set(f, "lora_alpha", json!(1e300))),
         case("tied-qv", Format, &["\"use_rslora\" is \"yes\""], |f| set(f, "use_rslora", json!("yes"))),
@@ -116,7 +125,9 @@ fn values_out_of_range() {
         case("tied-qv", Limit, &["target_modules", "too long"], |f| {
             set(f, "target_modules", json!("(?=(([a-z.]|[a-z_])*)*!)x"));
         }),
-        case("tied-qv", Limit, &["target_modules", "5000 bytes"], |f| set(f, "target_modules", json!("a".repeat(4990)))),
+        case("tied-qv", Limit, &["target_modules", "5000 bytes"], |f| {
+            set(f, "target_modules", json!("a".repeat(4990)))
+        }),
         case("tied-qv", Format, &["layers_to_transform", "null"], |f| {
             set(f, "target_modules", json!(r".*\.[qv]_proj"));
             set(f, "layers_to_transform", json!([0]));
@@ -173,9 +184,14 @@ fn tensors_that_do_not_fit() {
             f.tensor("0.self_attn.q_proj.lora_A.weight").shape = vec![192];
         }),
         // A module that is in the file and not in the config, and the other way round.
-        case("tied-qv", Shape, &["4 differences", "v_proj.lora_A.weight\" belongs to no module that the config targets"], |f| {
-            set(f, "target_modules", json!(["q_proj"]));
-        }),
+        case(
+            "tied-qv",
+            Shape,
+            &["4 differences", "v_proj.lora_A.weight\" belongs to no module that the config targets"],
+            |f| {
+                set(f, "target_modules", json!(["q_proj"]));
+            },
+        ),
         case("tied-qv", Shape, &["4 differences", "missing tensor", "k_proj"], |f| {
             set(f, "target_modules", json!(["q_proj", "k_proj", "v_proj"]));
         }),
@@ -204,10 +220,15 @@ fn tensors_that_do_not_fit() {
 #[test]
 fn values_that_are_not_finite() {
     let cases = [
-        case("tied-qv", NonFinite, &["0.self_attn.q_proj.lora_A.weight\" has NaN at element 7", "v_proj.lora_B", "inf"], |f| {
-            f.tensor("0.self_attn.q_proj.lora_A.weight").values[7] = f32::NAN;
-            f.tensor("1.self_attn.v_proj.lora_B.weight").values[0] = f32::INFINITY;
-        }),
+        case(
+            "tied-qv",
+            NonFinite,
+            &["0.self_attn.q_proj.lora_A.weight\" has NaN at element 7", "v_proj.lora_B", "inf"],
+            |f| {
+                f.tensor("0.self_attn.q_proj.lora_A.weight").values[7] = f32::NAN;
+                f.tensor("1.self_attn.v_proj.lora_B.weight").values[0] = f32::INFINITY;
+            },
+        ),
         case("tied-all", NonFinite, &["; and 12 more"], |f| {
             f.tensors.iter_mut().for_each(|t| t.values[0] = f32::NEG_INFINITY);
         }),
@@ -279,7 +300,8 @@ fn files_that_are_not_there_or_are_something_else() {
     std::fs::remove_file(path.join("adapter_model.safetensors")).unwrap();
     #[cfg(unix)]
     {
-        std::os::unix::fs::symlink(golden("llama-tied/model.safetensors"), path.join("adapter_model.safetensors")).unwrap();
+        std::os::unix::fs::symlink(golden("llama-tied/model.safetensors"), path.join("adapter_model.safetensors"))
+            .unwrap();
         refused(Format, "outside the model folder");
     }
 }

@@ -144,8 +144,9 @@ fn a_request_does_not_see_the_schedule() {
     for device in devices_and_matrix_units() {
         let is_cpu = device == "cpu";
         for name in ["llama-gqa-9-3", "mistral-window"] {
-            // Which has no whole tiles for matrix units.
-            if device.contains("emulated") && name == "llama-gqa-9-3" {
+            // Its widths are whole tiles of 8 alone. For those it is enough.
+            let fits = if name == "llama-gqa-9-3" { "emulated8" } else { "emulated" };
+            if device.contains("emulated") && !device.ends_with(fits) {
                 continue;
             }
             let expected = alone(&device, name);

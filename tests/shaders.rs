@@ -9,7 +9,7 @@ use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use rewardrt::backend::gpu::{Flags, Format, TileShape, resolve};
-use rewardrt::kernels::{ALL, Access, Kernel};
+use rewardrt::kernels::{ALL, Access, Kernel, attention_tiles};
 use rewardrt::weights::Dtype;
 
 fn folder(name: &str) -> PathBuf {
@@ -52,17 +52,19 @@ fn variants(kernel: &Kernel) -> Vec<Flags> {
         formats.extend(asks("INT8").then_some((Some(Format::Int8), false)));
         formats.extend(asks("INT4").then_some((Some(Format::Int4), false)));
         formats.extend([8, 16].map(|tile| (Some(Format::Tiles(tile)), true)));
+    } else if asks("TILE8") {
+        formats = [8, 16].map(|tile| (Some(Format::Tiles(tile)), true)).to_vec();
     }
     let head = kernel.name == "head";
     let mut all = Vec::new();
     for (format, f16) in formats {
         let tiled = matches!(format, Some(Format::Tiles(_)));
-        let shapes = match (asks("WIDE"), tiled && !head) {
+        let shapes = match (asks("WIDE"), tiled && asks("MEDIUM") && !head) {
             (false, _) => vec![TileShape::Narrow],
             (true, false) => vec![TileShape::Narrow, TileShape::Wide],
             (true, true) => vec![TileShape::Narrow, TileShape::Medium, TileShape::Wide],
         };
-        let head_dims = if asks("HEAD_ABOVE_128") { vec![128, 129, 257] } else { vec![0] };
+        let head_dims = if asks("HEAD_ABOVE_128") { vec![64, 128, 256, 512] } else { vec![0] };
         let emulations = if tiled { either("EMULATED") } else { vec![false] };
         for shape in shapes {
             for &head_dim in &head_dims {
@@ -71,16 +73,19 @@ fn variants(kernel: &Kernel) -> Vec<Flags> {
                         for half_kv in either("HALF_KV") {
                             for vec4 in either("VEC4") {
                                 for subgroup in either("SUBGROUP") {
-                                    let f16 = f16 || half_out || half_kv;
-                                    let few = Flags { subgroup, f16, vec4, format, shape, head, ..Flags::default() };
-                                    let flags = Flags { emulated, half_out, half_kv, head_dim, ..few };
-                                    all.push(flags);
-                                    if tiled && shape == TileShape::Wide {
-                                        all.push(Flags { one_chunk: true, ..flags });
+                                    for half_q in either("HALF_Q") {
+                                        let f16 = f16 || half_out || half_kv || half_q;
+                                        let few =
+                                            Flags { subgroup, f16, vec4, format, shape, head, ..Flags::default() };
+                                        let flags = Flags { emulated, half_out, half_kv, half_q, head_dim, ..few };
+                                        all.push(flags);
+                                        if asks("ONE_CHUNK") && tiled && shape == TileShape::Wide {
+                                            all.push(Flags { one_chunk: true, ..flags });
+                                        }
+                                        all.extend(asks("ADAPTERS").then_some(Flags { adapters: true, ..flags }));
+                                        let half_in = Flags { half_in: true, f16: true, ..flags };
+                                        all.extend(asks("HALF_IN").then_some(half_in));
                                     }
-                                    all.extend(asks("ADAPTERS").then_some(Flags { adapters: true, ..flags }));
-                                    let half_in = Flags { half_in: true, f16: true, ..flags };
-                                    all.extend(asks("HALF_IN").then_some(half_in));
                                 }
                             }
                         }
@@ -186,8 +191,11 @@ fn check_bindings(kernel: &Kernel, flags: Flags, module: &naga::Module) {
     }
     assert_eq!(params, [kernel.params_size], "{name}: size of Params");
     bound.sort_by_key(|b| b.0);
-    let table: Vec<_> =
-        kernel.bindings(flags.adapters).enumerate().map(|(i, (name, access))| (i + 1, name.to_owned(), access)).collect();
+    let table: Vec<_> = kernel
+        .bindings(flags.adapters)
+        .enumerate()
+        .map(|(i, (name, access))| (i + 1, name.to_owned(), access))
+        .collect();
     assert_eq!(bound, table, "{name}");
 }
 
@@ -239,5 +247,19 @@ fn tiles_of_products_are_those_of_the_shader() {
             };
             assert_eq!(flags.workgroup_tile(), [constant("ROWS"), constant("COLS")], "{} {flags:?}", kernel.name);
         }
+    }
+}
+
+/// So is the workgroup memory by which the host tells what fits.
+#[test]
+fn workgroup_memory_of_attention_is_that_of_the_shader() {
+    for flags in variants(&attention_tiles::KERNEL) {
+        let (module, _) = validated(&attention_tiles::KERNEL, flags);
+        let shared = module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup);
+        let bytes: u32 = shared.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx())).sum();
+        let Some(Format::Tiles(tile)) = flags.format else { panic!("{flags:?}") };
+        let said = attention_tiles::workgroup_bytes(flags.shape, tile as usize, flags.head_dim as usize);
+        assert_eq!(said, bytes as usize, "{flags:?}");
+        assert!(bytes <= 32 << 10 || (tile, flags.head_dim) == (16, 512), "{flags:?}: {bytes} bytes");
     }
 }

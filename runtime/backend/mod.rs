@@ -132,7 +132,7 @@ pub enum DeviceWeights {
     /// For a [`cpu::CpuExecutor`].
     Cpu(Arc<cpu::CpuWeights>),
     /// For a [`gpu::GpuExecutor`].
-    Gpu(Arc<gpu::Uploaded>),
+    Gpu(Arc<gpu::Resident>),
 }
 
 /// Makes a model's tensors ready for its device, on any thread, while steps run.
@@ -197,8 +197,8 @@ pub trait Executor: Send {
     /// Makes new weights ready for [`install`](Executor::install).
     fn loader(&self) -> Arc<dyn Loader>;
 
-    /// The weights in use.
-    fn weights(&self) -> DeviceWeights;
+    /// The weights in use; `None` after [`unload`](Executor::unload).
+    fn weights(&self) -> Option<DeviceWeights>;
 
     /// Computes the next step with these weights. What is in the KV cache is not theirs.
     ///

@@ -6,7 +6,8 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use rewardrt::weights::{Dtype, WeightFormat};
 use rewardrt::{
-    Adapter, AdapterOptions, Error, ErrorKind, Guide, Model, ModelOptions, Precision, Result, Rule, Runtime, RuntimeOptions, Scheduling,
+    Adapter, AdapterOptions, Error, ErrorKind, Guide, Model, ModelOptions, Precision, Result, Rule, Runtime,
+    RuntimeOptions, Scheduling,
 };
 
 /// Samples from language models and scores what was sampled.

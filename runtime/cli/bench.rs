@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use rewardrt::model::{Head, Plan};
 use rewardrt::{
-    Adapter, AdapterOptions, Error, ErrorKind, KernelTime, Limits, LogprobRequest, Model, Result, Runtime, SampleRequest, SampledSequence,
-    ScoreRequest,
+    Adapter, AdapterOptions, Error, ErrorKind, KernelTime, Limits, LogprobRequest, Model, Result, Runtime,
+    SampleRequest, SampledSequence, ScoreRequest,
 };
 use serde::Serialize;
 

@@ -26,8 +26,8 @@ pub use lane::InFlight;
 pub(crate) use lane::Lane;
 use lane::{Quiesce, Released};
 pub(crate) use sampler::SamplePlan;
-pub use sequence::{Finish, SampledToken, Timing, VersionSpan};
 pub(crate) use sequence::{AdapterContent, Finished, NewSequence, Purpose, Sampled};
+pub use sequence::{Finish, SampledToken, Timing, VersionSpan};
 pub use stats::{JobStats, ModelStats, Rows, RuntimeStats};
 
 use crate::backend::{Capacity, Executor};

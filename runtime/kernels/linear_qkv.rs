@@ -30,6 +30,8 @@ pub struct Params {
     pub head_dim: u32,
     /// First row of the step in `rows` and `cos_sin`.
     pub first_meta: u32,
+    /// What queries are multiplied by after the rotation.
+    pub q_scale: f32,
 }
 
 super::kernel!(

@@ -108,9 +108,8 @@ mod tests {
         let down: Vec<f32> = (0..rank).map(value).collect();
         let b: Vec<f32> = (0..rank * width).map(|i| value(i + 99)).collect();
         let sums: Vec<f32> = (0..width).map(|i| value(i + 7)).collect();
-        let want: Vec<f32> = (0..width)
-            .map(|n| sums[n] + (0..rank).fold(0.0f32, |t, j| down[j].mul_add(b[j * width + n], t)))
-            .collect();
+        let want: Vec<f32> =
+            (0..width).map(|n| sums[n] + (0..rank).fold(0.0f32, |t, j| down[j].mul_add(b[j * width + n], t))).collect();
         for isa in Isa::available() {
             for cut in [0, 1, 16, 100, 203] {
                 let mut got = sums.clone();

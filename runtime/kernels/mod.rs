@@ -4,6 +4,7 @@
 pub mod adjust_logits;
 pub mod attention;
 pub mod attention_join;
+pub mod attention_tiles;
 pub mod embed;
 pub mod gather_rows;
 pub mod head;
@@ -74,10 +75,11 @@ impl Kernel {
 }
 
 /// Every kernel, for the table of pipelines and for the test that walks `shaders/`.
-pub const ALL: [&Kernel; 14] = [
+pub const ALL: [&Kernel; 15] = [
     &adjust_logits::KERNEL,
     &attention::KERNEL,
     &attention_join::KERNEL,
+    &attention_tiles::KERNEL,
     &embed::KERNEL,
     &gather_rows::KERNEL,
     &head::KERNEL,

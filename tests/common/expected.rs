@@ -44,13 +44,7 @@ pub fn check(name: &str, model: &Model, adapter: Option<&Adapter>) {
     }
 }
 
-fn check_scores(
-    name: &str,
-    model: &Model,
-    adapter: Option<&Adapter>,
-    sequences: Vec<Vec<u32>>,
-    expected: &Value,
-) {
+fn check_scores(name: &str, model: &Model, adapter: Option<&Adapter>, sequences: Vec<Vec<u32>>, expected: &Value) {
     let request = ScoreRequest { sequences, adapter: adapter.cloned(), ..ScoreRequest::default() };
     let scores = model.score(&request).unwrap().wait().unwrap();
     for (i, score) in scores.iter().enumerate() {
@@ -61,13 +55,7 @@ fn check_scores(
     }
 }
 
-fn check_logprobs(
-    name: &str,
-    model: &Model,
-    adapter: Option<&Adapter>,
-    sequences: Vec<Vec<u32>>,
-    expected: &Value,
-) {
+fn check_logprobs(name: &str, model: &Model, adapter: Option<&Adapter>, sequences: Vec<Vec<u32>>, expected: &Value) {
     let request = LogprobRequest { sequences, top_logprobs: 3, adapter: adapter.cloned(), ..LogprobRequest::default() };
     let results = model.logprobs(&request).unwrap().wait().unwrap();
     for (i, result) in results.iter().enumerate() {

@@ -124,7 +124,10 @@ fn run_both<P: Pod>(
         let out = run(device, kernel, flags, params, &with, groups(flags, t, n));
         let written = |buffers: &[Vec<u8>]| buffers[outputs..storage.len()].to_vec();
         for row in (0..t).filter(|row| [NO_ADAPTER, 1].contains(&slot(*row))) {
-            assert!(plain_row(&written(&plain), row) == plain_row(&written(&out), row), "{name}: row {row} has other bits");
+            assert!(
+                plain_row(&written(&plain), row) == plain_row(&written(&out), row),
+                "{name}: row {row} has other bits"
+            );
         }
         assert!(written(&out) == *first.get_or_insert(written(&out)), "{name}: other bits than in another shape");
     }
@@ -160,7 +163,10 @@ fn linear_adds_adapters() {
                 let out = run_both(device, &linear::KERNEL, [flags; 2], &params, case, [t, n, k], row);
                 let (sums, sizes) = product(&operands.x, &operands.w, k, None);
                 let want = |i: usize| {
-                    sums[i] * f64::from(scale) * scale_of(i / n) + added.delta[i] + f64::from(bias[i % n]) + f64::from(before[i])
+                    sums[i] * f64::from(scale) * scale_of(i / n)
+                        + added.delta[i]
+                        + f64::from(bias[i % n])
+                        + f64::from(before[i])
                 };
                 let want: Vec<f64> = (0..t * n).map(want).collect();
                 let sizes: Vec<f64> = sizes.iter().map(|s| 2.0 * s * f64::from(scale) + 10.0).collect();
@@ -208,7 +214,15 @@ fn linear_gated_adds_adapters_before_silu() {
                     storage[4] = vec![0; 2 * t * width];
                     let row = |out: &[Vec<u8>], row: usize| out[0][2 * row * width..][..2 * width].to_vec();
                     let case = (&storage[..], &added, 4);
-                    run_both(device, &linear_gated::KERNEL, [Flags { f16: true, ..flags }, half], &params, case, [t, n, k], row);
+                    run_both(
+                        device,
+                        &linear_gated::KERNEL,
+                        [Flags { f16: true, ..flags }, half],
+                        &params,
+                        case,
+                        [t, n, k],
+                        row,
+                    );
                 }
             }
         }
@@ -225,7 +239,12 @@ fn linear_qkv_adds_adapters_before_rope() {
             let (x, w, bias) = (numbers.floats(t * k), numbers.floats(n * k), numbers.floats(n));
             let (first_meta, blocks) = (2, 4);
             let rows: Vec<RowMeta> = (0..first_meta + t)
-                .map(|i| RowMeta { token: 0, position: i as u32, slot: (i * 37 % (blocks * KV_BLOCK)) as u32, table: 0 })
+                .map(|i| RowMeta {
+                    token: 0,
+                    position: i as u32,
+                    slot: (i * 37 % (blocks * KV_BLOCK)) as u32,
+                    table: 0,
+                })
                 .collect();
             let cos_sin = random_angles(&mut numbers, first_meta + t, head_dim / 2);
             let order = |row| rotated(row, rotated_heads, head_dim);
@@ -259,6 +278,7 @@ fn linear_qkv_adds_adapters_before_rope() {
                 kv_heads: kv_heads as u32,
                 head_dim: head_dim as u32,
                 first_meta: first_meta as u32,
+                q_scale: 1.0,
             };
             let empty = bytes(&vec![f32::NAN; blocks * KV_BLOCK * width]);
             let q = bytes(&vec![f32::NAN; t * heads * head_dim]);

@@ -102,20 +102,20 @@ fn attention_and_kv_write_twins() {
 
 /// An attention call over a cache.
 #[derive(Clone)]
-struct Paged {
-    rows: Vec<RowMeta>,
-    tables: Vec<u32>,
-    q: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    window: Option<usize>,
+pub(super) struct Paged {
+    pub rows: Vec<RowMeta>,
+    pub tables: Vec<u32>,
+    pub q: Vec<f32>,
+    pub keys: Vec<f32>,
+    pub values: Vec<f32>,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub window: Option<usize>,
 }
 
 /// The positions of each sequence's rows.
-type Sequences<'a> = &'a [&'a [usize]];
+pub(super) type Sequences<'a> = &'a [&'a [usize]];
 
 /// What is stored as f16.
 #[derive(Clone, Copy, Debug, Default)]
@@ -126,7 +126,7 @@ struct Halves {
 
 impl Paged {
     /// Random contents. Each sequence has the keys up to its last position, and rows at the positions given.
-    fn new([group, kv_heads, head_dim]: [usize; 3], window: Option<usize>, sequences: Sequences) -> Paged {
+    pub(super) fn new([group, kv_heads, head_dim]: [usize; 3], window: Option<usize>, sequences: Sequences) -> Paged {
         let mut numbers = Numbers((group * 1000 + head_dim) as u64);
         let lengths: Vec<usize> = sequences.iter().map(|s| s.last().unwrap() + 1).collect();
         let blocks = lengths.iter().map(|n| n.div_ceil(KV_BLOCK)).sum::<usize>() + 3;
@@ -154,7 +154,7 @@ impl Paged {
     }
 
     /// The same for some of the rows.
-    fn only(&self, rows: std::ops::Range<usize>) -> Paged {
+    pub(super) fn only(&self, rows: std::ops::Range<usize>) -> Paged {
         let width = self.heads * self.head_dim;
         let q = self.q[rows.start * width..rows.end * width].to_vec();
         Paged { rows: self.rows[rows].to_vec(), q, ..self.clone() }
@@ -165,14 +165,14 @@ impl Paged {
     }
 
     /// Where element `e` of the key and of the value of a row's sequence at `position` and of a query's kv head are.
-    fn places(&self, row: usize, position: usize, head: usize, e: usize) -> [usize; 2] {
+    pub(super) fn places(&self, row: usize, position: usize, head: usize, e: usize) -> [usize; 2] {
         let block = self.tables[self.rows[row].table as usize + position / KV_BLOCK];
         let kv_head = head / (self.heads / self.kv_heads);
         places(block, position, kv_head * self.head_dim + e, [self.kv_heads, self.head_dim])
     }
 
     /// The softmax formula.
-    fn formula(&self) -> Vec<f64> {
+    pub(super) fn formula(&self) -> Vec<f64> {
         let (width, mut want) = (self.head_dim, Vec::new());
         for (row, meta) in self.rows.iter().enumerate() {
             let last = meta.position as usize;

@@ -298,6 +298,7 @@ fn linear_qkv_twins() {
                     kv_heads: kv_heads as u32,
                     head_dim: head_dim as u32,
                     first_meta: first_meta as u32,
+                    q_scale: 1.0,
                 };
                 let storage_of = |half_kv: bool| {
                     let kv = |v: &[f32]| if half_kv { Dtype::F16.from_f32(v) } else { bytes(v) };
@@ -323,6 +324,15 @@ fn linear_qkv_twins() {
                     for (half, exact) in out[7..].iter().zip(&whole[1..]) {
                         rounded(&format!("linear_qkv {flags:?}"), &Dtype::F16.to_f32(half), &floats(exact));
                     }
+                    // Queries as attention_tiles reads them.
+                    let flags = Flags { half_q: true, ..flags };
+                    let params = linear_qkv::Params { q_scale: 0.75, ..params };
+                    let mut storage = storage_of(true);
+                    storage[6] = Dtype::F16.from_f32(&vec![f32::NAN; t * heads * head_dim]);
+                    let scaled: Vec<f32> = floats(&whole[0]).iter().map(|q| 0.75 * q).collect();
+                    let half = device.run(&linear_qkv::KERNEL, flags, &params, &storage, groups(flags, t, n));
+                    rounded(&format!("linear_qkv {flags:?}"), &Dtype::F16.to_f32(&half[6]), &scaled);
+                    assert!(half[7..] == out[7..]);
                 }
                 if n > 64 {
                     // The first 64 rows, then the others: of the same buffer, where slices have their own.

@@ -352,8 +352,8 @@ impl Executor for CpuExecutor {
         Arc::new(CpuLoader { spec, plan, options })
     }
 
-    fn weights(&self) -> DeviceWeights {
-        DeviceWeights::Cpu(self.weights.clone())
+    fn weights(&self) -> Option<DeviceWeights> {
+        Some(DeviceWeights::Cpu(self.weights.clone()))
     }
 
     fn install(&mut self, weights: DeviceWeights) -> Result<()> {

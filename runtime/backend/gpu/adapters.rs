@@ -129,6 +129,11 @@ impl Adapters {
         &mut self.pipelines
     }
 
+    /// What was compiled, for the next build.
+    pub fn pipelines_so_far(&self) -> Pipelines {
+        self.pipelines.clone()
+    }
+
     pub fn bytes(&self) -> u64 {
         self.state.as_ref().map_or(0, State::bytes)
     }
@@ -280,8 +285,7 @@ impl Adapters {
                 }
                 gpu.queue.submit([encoder.finish()]);
             })?;
-            let mut state =
-                State { slots, arenas, rows, down, stride, downs: Vec::new(), calls: Vec::new() };
+            let mut state = State { slots, arenas, rows, down, stride, downs: Vec::new(), calls: Vec::new() };
             self.bind(gpu, calls, &mut state)?;
             Ok(state)
         })();
@@ -350,16 +354,6 @@ impl Adapters {
         }
     }
 
-    /// Binds the calls of a model anew.
-    pub fn rebind(&mut self, gpu: &Gpu, calls: &[Call]) -> Result<()> {
-        if let Some(mut state) = self.state.take() {
-            (state.downs, state.calls) = (Vec::new(), Vec::new());
-            self.bind(gpu, calls, &mut state)?;
-            self.state = Some(state);
-        }
-        Ok(())
-    }
-
     /// Uploads the slots of the rows of all steps. Use it inside [`Gpu::checked`].
     pub fn upload(&self, gpu: &Gpu, rows: &[u32]) {
         if let Some(state) = &self.state {
@@ -392,8 +386,7 @@ impl Adapters {
         let state = self.state.as_ref()?;
         let (Product { k, scale, half_in, weights, .. }, columns) = (&self.products[product], step.columns[product]?);
         let (k32, parts) = (*k as u32, weights.len() as u32);
-        let params =
-            lora_down::Params { rows: dims.rows, k: k32, first_meta: dims.first_row, parts, scale: *scale };
+        let params = lora_down::Params { rows: dims.rows, k: k32, first_meta: dims.first_row, parts, scale: *scale };
         let (rows, k) = (u64::from(dims.rows), *k as u64);
         let input = if *half_in { 2 } else { 4 };
         let dispatch = Dispatch {

@@ -27,8 +27,9 @@ pub enum MatrixUnits {
     Auto,
     /// Never: nothing is rounded.
     Off,
-    /// Computed by ordinary instructions with the same indices: slow, to test them on adapters that have none.
-    Emulated,
+    /// Computed by ordinary instructions with the same indices, in tiles of so many rows, 8 or 16: slow, to test them on
+    /// adapters that have none.
+    Emulated(u32),
 }
 
 /// How a GPU is used.
@@ -62,6 +63,8 @@ pub struct Gpu {
     tile: Option<u32>,
     /// What the test of the matrix units found.
     tested: OnceLock<Option<u32>>,
+    /// The same, of attention.
+    attention_tested: OnceLock<bool>,
     lost: Arc<AtomicBool>,
     /// First error that no scope caught.
     uncaptured: Arc<Mutex<Option<String>>>,
@@ -89,8 +92,11 @@ impl Gpu {
         let has_f16 = adapter.features().contains(wgpu::Features::SHADER_F16);
         let tile = match options.matrix_units {
             MatrixUnits::Auto => info.matrix_tile,
-            MatrixUnits::Emulated if has_f16 => Some(16),
-            MatrixUnits::Emulated => {
+            MatrixUnits::Emulated(tile) if ![8, 16].contains(&tile) => {
+                return Err(Error::argument(format!("matrix units in tiles of {tile} rows; 8 or 16")));
+            }
+            MatrixUnits::Emulated(tile) if has_f16 => Some(tile),
+            MatrixUnits::Emulated(_) => {
                 return Err(Error::unsupported(format!(
                     "{}: matrix units are emulated in f16, which it lacks",
                     info.name
@@ -155,6 +161,7 @@ impl Gpu {
             matrix_units: options.matrix_units,
             tile,
             tested: OnceLock::new(),
+            attention_tested: OnceLock::new(),
             lost,
             uncaptured,
         })
@@ -174,9 +181,21 @@ impl Gpu {
         })
     }
 
+    /// True if attention on the matrix units was tested as well, and found right.
+    pub fn matrix_attention(&self) -> bool {
+        *self.attention_tested.get_or_init(|| {
+            let Some(tile) = self.matrix_tile() else { return false };
+            let tested = super::self_test::attention(self, tile);
+            if let Err(error) = &tested {
+                log::warn!("{}: attention uses no matrix units: {error}", self.info.name);
+            }
+            tested.is_ok()
+        })
+    }
+
     /// True if a shader of this variant computes itself what matrix units would.
     pub(super) fn emulates(&self, variant: Flags) -> bool {
-        variant.is_tiled() && self.matrix_units == MatrixUnits::Emulated
+        variant.is_tiled() && matches!(self.matrix_units, MatrixUnits::Emulated(_))
     }
 
     /// True for llvmpipe and its like, whose submissions take seconds.
@@ -211,6 +230,11 @@ impl Gpu {
     pub fn most_kv_tokens(&self, kv_width: usize) -> usize {
         let bytes = self.max_binding() / (4 * kv_width as u64);
         usize::try_from(bytes).unwrap_or(usize::MAX) / KV_BLOCK * KV_BLOCK
+    }
+
+    /// Memory that the threads of a workgroup may share.
+    pub fn workgroup_bytes(&self) -> usize {
+        self.limits.max_compute_workgroup_storage_size as usize
     }
 
     /// Largest storage binding, a multiple of 256.

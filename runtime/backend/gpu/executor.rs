@@ -1,67 +1,71 @@
 //! A model on the GPU: buffers, pipelines and bind groups made once; a step uploads its row tables and encodes.
 
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::adapters::Adapters;
+use super::attention::{self, Work, partial_bytes};
 use super::blocks;
 use super::device::Gpu;
 use super::head::{self, Head};
-use super::layers::{Buffers, Builder, Call, Dims, can_tile};
+use super::layers::{Buffers, Builder, Call, Dims};
 use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
-use super::upload::Uploader;
-use crate::backend::cpu::Pool;
-use crate::backend::{BlockCopy, Capacity, NO_ADAPTER, DeviceWeights, Executor, KernelTime, Limits, Loader, Memory, Output, Step};
+use super::resident::{GpuLoader, Resident};
+use crate::backend::{
+    BlockCopy, Capacity, DeviceWeights, Executor, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output, Step,
+};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::linear::Precision;
-use crate::kernels::{KV_BLOCK, MatrixView, RowMeta, attention, sample};
-use crate::model::{Buf, MatrixId, ModelSpec, Plan};
+use crate::kernels::{KV_BLOCK, RowMeta, attention_tiles, sample};
+use crate::model::{Buf, ModelSpec, Plan};
 use crate::weights::{AdapterWeights, WeightFormat, Weights};
 
 /// Decode steps that are computed before their results are read.
 const STEPS_AT_ONCE: usize = 8;
-/// Workgroups of attention that keep a GPU busy.
-const ENOUGH_WORKGROUPS: usize = 1024;
 /// Rows of x that products on matrix units read together at most: buffers end on a multiple of it.
 const ROW_TILE: usize = 64;
 
 /// A model on a GPU.
 pub struct GpuExecutor {
-    pub(super) gpu: Arc<Gpu>,
-    pub(super) spec: ModelSpec,
-    pub(super) buffers: Buffers,
-    calls: Vec<Call>,
-    adapters: Adapters,
-    pub(super) head: Head,
-    /// A block of every layer, on its way to another block: a buffer cannot be copied onto itself.
-    passing: wgpu::Buffer,
-    pub(super) capacity: Capacity,
-    kv_element: u64,
-    memory: Memory,
+    loader: GpuLoader,
+    capacity: Capacity,
+    /// `None` while the weights are not there.
+    resident: Option<Arc<Resident>>,
+    /// `None` while the KV cache is not there.
+    buffers: Option<DeviceBuffers>,
+    /// What is executed; there as long as both are.
+    built: Option<Built>,
+    /// Rows of the matrix units' tiles that the weights last had.
+    tile: Option<u32>,
+    /// Those of the last build.
+    pipelines: Pipelines,
+    /// By slot: what is put to the device again with other weights, and the room it was given.
+    held_adapters: BTreeMap<u32, (Arc<AdapterWeights>, u64)>,
     /// Kept when it is stopped, for what it measured.
     clock: Option<Clock>,
     is_timed: bool,
 }
 
-/// How the attention of a step is cut.
-struct Attention {
-    tiles: Vec<[u32; 2]>,
-    /// That are computed side by side.
-    segments: u32,
+/// The dispatches over buffers and weights, all bound.
+struct Built {
+    calls: Vec<Call>,
+    head: Head,
+    adapters: Adapters,
 }
 
-/// Room for the segments of 32 rows of 16 segments each, or of fewer rows of more.
-fn partial_bytes(spec: &ModelSpec) -> u64 {
-    (4 * 512 * spec.heads * (spec.head_dim + 2)) as u64
-}
-
-/// A matrix of the checkpoint as it is stored.
-pub(super) fn stored<'a>(plan: &Plan, weights: &'a Weights, id: MatrixId) -> Result<MatrixView<'a>> {
-    let expected = &plan.matrices[id.0];
-    let tensor = weights.get(&expected.name)?;
-    Ok(MatrixView::new(tensor.dtype(), tensor.bytes(), expected.shape[0], expected.shape[1]))
+/// Activations and the KV cache, as matrix units need them or as other instructions do.
+struct DeviceBuffers {
+    tile: Option<u32>,
+    attention_tile: Option<u32>,
+    buffers: Buffers,
+    /// A block of every layer, on its way to another block: a buffer cannot be copied onto itself.
+    passing: wgpu::Buffer,
+    /// Bytes of an element of the cache.
+    kv_element: u64,
+    kv_bytes: u64,
 }
 
 /// How the weights of a model are used on a GPU.
@@ -82,7 +86,7 @@ impl GpuExecutor {
     pub fn new(
         gpu: Arc<Gpu>,
         spec: ModelSpec,
-        plan: &Plan,
+        plan: Arc<Plan>,
         weights: &Weights,
         how: GpuWeights,
         capacity: Capacity,
@@ -93,13 +97,9 @@ impl GpuExecutor {
         if capacity.max_rows > 65_535 {
             return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
         }
-        let tile = match gpu.matrix_tile() {
-            Some(tile) if how.precision == Precision::Auto && how.format == WeightFormat::Stored => {
-                can_tile(&spec, plan, weights, tile)?.then_some(tile)
-            }
-            _ => None,
-        };
-        let build = |tile| Self::build(gpu.clone(), spec.clone(), plan, weights, how.format, tile, capacity);
+        let loader = GpuLoader { gpu, spec, plan, how };
+        let tile = loader.tile(weights)?;
+        let build = |tile| Self::of(loader.clone(), weights, tile, capacity);
         match build(tile) {
             // Something is too large for f16: nothing is rounded then.
             Err(error) if tile.is_some() && error.kind() == crate::error::ErrorKind::Unsupported => {
@@ -110,17 +110,150 @@ impl GpuExecutor {
         }
     }
 
-    fn build(
-        gpu: Arc<Gpu>,
-        spec: ModelSpec,
-        plan: &Plan,
-        weights: &Weights,
-        format: WeightFormat,
-        tile: Option<u32>,
-        capacity: Capacity,
-    ) -> Result<Self> {
-        let pool = &Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
+    fn of(loader: GpuLoader, weights: &Weights, tile: Option<u32>, capacity: Capacity) -> Result<Self> {
+        let buffers = DeviceBuffers::new(&loader.gpu, &loader.spec, tile, capacity)?;
+        let resident = Arc::new(loader.upload(weights, tile, None, &HashSet::new())?);
+        let mut executor = GpuExecutor {
+            loader,
+            capacity,
+            resident: Some(resident),
+            buffers: Some(buffers),
+            built: None,
+            tile,
+            pipelines: Pipelines::default(),
+            held_adapters: BTreeMap::new(),
+            clock: None,
+            is_timed: false,
+        };
+        executor.build()?;
+        executor.loader.gpu.save_shaders();
+        Ok(executor)
+    }
+
+    /// Binds everything anew, if weights and buffers are there.
+    fn build(&mut self) -> Result<()> {
+        let (Some(resident), Some(device)) = (&self.resident, &self.buffers) else { return Ok(()) };
+        let built = self.bind(resident, device)?;
+        self.pipelines = built.adapters.pipelines_so_far();
+        self.built = Some(built);
+        Ok(())
+    }
+
+    fn bind(&self, resident: &Resident, device: &DeviceBuffers) -> Result<Built> {
+        let GpuLoader { gpu, spec, plan, .. } = &self.loader;
+        let old = self.built.as_ref();
+        let mut builder = Builder {
+            gpu,
+            spec,
+            plan,
+            resident,
+            buffers: &device.buffers,
+            pipelines: old.map_or_else(|| self.pipelines.clone(), |old| old.adapters.pipelines_so_far()),
+            tile: resident.tile,
+            attention_tile: device.attention_tile,
+            half_kv: resident.tile.is_some(),
+            calls: Vec::new(),
+            products: Vec::new(),
+        };
+        builder.layers()?;
+        // The head's own buffers depend on the same things.
+        let same = self.buffers.as_ref().is_some_and(|b| b.tile == device.tile);
+        let head = Head::new(&mut builder, self.capacity.max_rows, old.map(|old| &old.head).filter(|_| same))?;
+        let Builder { calls, products, pipelines, .. } = builder;
+        let adapters = Adapters::new(products, pipelines, self.capacity.max_rows);
+        let mut built = Built { calls, head, adapters };
+        for (slot, (adapter, room)) in &self.held_adapters {
+            built.add_adapter(gpu, &device.buffers, *slot, adapter, *room)?;
+        }
+        Ok(built)
+    }
+
+    /// Forgets what is bound, but for the pipelines.
+    fn forget(&mut self) {
+        if let Some(built) = self.built.take() {
+            self.pipelines = built.adapters.pipelines_so_far();
+        }
+    }
+
+    fn check(&self, steps: &[Step]) -> Result<()> {
+        let Capacity { max_rows, .. } = self.capacity;
+        let rows: usize = steps.iter().map(|s| s.rows.len()).sum();
+        let outputs: usize = steps.iter().map(|s| s.outputs.len()).sum();
+        let tables = steps.iter().map(|s| s.tables.len()).max().unwrap_or(0);
+        if steps.is_empty() || rows > max_rows || outputs > max_rows || tables > self.capacity.max_table_entries() {
+            return Err(Error::internal(format!("steps of {rows} rows and {outputs} outputs, built for {max_rows}")));
+        }
+        if steps.iter().any(|s| s.tables != steps[0].tables) {
+            return Err(Error::internal("steps with different block tables"));
+        }
+        Ok(())
+    }
+}
+
+impl Built {
+    fn add_adapter(
+        &mut self,
+        gpu: &Gpu,
+        buffers: &Buffers,
+        slot: u32,
+        adapter: &AdapterWeights,
+        room: u64,
+    ) -> Result<()> {
+        let own = adapter.head().map_or(0, |head| self.head.bytes_of_own(head));
+        let room = room.saturating_sub(self.head.own_bytes() + own);
+        self.adapters.add(gpu, &self.calls, slot, adapter, room)?;
+        if let Some(head) = adapter.head() {
+            let pipelines = self.adapters.pipelines();
+            if let Err(error) = self.head.add_own(gpu, pipelines, buffers, slot, head) {
+                self.remove_adapter(slot);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_adapter(&mut self, slot: u32) {
+        self.adapters.remove(slot);
+        self.head.remove_own(slot);
+    }
+
+    /// Uploads what the steps differ in.
+    fn upload(&self, gpu: &Gpu, buffers: &Buffers, steps: &[Step], orders: &[Vec<usize>], tiles: &[[u32; 2]]) {
+        let mut rows: Vec<RowMeta> = Vec::new();
+        let mut cos_sin: Vec<f32> = Vec::new();
+        let mut picked: Vec<u32> = Vec::new();
+        for (step, order) in steps.iter().zip(orders) {
+            // Tokens that are drawn name an output by its place in the list. Draws alone are computed in that order.
+            rows.extend_from_slice(step.rows);
+            cos_sin.extend_from_slice(step.cos_sin);
+            picked.extend(order.iter().map(|&i| step.outputs[i].row));
+        }
+        let write = |buffer: &wgpu::Buffer, bytes: &[u8]| {
+            if !bytes.is_empty() {
+                gpu.queue.write_buffer(buffer, 0, bytes);
+            }
+        };
+        write(&buffers.tiles, bytemuck::cast_slice(tiles));
+        write(&buffers.rows, bytemuck::cast_slice(&rows));
+        write(&buffers.cos_sin, bytemuck::cast_slice(&cos_sin));
+        write(&buffers.picked, bytemuck::cast_slice(&picked));
+        write(&buffers.tables, bytemuck::cast_slice(steps[0].tables));
+        if steps.iter().any(|s| !s.adapters.is_empty()) {
+            let mut slots = Vec::new();
+            for step in steps {
+                slots.extend_from_slice(step.adapters);
+                // Of a step without adapters.
+                slots.resize(slots.len() + step.rows.len() - step.adapters.len(), NO_ADAPTER);
+            }
+            self.adapters.upload(gpu, &slots);
+        }
+    }
+}
+
+impl DeviceBuffers {
+    fn new(gpu: &Gpu, spec: &ModelSpec, tile: Option<u32>, capacity: Capacity) -> Result<Self> {
         let half = tile.is_some();
+        let attention_tile = attention::tile(gpu, spec, tile);
         let element = if half { 2 } else { 4 };
         let storage = wgpu::BufferUsages::STORAGE;
         let rows = capacity.max_rows;
@@ -148,7 +281,7 @@ impl GpuExecutor {
             rows: activation("rows", rows, size_of::<RowMeta>(), 1)?,
             tables: activation("block tables", capacity.max_table_entries(), 4, 1)?,
             tiles: activation("tiles of attention", rows, 8, 1)?,
-            partials: gpu.buffer("partial attention", partial_bytes(&spec).min(gpu.max_binding()), storage)?,
+            partials: gpu.buffer("partial attention", partial_bytes(spec).min(gpu.max_binding()), storage)?,
             cos_sin: activation("angles", rows, spec.head_dim, 4)?,
             picked: activation("output rows", rows, 4, 1)?,
             drawn: {
@@ -157,7 +290,10 @@ impl GpuExecutor {
             },
             hidden: activation("activations", rows, d, 4)?,
             normed: activation("activations", padded, d, element)?,
-            q: activation("activations", rows, spec.q_width(), 4)?,
+            q: match attention_tile {
+                Some(_) => activation("activations", rows + attention_tiles::ROWS_BEYOND, spec.q_width(), 2)?,
+                None => activation("activations", rows, spec.q_width(), 4)?,
+            },
             attn: activation("activations", padded, spec.q_width(), element)?,
             gated: activation("activations", padded, spec.intermediate_size, element)?,
             picked_rows: activation("activations", rows, d, 4)?,
@@ -165,135 +301,8 @@ impl GpuExecutor {
             nothing: gpu.buffer("nothing", 64, storage)?,
             kv,
         };
-        let mut builder = Builder {
-            gpu: &gpu,
-            spec: &spec,
-            plan,
-            weights,
-            buffers: &buffers,
-            pipelines: Pipelines::default(),
-            uploader: Uploader::new(&gpu, pool),
-            pool,
-            format,
-            quantisable: &plan.quantisable(&spec),
-            tile,
-            half_kv: half,
-            calls: Vec::new(),
-            products: Vec::new(),
-            tied: None,
-            weight_bytes: 0,
-            underflows: 0,
-            weight_count: 0,
-        };
-        builder.layers()?;
-        let head = Head::new(&mut builder, rows)?;
-        builder.uploader.finish()?;
-        let (calls, weight_bytes, underflows, count) =
-            (builder.calls, builder.weight_bytes, builder.underflows, builder.weight_count);
-        let adapters = Adapters::new(builder.products, builder.pipelines, rows);
-        if half {
-            log::info!("products on matrix units: {count} weights as f16, {underflows} of them rounded (below 2^-14)");
-        }
-        gpu.save_shaders();
-        let memory = Memory {
-            weights: weight_bytes,
-            mapped: 0,
-            kv_cache: 2 * per_layer * spec.layers as u64,
-            scratch: scratch_bytes(&spec, rows),
-            host: 0,
-            adapters: 0,
-        };
-        Ok(GpuExecutor {
-            calls,
-            adapters,
-            head,
-            passing,
-            capacity,
-            kv_element: element as u64,
-            memory,
-            clock: None,
-            is_timed: false,
-            buffers,
-            spec,
-            gpu,
-        })
-    }
-
-    /// How the attention of a step is cut.
-    fn attention(&self, step: &Step) -> Attention {
-        let spec = &self.spec;
-        let group = spec.heads / spec.kv_heads;
-        let tiles = attention::tiles(step.rows, group, spec.head_dim);
-        let segments = attention::segments(step.rows, &tiles, spec.sliding_window);
-        // Side by side where there are too few workgroups for a GPU, and room for what they leave.
-        let room = attention::partials_len(step.rows.len(), spec.heads, spec.head_dim, segments)
-            .is_some_and(|len| 4 * len as u64 <= self.buffers.partials.size());
-        let few = tiles.len() * spec.kv_heads < ENOUGH_WORKGROUPS;
-        let segments = if few && room { u32::try_from(segments).unwrap_or(1) } else { 1 };
-        Attention { tiles, segments }
-    }
-
-    /// Uploads what the steps differ in.
-    fn upload(&self, steps: &[Step], orders: &[Vec<usize>], work: &[Attention]) {
-        let mut rows: Vec<RowMeta> = Vec::new();
-        let mut cos_sin: Vec<f32> = Vec::new();
-        let mut picked: Vec<u32> = Vec::new();
-        for (step, order) in steps.iter().zip(orders) {
-            // Tokens that are drawn name an output by its place in the list. Draws alone are computed in that order.
-            rows.extend_from_slice(step.rows);
-            cos_sin.extend_from_slice(step.cos_sin);
-            picked.extend(order.iter().map(|&i| step.outputs[i].row));
-        }
-        let write = |buffer: &wgpu::Buffer, bytes: &[u8]| {
-            if !bytes.is_empty() {
-                self.gpu.queue.write_buffer(buffer, 0, bytes);
-            }
-        };
-        let tiles: Vec<[u32; 2]> = work.iter().flat_map(|w| w.tiles.iter().copied()).collect();
-        write(&self.buffers.tiles, bytemuck::cast_slice(&tiles));
-        write(&self.buffers.rows, bytemuck::cast_slice(&rows));
-        write(&self.buffers.cos_sin, bytemuck::cast_slice(&cos_sin));
-        write(&self.buffers.picked, bytemuck::cast_slice(&picked));
-        write(&self.buffers.tables, bytemuck::cast_slice(steps[0].tables));
-        if steps.iter().any(|s| !s.adapters.is_empty()) {
-            let mut slots = Vec::new();
-            for step in steps {
-                slots.extend_from_slice(step.adapters);
-                // Of a step without adapters.
-                slots.resize(slots.len() + step.rows.len() - step.adapters.len(), NO_ADAPTER);
-            }
-            self.adapters.upload(&self.gpu, &slots);
-        }
-    }
-
-    fn check(&self, steps: &[Step]) -> Result<()> {
-        let Capacity { max_rows, .. } = self.capacity;
-        let rows: usize = steps.iter().map(|s| s.rows.len()).sum();
-        let outputs: usize = steps.iter().map(|s| s.outputs.len()).sum();
-        let tables = steps.iter().map(|s| s.tables.len()).max().unwrap_or(0);
-        if steps.is_empty() || rows > max_rows || outputs > max_rows || tables > self.capacity.max_table_entries() {
-            return Err(Error::internal(format!("steps of {rows} rows and {outputs} outputs, built for {max_rows}")));
-        }
-        if steps.iter().any(|s| s.tables != steps[0].tables) {
-            return Err(Error::internal("steps with different block tables"));
-        }
-        Ok(())
-    }
-}
-
-/// TODO
-pub struct Uploaded;
-
-struct GpuLoader;
-
-impl Loader for GpuLoader {
-    fn load(
-        &self,
-        _weights: &Weights,
-        _held: Option<&DeviceWeights>,
-        _changed: &std::collections::HashSet<String>,
-    ) -> Result<DeviceWeights> {
-        Err(Error::unsupported("updates on a GPU"))
+        let kv_bytes = 2 * per_layer * spec.layers as u64;
+        Ok(DeviceBuffers { tile, attention_tile, buffers, passing, kv_element: element as u64, kv_bytes })
     }
 }
 
@@ -304,19 +313,24 @@ impl Executor for GpuExecutor {
 
     fn steps(&mut self, steps: &[Step]) -> Result<Vec<Vec<Output>>> {
         self.check(steps)?;
+        let (Some(built), Some(device)) = (&self.built, &self.buffers) else {
+            return Err(Error::internal("a step of a model that sleeps"));
+        };
+        let (spec, buffers) = (&self.loader.spec, &device.buffers);
         let begin = Instant::now();
         let orders: Vec<Vec<usize>> =
-            steps.iter().map(|s| blocks::order(s.outputs, |i| self.head.own_head(s, i))).collect();
-        let window = self.spec.sliding_window.map_or(u64::MAX, |w| w as u64);
-        let gpu = self.gpu.clone();
-        let work: Vec<Attention> = steps.iter().map(|step| self.attention(step)).collect();
-        let mut pending = self.head.prepare(&gpu, &self.spec, steps, &orders)?;
-        gpu.checked("a step", || self.upload(steps, &orders, &work))?;
-        let (mut first_row, mut first_output, mut first_drawn, mut first_tile) = (0, 0, 0, 0);
+            steps.iter().map(|s| blocks::order(s.outputs, |i| built.head.own_head(s, i))).collect();
+        let gpu = self.loader.gpu.clone();
+        let mut tiles = Vec::new();
+        let partials = buffers.partials.size();
+        let cut = |step: &Step| attention::cut(spec, device.attention_tile, step.rows, partials, &mut tiles);
+        let work: Vec<Work> = steps.iter().map(cut).collect();
+        let mut pending = built.head.prepare(&gpu, spec, steps, &orders)?;
+        gpu.checked("a step", || built.upload(&gpu, buffers, steps, &orders, &tiles))?;
+        let (mut first_row, mut first_output, mut first_drawn) = (0, 0, 0);
         let mut last = None;
         let mut waited = Duration::ZERO;
         for (s, step) in steps.iter().enumerate() {
-            let seen = |r: &RowMeta| (u64::from(r.position) + 1).min(window);
             // Rows and outputs are at most max_rows, which fits.
             let dims = Dims {
                 rows: step.rows.len() as u32,
@@ -324,26 +338,23 @@ impl Executor for GpuExecutor {
                 first_row,
                 first_output,
                 first_drawn,
-                tiles: work[s].tiles.len() as u32,
-                first_tile,
-                segments: work[s].segments,
-                keys: step.rows.iter().map(seen).sum(),
+                attention: work[s],
             };
-            let with = self.adapters.step(step.adapters)?;
+            let with = built.adapters.step(step.adapters)?;
             let clock = self.clock.as_mut().filter(|_| self.is_timed);
             // A step runs while the next one is encoded.
             last = Some(gpu.checked("a step", || {
                 let mut recorder = Recorder::new(&gpu, clock);
                 let mut down = None;
-                for (i, call) in self.calls.iter().enumerate() {
+                for (i, call) in built.calls.iter().enumerate() {
                     let mut bound = &call.bound;
                     if let (Some(with), Some(a)) = (&with, &call.adaptable)
                         && with.changes(a.product)
-                        && let Some(own) = self.adapters.call(i)
+                        && let Some(own) = built.adapters.call(i)
                     {
                         // Slices of a product share what the first factors leave.
                         if down.replace(a.product) != Some(a.product)
-                            && let Some((bound, dispatch)) = self.adapters.down(with, a.product, &dims)
+                            && let Some((bound, dispatch)) = built.adapters.down(with, a.product, &dims)
                         {
                             recorder.dispatch(bound, &dispatch);
                         }
@@ -352,15 +363,14 @@ impl Executor for GpuExecutor {
                     recorder.dispatch(bound, &(call.rule)(&dims));
                     recorder.bound(&gpu)?;
                 }
-                self.head.record(&gpu, &mut recorder, &mut pending, s)?;
+                built.head.record(&gpu, &mut recorder, &mut pending, s)?;
                 if s + 1 == steps.len() {
-                    self.head.record_results(&mut recorder, &self.buffers, &pending);
+                    built.head.record_results(&mut recorder, buffers, &pending);
                 }
                 waited += recorder.waited();
                 recorder.submit(&gpu)
             })??);
             first_drawn = first_output;
-            first_tile += dims.tiles;
             first_row += dims.rows;
             first_output += dims.outputs;
         }
@@ -368,7 +378,7 @@ impl Executor for GpuExecutor {
             clock.add_encoding(begin.elapsed().saturating_sub(waited));
         }
         let last = last.ok_or_else(|| Error::internal("no step"))?;
-        self.head.results(&gpu, pending, last, steps, &orders)
+        built.head.results(&gpu, pending, last, steps, &orders)
     }
 
     fn steps_at_once(&self) -> usize {
@@ -384,71 +394,105 @@ impl Executor for GpuExecutor {
         if copies.is_empty() {
             return Ok(());
         }
-        let size = self.kv_element * (KV_BLOCK * self.spec.kv_width()) as u64;
-        self.gpu.checked("copying KV blocks", || {
-            let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            let caches = || self.buffers.kv.iter().flat_map(|(keys, values)| [keys, values]).zip(0u64..);
+        let GpuLoader { gpu, spec, .. } = &self.loader;
+        let Some(device) = &self.buffers else { return Err(Error::internal("the KV cache of a model that sleeps")) };
+        let size = device.kv_element * (KV_BLOCK * spec.kv_width()) as u64;
+        gpu.checked("copying KV blocks", || {
+            let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            let caches = || device.buffers.kv.iter().flat_map(|(keys, values)| [keys, values]).zip(0u64..);
             for copy in copies {
                 let (from, to) = (u64::from(copy.from) * size, u64::from(copy.to) * size);
                 for (cache, i) in caches() {
-                    encoder.copy_buffer_to_buffer(cache, from, &self.passing, i * size, size);
+                    encoder.copy_buffer_to_buffer(cache, from, &device.passing, i * size, size);
                 }
                 for (cache, i) in caches() {
-                    encoder.copy_buffer_to_buffer(&self.passing, i * size, cache, to, size);
+                    encoder.copy_buffer_to_buffer(&device.passing, i * size, cache, to, size);
                 }
             }
-            self.gpu.queue.submit([encoder.finish()])
+            gpu.queue.submit([encoder.finish()])
         })?;
         Ok(())
     }
 
     fn loader(&self) -> Arc<dyn Loader> {
-        Arc::new(GpuLoader)
+        Arc::new(self.loader.clone())
     }
 
-    fn weights(&self) -> DeviceWeights {
-        DeviceWeights::Gpu(Arc::new(Uploaded))
+    fn weights(&self) -> Option<DeviceWeights> {
+        self.resident.clone().map(DeviceWeights::Gpu)
     }
 
-    fn install(&mut self, _weights: DeviceWeights) -> Result<()> {
-        Err(Error::unsupported("updates on a GPU"))
-    }
-
-    fn unload(&mut self) {}
-
-    fn free_cache(&mut self) {}
-
-    fn restore_cache(&mut self) -> Result<()> {
+    fn install(&mut self, weights: DeviceWeights) -> Result<()> {
+        let DeviceWeights::Gpu(resident) = weights else { return Err(Error::internal("weights of another device")) };
+        let GpuLoader { gpu, spec, .. } = &self.loader;
+        // Other weights may be too large for f16, and matrix units need other buffers.
+        let fresh = match &self.buffers {
+            Some(device) if device.tile != resident.tile => {
+                Some(DeviceBuffers::new(gpu, spec, resident.tile, self.capacity)?)
+            }
+            _ => None,
+        };
+        if let Some(device) = fresh.as_ref().or(self.buffers.as_ref()) {
+            self.built = Some(self.bind(&resident, device)?);
+        }
+        self.buffers = fresh.or(self.buffers.take());
+        self.tile = resident.tile;
+        self.resident = Some(resident);
         Ok(())
     }
 
-    fn add_adapter(&mut self, slot: u32, adapter: Arc<AdapterWeights>, room: u64) -> Result<()> {
-        let heads = self.head.own_bytes();
-        let own = adapter.head().map_or(0, |head| self.head.bytes_of_own(head));
-        let room = room.saturating_sub(heads + own);
-        self.adapters.add(&self.gpu, &self.calls, slot, &adapter, room)?;
-        if let Some(head) = adapter.head() {
-            let pipelines = self.adapters.pipelines();
-            if let Err(error) = self.head.add_own(&self.gpu, pipelines, &self.buffers, slot, head) {
-                self.remove_adapter(slot);
+    fn unload(&mut self) {
+        self.forget();
+        self.resident = None;
+    }
+
+    fn free_cache(&mut self) {
+        self.forget();
+        self.buffers = None;
+    }
+
+    fn restore_cache(&mut self) -> Result<()> {
+        if self.buffers.is_none() {
+            let GpuLoader { gpu, spec, .. } = &self.loader;
+            self.buffers = Some(DeviceBuffers::new(gpu, spec, self.tile, self.capacity)?);
+            if let Err(error) = self.build() {
+                self.buffers = None;
                 return Err(error);
             }
         }
         Ok(())
     }
 
+    fn add_adapter(&mut self, slot: u32, adapter: Arc<AdapterWeights>, room: u64) -> Result<()> {
+        if let (Some(built), Some(device)) = (&mut self.built, &self.buffers) {
+            built.add_adapter(&self.loader.gpu, &device.buffers, slot, &adapter, room)?;
+        }
+        self.held_adapters.insert(slot, (adapter, room));
+        Ok(())
+    }
+
     fn remove_adapter(&mut self, slot: u32) {
-        self.adapters.remove(slot);
-        self.head.remove_own(slot);
+        self.held_adapters.remove(&slot);
+        if let Some(built) = &mut self.built {
+            built.remove_adapter(slot);
+        }
     }
 
     fn memory(&self) -> Memory {
-        Memory { adapters: self.adapters.bytes() + self.head.own_bytes(), ..self.memory }
+        let (spec, rows) = (&self.loader.spec, self.capacity.max_rows);
+        Memory {
+            weights: self.resident.as_ref().map_or(0, |r| r.bytes),
+            mapped: 0,
+            kv_cache: self.buffers.as_ref().map_or(0, |b| b.kv_bytes),
+            scratch: self.buffers.as_ref().map_or(0, |_| scratch_bytes(spec, rows)),
+            host: 0,
+            adapters: self.built.as_ref().map_or(0, |b| b.adapters.bytes() + b.head.own_bytes()),
+        }
     }
 
     fn set_profiling(&mut self, on: bool) -> Result<()> {
         if on && self.clock.is_none() {
-            self.clock = Some(Clock::new(&self.gpu)?);
+            self.clock = Some(Clock::new(&self.loader.gpu)?);
         }
         self.is_timed = on;
         Ok(())
@@ -459,7 +503,7 @@ impl Executor for GpuExecutor {
     }
 
     fn limits(&mut self) -> Result<Limits> {
-        super::limits::measure(&self.gpu)
+        super::limits::measure(&self.loader.gpu)
     }
 }
 

@@ -9,17 +9,15 @@ use bytemuck::pod_collect_to_vec;
 use super::blocks::{Block, Blocks, Class, TOKEN_TILE, most_edits};
 use super::device::Gpu;
 use super::layers::{Buffers, Builder, product, shapes, slice_bytes};
-use super::matrix::{Matrix, Order};
 use super::pipelines::{Flags, Format, Pipelines};
 use super::record::{Bound, Dispatch, Params, Recorder, fold};
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, top_logprobs};
 use crate::error::{Error, Result};
 use crate::kernels::adjust_logits::Edit;
-use crate::kernels::linear::Weight;
 use crate::kernels::log_sum_exp::RowStats;
 use crate::kernels::top_k::{Candidate, MAX_K};
 use crate::kernels::{adjust_logits, head, linear, log_sum_exp, sample, top_k};
-use crate::model::{self, ModelSpec, Projection};
+use crate::model::{self, ModelSpec};
 use crate::weights::Dtype;
 
 /// Logits that exist at a time, in bytes.
@@ -74,6 +72,8 @@ pub(super) struct Head {
     masks: wgpu::Buffer,
     kept_ids: wgpu::Buffer,
     logits: wgpu::Buffer,
+    /// Of tiles of the vocabulary, before they are joined.
+    stats: wgpu::Buffer,
     joined: wgpu::Buffer,
     best: wgpu::Buffer,
     /// Grows to what a step needs.
@@ -95,22 +95,11 @@ pub(super) struct Pending {
 }
 
 impl Head {
-    pub(super) fn new(builder: &mut Builder, max_rows: usize) -> Result<Head> {
+    /// `old`: a head over the same buffers, whose own ones this takes over.
+    pub(super) fn new(builder: &mut Builder, max_rows: usize, old: Option<&Head>) -> Result<Head> {
         let (gpu, spec) = (builder.gpu, builder.spec);
         let language_model = matches!(spec.head, model::Head::LanguageModel { .. });
-        let id = builder.plan.head;
-        let matrix = match builder.tied.take() {
-            Some(matrix) if !builder.is_quantised(id) => matrix,
-            _ if language_model => {
-                builder.matrix("head", &[&Projection { weight: id, bias: None }], Order::Plain, true)?
-            }
-            _ => {
-                let part = Weight::Stored(super::executor::stored(builder.plan, builder.weights, id)?);
-                let matrix = Matrix::upload(&mut builder.uploader, gpu, "score head", &[part], Order::Plain, None)?;
-                builder.weight_bytes += matrix.bytes();
-                matrix
-            }
-        };
+        let matrix = builder.resident.head.clone();
         let width = matrix.rows as usize;
         let padded = width.next_multiple_of(TOKEN_TILE as usize);
         let fitting = usize::try_from(gpu.max_binding() / (4 * padded as u64)).unwrap_or(usize::MAX);
@@ -119,17 +108,24 @@ impl Head {
         let [_, columns] = flags.workgroup_tile();
         let tiles = matrix.rows.div_ceil(columns);
         let (storage, copy) = (wgpu::BufferUsages::STORAGE, wgpu::BufferUsages::COPY_SRC);
-        let buffer = |what: &str, each: usize, rows: usize, usage| gpu.buffer(what, (rows * each) as u64, usage);
-        let logits = buffer("logits", padded * 4, block, storage | copy)?;
-        let stats = buffer("statistics", tiles as usize * size_of::<RowStats>(), block, storage)?;
-        let targets = buffer("targets", 4, max_rows, storage)?;
-        let requests = buffer("requests", size_of::<sample::Request>(), max_rows, storage)?;
-        let edits = buffer("edits", size_of::<Edit>(), most_edits(spec.vocab_size), storage)?;
-        let masks = buffer("masks", spec.vocab_size.div_ceil(32) * 4, block, storage)?;
-        let kept_ids = buffer("kept ids", sample::MAX_KEPT_IDS * 4, block, storage | copy)?;
-        let joined = buffer("statistics", size_of::<RowStats>(), max_rows, storage | copy)?;
-        let best = buffer("alternatives", MAX_K * size_of::<Candidate>(), block, storage | copy)?;
-        let readback = buffer("read-back", 64, max_rows, wgpu::BufferUsages::MAP_READ)?;
+        type Held = fn(&Head) -> &wgpu::Buffer;
+        let buffer = |what: &str, each: usize, rows: usize, usage, held: Held| match old {
+            Some(old) => Ok(held(old).clone()),
+            None => gpu.buffer(what, (rows * each) as u64, usage),
+        };
+        let logits = buffer("logits", padded * 4, block, storage | copy, |h| &h.logits)?;
+        let stats = buffer("statistics", tiles as usize * size_of::<RowStats>(), block, storage, |h| &h.stats)?;
+        let targets = buffer("targets", 4, max_rows, storage, |h| &h.targets)?;
+        let requests = buffer("requests", size_of::<sample::Request>(), max_rows, storage, |h| &h.requests)?;
+        let edits = buffer("edits", size_of::<Edit>(), most_edits(spec.vocab_size), storage, |h| &h.edits)?;
+        let masks = buffer("masks", spec.vocab_size.div_ceil(32) * 4, block, storage, |h| &h.masks)?;
+        let kept_ids = buffer("kept ids", sample::MAX_KEPT_IDS * 4, block, storage | copy, |h| &h.kept_ids)?;
+        let joined = buffer("statistics", size_of::<RowStats>(), max_rows, storage | copy, |h| &h.joined)?;
+        let best = buffer("alternatives", MAX_K * size_of::<Candidate>(), block, storage | copy, |h| &h.best)?;
+        let readback = match old {
+            Some(old) => old.readback.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            None => gpu.buffer("read-back", 64 * max_rows as u64, wgpu::BufferUsages::MAP_READ)?,
+        };
         let b = builder.buffers;
         let mut slices = Vec::new();
         for slice in &matrix.slices {
@@ -187,6 +183,7 @@ impl Head {
             masks,
             kept_ids,
             logits,
+            stats,
             joined,
             best,
             readback: Mutex::new(readback),

@@ -1,23 +1,20 @@
-//! The dispatches from token ids to the final norm, built once: seven a layer, eight where few rows see many keys.
+//! The dispatches from token ids to the final norm, built once: seven a layer, one more where few rows see many keys, and
+//! one where matrix units compute the attention of rows that come alone and of many.
 //!
 //! norm → queries, keys and values (with rope, into the cache) → attention (→ joining
 //! its segments) → output product onto the residual stream →
 //! norm → gate and up with silu → down product onto the residual stream.
 
 use super::adapters::{Adaptable, HalfBound, Product};
+use super::attention::Work;
 use super::device::Gpu;
 use super::matrix::{Matrix, Order, Slice};
 use super::pipelines::{Flags, Format, Pipelines, TileShape};
 use super::record::{Bound, Dispatch, Params, fold};
-use super::upload::Uploader;
-use crate::backend::cpu::Pool;
+use super::resident::{Merged, Resident};
 use crate::error::{Error, Result};
-use crate::kernels::linear::{Quantised, Weight};
-use crate::kernels::{
-    Kernel, attention, attention_join, embed, gather_rows, linear, linear_gated, linear_qkv, rms_norm,
-};
-use crate::model::{Buf, MatrixId, ModelSpec, Op, Plan, Projection, VectorId};
-use crate::weights::{Dtype, WeightFormat, Weights};
+use crate::kernels::{Kernel, attention_tiles, embed, gather_rows, linear, linear_gated, linear_qkv, rms_norm};
+use crate::model::{Buf, ModelSpec, Op, Plan, Projection, VectorId};
 
 /// What a step's dispatches depend on.
 #[derive(Clone, Copy, Debug)]
@@ -30,15 +27,10 @@ pub(super) struct Dims {
     pub first_row: u32,
     pub first_output: u32,
     pub first_drawn: u32,
-    /// Tiles of attention, the first of them, and the segments of keys that are computed side by side.
-    pub tiles: u32,
-    pub first_tile: u32,
-    pub segments: u32,
-    /// Keys that the rows see together.
-    pub keys: u64,
+    pub attention: Work,
 }
 
-type Rule = Box<dyn Fn(&Dims) -> Dispatch + Send>;
+pub(super) type Rule = Box<dyn Fn(&Dims) -> Dispatch + Send>;
 
 /// A dispatch whose bindings never change.
 pub(super) struct Call {
@@ -63,6 +55,7 @@ pub(super) struct Buffers {
     pub hidden: wgpu::Buffer,
     /// A norm's output [T, D]; f16 for matrix units.
     pub normed: wgpu::Buffer,
+    /// [T, H·E]; f16 where attention uses matrix units.
     pub q: wgpu::Buffer,
     /// [T, H·E]; f16 for matrix units.
     pub attn: wgpu::Buffer,
@@ -82,25 +75,17 @@ pub(super) struct Builder<'a> {
     pub gpu: &'a Gpu,
     pub spec: &'a ModelSpec,
     pub plan: &'a Plan,
-    pub weights: &'a Weights,
+    pub resident: &'a Resident,
     pub buffers: &'a Buffers,
     pub pipelines: Pipelines,
-    pub uploader: Uploader<'a>,
-    pub pool: &'a Pool,
-    pub format: WeightFormat,
-    /// Matrices that may be held in another format than they are stored in.
-    pub quantisable: &'a [MatrixId],
     /// Rows of the matrix units' tiles, if products use them.
     pub tile: Option<u32>,
+    /// The same, if attention does too.
+    pub attention_tile: Option<u32>,
     pub half_kv: bool,
     pub calls: Vec<Call>,
     /// That adapters may change.
     pub products: Vec<Product>,
-    /// The embedding table, where it is the head too.
-    pub tied: Option<Matrix>,
-    pub weight_bytes: u64,
-    pub underflows: u64,
-    pub weight_count: u64,
 }
 
 /// How many rows a workgroup should take.
@@ -177,7 +162,7 @@ fn by_row<T: bytemuck::Pod>(rows: u32, bytes_a_row: u64, params: &T) -> Dispatch
 }
 
 impl Builder<'_> {
-    fn push(
+    pub(super) fn push(
         &mut self,
         kernel: &Kernel,
         flags: Flags,
@@ -191,7 +176,13 @@ impl Builder<'_> {
     }
 
     /// The same for a slice of the product that was described last.
-    fn push_product(&mut self, kernel: &'static Kernel, flags: Flags, storage: &[&wgpu::Buffer], rule: Rule) -> Result<()> {
+    fn push_product(
+        &mut self,
+        kernel: &'static Kernel,
+        flags: Flags,
+        storage: &[&wgpu::Buffer],
+        rule: Rule,
+    ) -> Result<()> {
         let shapes = shapes(flags);
         self.push(kernel, flags, shapes, storage, rule)?;
         let storage = storage.iter().map(|b| (*b).clone()).collect();
@@ -216,74 +207,6 @@ impl Builder<'_> {
         });
     }
 
-    /// Uploads what `projections` multiply with, merged.
-    pub(super) fn matrix(
-        &mut self,
-        name: &str,
-        projections: &[&Projection],
-        order: Order,
-        tiled: bool,
-    ) -> Result<Matrix> {
-        // What is quantised is let go of once it is on the device.
-        let mut integers = Vec::new();
-        let mut views = Vec::new();
-        for p in projections {
-            let view = super::executor::stored(self.plan, self.weights, p.weight)?;
-            let format = if self.is_quantised(p.weight) { self.format } else { WeightFormat::Stored };
-            let quantised = Quantised::of(format, view, self.pool)
-                .map_err(|e| e.at(format!("tensor {:?}", self.plan.matrices[p.weight.0].name)))?;
-            integers.push(quantised);
-            views.push(view);
-        }
-        let weight =
-            |(quantised, view)| Option::map_or(Option::as_ref(quantised), Weight::Stored(view), Quantised::weight);
-        let parts: Vec<Weight> = integers.iter().zip(views).map(weight).collect();
-        let tile = if tiled { self.tile } else { None };
-        let matrix = Matrix::upload(&mut self.uploader, self.gpu, name, &parts, order, tile)?;
-        if matrix.half.overflows() > 0 {
-            return Err(Error::unsupported(format!(
-                "{name}: {} weights are beyond the range of f16",
-                matrix.half.overflows()
-            )));
-        }
-        self.weight_bytes += matrix.bytes();
-        self.underflows += matrix.half.underflows();
-        self.weight_count += u64::from(matrix.rows) * u64::from(matrix.cols);
-        Ok(matrix)
-    }
-
-    /// True if the matrix is not held as it is stored.
-    pub(super) fn is_quantised(&self, id: MatrixId) -> bool {
-        self.format != WeightFormat::Stored && self.quantisable.contains(&id)
-    }
-
-    fn vector(&self, id: VectorId) -> Result<Vec<f32>> {
-        Ok(self.weights.get(&self.plan.vectors[id.0].name)?.to_f32())
-    }
-
-    fn upload_vector(&mut self, name: &str, values: &[f32]) -> Result<wgpu::Buffer> {
-        let buffer = self.gpu.buffer(name, values.len() as u64 * 4, wgpu::BufferUsages::STORAGE)?;
-        self.gpu.checked(name, || self.gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(values)))?;
-        self.weight_bytes += buffer.size();
-        Ok(buffer)
-    }
-
-    /// The biases of merged projections, if there is any, and their largest magnitude.
-    fn bias(&mut self, name: &str, projections: &[&Projection], order: Order) -> Result<(Option<wgpu::Buffer>, f32)> {
-        if projections.iter().all(|p| p.bias.is_none()) {
-            return Ok((None, 0.0));
-        }
-        let mut vectors = Vec::new();
-        for p in projections {
-            vectors.push(p.bias.map(|id| self.vector(id)).transpose()?);
-        }
-        let lengths: Vec<usize> = projections.iter().map(|p| self.plan.matrices[p.weight.0].shape[0]).collect();
-        let vectors: Vec<Option<&[f32]>> = vectors.iter().map(Option::as_deref).collect();
-        let merged = order.merge(&vectors, &lengths);
-        let largest = merged.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        Ok((Some(self.upload_vector(name, &merged)?), largest))
-    }
-
     /// A norm over all rows, or over the rows that have outputs; the Euclidean length that a row of it can have.
     fn norm(
         &mut self,
@@ -293,8 +216,7 @@ impl Builder<'_> {
         all: bool,
         half_out: bool,
     ) -> Result<f32> {
-        let values = self.vector(weight)?;
-        let buffer = self.upload_vector("norm", &values)?;
+        let norm = self.resident.norm(weight)?;
         let (width, eps) = (self.spec.hidden_size as u32, self.spec.rms_norm_eps);
         let bytes = u64::from(width) * if half_out { 6 } else { 8 };
         let rule: Rule = Box::new(move |d| {
@@ -302,9 +224,8 @@ impl Builder<'_> {
             by_row(rows, bytes, &rms_norm::Params { rows, width, eps })
         });
         let flags = Flags { half_out, ..Flags::default() };
-        self.push(&rms_norm::KERNEL, flags, &[TileShape::Narrow], &[x, &buffer, out], rule)?;
-        let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-        Ok(largest * (width as f32).sqrt())
+        self.push(&rms_norm::KERNEL, flags, &[TileShape::Narrow], &[x, &norm.buffer, out], rule)?;
+        Ok(norm.length(self.spec))
     }
 
     /// Builds the calls of every op.
@@ -317,7 +238,7 @@ impl Builder<'_> {
         while let Some(op) = ops.next() {
             let b = self.buffers;
             match op {
-                Op::Embed { table, .. } => self.embed(*table)?,
+                Op::Embed { .. } => self.embed()?,
                 Op::Linear { norm: Some(norm), parts, .. } => {
                     let layer = match (ops.next(), ops.next(), ops.next()) {
                         (Some(Op::Rope { .. }), Some(Op::Rope { .. }), Some(Op::KvWrite { layer })) => *layer,
@@ -328,9 +249,9 @@ impl Builder<'_> {
                 }
                 Op::Attention { layer } => self.attention(*layer)?,
                 Op::LinearAdd { x: Buf::Attn, part, .. } => {
-                    self.onto_residual("attention output", &b.attn, part, 1.0)?
+                    self.onto_residual(&b.attn, part, 1.0)?;
                 }
-                Op::LinearAdd { part, .. } => self.onto_residual("mlp down", &b.gated, part, 1.0 / gated_scale)?,
+                Op::LinearAdd { part, .. } => self.onto_residual(&b.gated, part, 1.0 / gated_scale)?,
                 Op::LinearGated { norm, gate, up, .. } => {
                     let length = self.norm(&b.hidden, *norm, &b.normed, true, half)?;
                     gated_scale = self.gated(gate, up, length)?;
@@ -346,10 +267,7 @@ impl Builder<'_> {
                 }
                 Op::RmsNorm { weight, .. } => {
                     let language_model = matches!(spec.head, crate::model::Head::LanguageModel { .. });
-                    let length = self.norm(&b.picked_rows, *weight, &b.last, false, half && language_model)?;
-                    if half && language_model {
-                        fits_half("the final norm", length)?;
-                    }
+                    self.norm(&b.picked_rows, *weight, &b.last, false, half && language_model)?;
                 }
                 Op::Linear { norm: None, .. } | Op::Rope { .. } | Op::KvWrite { .. } => {
                     return Err(Error::internal("the plan has an op that the GPU cannot fuse"));
@@ -359,19 +277,9 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn embed(&mut self, table: MatrixId) -> Result<()> {
+    fn embed(&mut self) -> Result<()> {
         let b = self.buffers;
-        let tied = table == self.plan.head;
-        let projection = Projection { weight: table, bias: None };
-        let matrix = if tied && self.tile.is_some() {
-            self.matrix("embedding", &[&projection], Order::Plain, true)?
-        } else {
-            // As stored, also where its product form is quantised.
-            let part = Weight::Stored(super::executor::stored(self.plan, self.weights, table)?);
-            let matrix = Matrix::upload(&mut self.uploader, self.gpu, "embedding", &[part], Order::Plain, None)?;
-            self.weight_bytes += matrix.bytes();
-            matrix
-        };
+        let matrix = &self.resident.table;
         for slice in &matrix.slices {
             let (width, stride, first, count) = (matrix.cols, matrix.stride, slice.first, slice.count);
             let storage = [&b.rows, &b.drawn, &slice.buffer, &b.hidden];
@@ -382,33 +290,25 @@ impl Builder<'_> {
             });
             self.push(&embed::KERNEL, matrix.variant(), &[TileShape::Narrow], &storage, rule)?;
         }
-        if tied {
-            self.tied = Some(matrix);
-        }
         Ok(())
     }
 
     fn qkv(&mut self, layer: usize, parts: &[&Projection], length: f32) -> Result<()> {
         let spec = self.spec;
         let (heads, kv_heads, head_dim) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32);
-        let order = Order::Rotated { rotated_heads: spec.heads + spec.kv_heads, head_dim: spec.head_dim };
-        let matrix = self.matrix("queries, keys, values", parts, order, true)?;
-        let (bias, largest) = self.bias("queries, keys, values", parts, order)?;
-        // Rotation mixes two elements, and yarn scales it.
-        let (_, rope_factor) = spec.rope.frequencies(0);
-        let rotated = std::f32::consts::SQRT_2 * rope_factor.abs().max(1.0);
-        let rest = length * matrix.half.longest_row() + largest;
-        if self.tile.is_some() {
-            fits_half("the normed inputs", length)?;
-            fits_half("keys and values", rest * rotated)?;
-        }
+        let order = Order::rotated(spec);
+        let Some(first) = parts.first() else { return Err(Error::internal("no projections")) };
+        let merged = self.resident.merged(first)?;
+        let (rest, factor) = rotated_bound(spec, length, merged, self.tile.is_some())?;
+        let (matrix, bias) = (&merged.matrix, merged.bias.as_ref());
         let b = self.buffers;
-        self.describe(parts, order, &b.normed, 1.0, HalfBound::Rotated { length, rest, factor: rotated });
+        self.describe(parts, order, &b.normed, 1.0, HalfBound::Rotated { length, rest, factor });
         let (keys, values) = &b.kv[layer];
-        let flags = Flags { half_kv: self.half_kv, ..matrix.variant() };
+        let half_q = self.attention_tile.is_some();
+        let q_scale = if half_q { attention_tiles::query_scale(spec.head_dim) } else { 1.0 };
+        let flags = Flags { half_kv: self.half_kv, half_q, ..matrix.variant() };
         for slice in &matrix.slices {
             let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
-            let bias = bias.as_ref();
             let storage =
                 [&b.normed, &slice.buffer, scales, bias.unwrap_or(&b.nothing), &b.rows, &b.cos_sin, &b.q, keys, values];
             let (k, stride, count, first) = (matrix.cols, matrix.stride, slice.count, slice.first);
@@ -427,6 +327,7 @@ impl Builder<'_> {
                     kv_heads,
                     head_dim,
                     first_meta: d.first_row,
+                    q_scale,
                 };
                 product(flags, [d.rows, count, k], bytes, &params)
             });
@@ -435,66 +336,15 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn attention(&mut self, layer: usize) -> Result<()> {
-        let (spec, b) = (self.spec, self.buffers);
-        let (keys, values) = &b.kv[layer];
-        let (heads, kv_heads, head_dim) = (spec.heads as u32, spec.kv_heads as u32, spec.head_dim as u32);
-        let storage = [&b.rows, &b.tiles, &b.tables, &b.q, keys, values, &b.attn, &b.partials];
-        let scale = 1.0 / (spec.head_dim as f32).sqrt();
-        let window = spec.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
-        let key_bytes = 2 * (spec.kv_width() as u64) * if self.half_kv { 2 } else { 4 };
-        let width = spec.q_width() as u64;
-        let rule: Rule = Box::new(move |d| {
-            let params = attention::Params {
-                rows: d.rows,
-                heads,
-                kv_heads,
-                head_dim,
-                scale,
-                window,
-                segments: d.segments,
-                first_meta: d.first_row,
-                first_tile: d.first_tile,
-            };
-            Dispatch {
-                shape: TileShape::Narrow,
-                params: Params::of(&params),
-                groups: attention::workgroups(&params, d.tiles as usize),
-                bytes: d.keys * key_bytes + u64::from(d.rows) * 8 * width,
-                multiply_adds: 2 * d.keys * width,
-            }
-        });
-        let half_out = self.tile.is_some();
-        let vec4 = head_dim.is_multiple_of(4);
-        let flags = Flags { vec4, half_kv: self.half_kv, half_out, head_dim, ..Flags::default() };
-        self.push(&attention::KERNEL, flags, &[TileShape::Narrow], &storage, rule)?;
-        let storage = [&b.partials, &b.attn];
-        let rule: Rule = Box::new(move |d| {
-            // One segment needs no joining.
-            let rows = if d.segments > 1 { d.rows } else { 0 };
-            let params = attention_join::Params { rows, heads, head_dim, segments: d.segments };
-            Dispatch {
-                shape: TileShape::Narrow,
-                params: Params::of(&params),
-                groups: attention_join::workgroups(&params),
-                bytes: u64::from(rows) * 4 * width * u64::from(d.segments + 1),
-                multiply_adds: 0,
-            }
-        });
-        let flags = Flags { half_out, ..Flags::default() };
-        self.push(&attention_join::KERNEL, flags, &[TileShape::Narrow], &storage, rule)
-    }
-
-    fn onto_residual(&mut self, name: &str, x: &wgpu::Buffer, part: &Projection, scale: f32) -> Result<()> {
-        let matrix = self.matrix(name, &[part], Order::Plain, true)?;
-        let (bias, _) = self.bias(name, &[part], Order::Plain)?;
+    fn onto_residual(&mut self, x: &wgpu::Buffer, part: &Projection, scale: f32) -> Result<()> {
+        let Merged { matrix, bias, .. } = self.resident.merged(part)?;
         self.describe(&[part], Order::Plain, x, scale, HalfBound::None);
         let b = self.buffers;
         let flags = matrix.variant();
         for slice in &matrix.slices {
             let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
             let storage = [x, &slice.buffer, scales, bias.as_ref().unwrap_or(&b.nothing), &b.hidden];
-            let base = linear::Params { accumulate: 1, scale, ..base(&matrix, slice, bias.is_some()) };
+            let base = linear::Params { accumulate: 1, scale, ..base(matrix, slice, bias.is_some()) };
             let bytes = slice_bytes(slice);
             let rule: Rule = Box::new(move |d| {
                 let params = linear::Params { rows: d.rows, ..base };
@@ -507,30 +357,22 @@ impl Builder<'_> {
 
     /// The gated products; what their result is multiplied by to fit f16.
     fn gated(&mut self, gate: &Projection, up: &Projection, length: f32) -> Result<f32> {
-        let matrix = self.matrix("mlp gate and up", &[gate, up], Order::Interleaved, true)?;
-        let (bias, largest) = self.bias("mlp gate and up", &[gate, up], Order::Interleaved)?;
-        let mut scale = 1.0f32;
-        // |silu(g)| ≤ |g|, and neither factor is larger than the lengths of a row and of the input allow.
-        let factor = length * matrix.half.longest_row() + largest;
-        if self.tile.is_some() {
-            fits_half("the normed inputs", length)?;
-            while factor * factor * scale > HALF_BOUND {
-                scale /= 2.0;
-            }
-            if scale < LEAST_SCALE {
-                return Err(Error::unsupported(format!(
-                    "mlp: results can be as large as {:e}, too much for f16",
-                    factor * factor
-                )));
-            }
-        }
+        let merged = self.resident.merged(gate)?;
+        let (factor, scale) = gated_scale(length, merged, self.tile.is_some())?;
+        let Merged { matrix, bias, .. } = merged;
         let b = self.buffers;
-        self.describe(&[gate, up], Order::Interleaved, &b.normed, 1.0, HalfBound::Gated { length, rest: factor, scale });
+        self.describe(
+            &[gate, up],
+            Order::Interleaved,
+            &b.normed,
+            1.0,
+            HalfBound::Gated { length, rest: factor, scale },
+        );
         let flags = Flags { half_out: self.tile.is_some(), ..matrix.variant() };
         for slice in &matrix.slices {
             let scales = slice.scales.as_ref().unwrap_or(&b.nothing);
             let storage = [&b.normed, &slice.buffer, scales, bias.as_ref().unwrap_or(&b.nothing), &b.gated];
-            let base = base(&matrix, slice, bias.is_some());
+            let base = base(matrix, slice, bias.is_some());
             let bytes = slice_bytes(slice);
             let rule: Rule = Box::new(move |d| {
                 let params = linear_gated::Params {
@@ -559,20 +401,44 @@ pub(super) const HALF_BOUND: f32 = 32_752.0;
 pub(super) const LEAST_SCALE: f32 = 1.0 / 4096.0;
 
 /// An error if `what` can be larger than f16 allows.
-fn fits_half(what: &str, bound: f32) -> Result<()> {
+pub(super) fn fits_half(what: &str, bound: f32) -> Result<()> {
     if bound <= HALF_BOUND {
         return Ok(());
     }
     Err(Error::unsupported(format!("{what} can be as large as {bound:e}, too much for f16")))
 }
 
-/// True if the products of a model can be f16 in tiles: 16-bit weights, and whole tiles along K.
-pub(super) fn can_tile(spec: &ModelSpec, plan: &Plan, weights: &Weights, tile: u32) -> Result<bool> {
-    let whole = [spec.hidden_size, spec.q_width(), spec.intermediate_size].iter().all(|n| n % tile as usize == 0);
-    for id in plan.quantisable(spec) {
-        if weights.get(&plan.matrices[id.0].name)?.dtype() == Dtype::F32 {
-            return Ok(false);
+/// How large queries, keys and values can become for inputs of a length: before the rotation, and the rotation's factor.
+pub(super) fn rotated_bound(spec: &ModelSpec, length: f32, merged: &Merged, is_tiled: bool) -> Result<(f32, f32)> {
+    // Rotation mixes two elements, and yarn scales it.
+    let (_, rope_factor) = spec.rope.frequencies(0);
+    let factor = std::f32::consts::SQRT_2 * rope_factor.abs().max(1.0);
+    let rest = length * merged.matrix.half.longest_row() + merged.largest_bias;
+    if is_tiled {
+        fits_half("the normed inputs", length)?;
+        // Queries are scaled down after that.
+        fits_half("queries, keys and values", rest * factor)?;
+    }
+    Ok((rest, factor))
+}
+
+/// How large a factor of the gated products can become for inputs of a length, and what their result is multiplied by to
+/// fit f16.
+pub(super) fn gated_scale(length: f32, merged: &Merged, is_tiled: bool) -> Result<(f32, f32)> {
+    let mut scale = 1.0f32;
+    // |silu(g)| ≤ |g|, and neither factor is larger than the lengths of a row and of the input allow.
+    let factor = length * merged.matrix.half.longest_row() + merged.largest_bias;
+    if is_tiled {
+        fits_half("the normed inputs", length)?;
+        while factor * factor * scale > HALF_BOUND {
+            scale /= 2.0;
+        }
+        if scale < LEAST_SCALE {
+            return Err(Error::unsupported(format!(
+                "mlp: results can be as large as {:e}, too much for f16",
+                factor * factor
+            )));
         }
     }
-    Ok(whole)
+    Ok((factor, scale))
 }

@@ -11,6 +11,7 @@ use super::pipelines::{Flags, Format};
 use super::upload::Uploader;
 use crate::error::{Error, Result};
 use crate::kernels::linear::{INT4_BLOCK, INT8_BLOCK, Weight};
+use crate::model::ModelSpec;
 use crate::weights::Dtype;
 
 /// Rows of a slice are a multiple of this: whole tiles of every shape, and pairs stay together.
@@ -47,6 +48,11 @@ impl Order {
             }
             Order::Rotated { .. } => plain(row),
         }
+    }
+
+    /// That of queries, keys and values.
+    pub(super) fn rotated(spec: &ModelSpec) -> Self {
+        Order::Rotated { rotated_heads: spec.heads + spec.kv_heads, head_dim: spec.head_dim }
     }
 
     /// The elements of vectors that belong to the rows; a missing one counts as zeros.

@@ -1,6 +1,7 @@
 //! The GPU executor: the shaders, through wgpu, over copies of the weights.
 
 mod adapters;
+mod attention;
 mod blocks;
 mod cache;
 mod device;
@@ -12,14 +13,16 @@ mod matrix;
 mod pipelines;
 mod probe;
 mod record;
+mod resident;
 mod select;
 mod self_test;
 mod upload;
 
 pub use device::{Gpu, GpuOptions, MatrixUnits};
 pub(crate) use executor::scratch_bytes;
-pub use executor::{GpuExecutor, GpuWeights, Uploaded};
+pub use executor::{GpuExecutor, GpuWeights};
 pub use pipelines::{Flags, Format, TileShape, resolve};
 pub use probe::{Probe, dispatch_once};
+pub use resident::Resident;
 pub use select::{DeviceInfo, DeviceType, Selection, list_devices};
-pub use self_test::{pack_tiles, tiled_product};
+pub use self_test::{pack_tiles, tiled_attention, tiled_product};

@@ -73,7 +73,9 @@ pub struct Flags {
     pub half_in: bool,
     /// Rows have adapters.
     pub adapters: bool,
-    /// E, for the kernel that takes fewer queries at a time where heads are large.
+    /// Queries are f16.
+    pub half_q: bool,
+    /// E, for the kernels of attention, which take fewer queries at a time where heads are large.
     pub head_dim: u32,
 }
 
@@ -93,7 +95,8 @@ impl Flags {
 
     /// True if the shader needs 16-bit floats.
     pub fn needs_f16(self) -> bool {
-        self.native_f16() || self.tile().is_some() || self.half_out || self.half_kv || self.half_in
+        let half = self.half_out || self.half_kv || self.half_in || self.half_q;
+        self.native_f16() || self.tile().is_some() || half
     }
 
     /// True if the shader needs matrix units.
@@ -133,6 +136,8 @@ impl Flags {
             "HALF_KV" => self.half_kv,
             "HALF_IN" => self.half_in,
             "ADAPTERS" => self.adapters,
+            "HALF_Q" => self.half_q,
+            "HEAD_ABOVE_64" => self.head_dim > 64,
             "HEAD_ABOVE_128" => self.head_dim > 128,
             "HEAD_ABOVE_256" => self.head_dim > 256,
             _ => false,
@@ -195,7 +200,7 @@ pub(super) struct Pipeline {
 }
 
 /// The pipelines built so far. Variants of a kernel share its layout, and so a bind group, but for those with adapters.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Pipelines {
     /// With adapters and without.
     layouts: HashMap<(&'static str, bool), wgpu::BindGroupLayout>,

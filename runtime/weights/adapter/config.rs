@@ -123,7 +123,11 @@ impl AdapterConfig {
             },
             excluded: fields.names("exclude_modules")?,
             layers,
-            layers_patterns: layers_patterns.iter().filter(|n| !n.is_empty()).map(index_after).collect::<Result<_>>()?,
+            layers_patterns: layers_patterns
+                .iter()
+                .filter(|n| !n.is_empty())
+                .map(index_after)
+                .collect::<Result<_>>()?,
             ranks: fields.patterns("rank_pattern", &format!("a rank from 1 to {MAX_RANK}"), |v| {
                 v.as_u64().filter(|r| (1..=MAX_RANK).contains(r)).map(|r| r as usize)
             })?,
@@ -312,16 +316,13 @@ impl Fields<'_> {
                 let numbers: Option<Vec<u64>> = list.iter().map(Value::as_u64).collect();
                 numbers.map(Some).ok_or_else(|| self.wrong("layers_to_transform", want))
             }
-            Some(one) => {
-                one.as_u64().map(|n| Some(vec![n])).ok_or_else(|| self.wrong("layers_to_transform", want))
-            }
+            Some(one) => one.as_u64().map(|n| Some(vec![n])).ok_or_else(|| self.wrong("layers_to_transform", want)),
         }
     }
 
     fn list(&self, key: &str) -> Result<Vec<String>> {
         let list = self.get(key).and_then(Value::as_array);
-        let names: Option<Vec<String>> =
-            list.and_then(|l| l.iter().map(|v| v.as_str().map(str::to_owned)).collect());
+        let names: Option<Vec<String>> = list.and_then(|l| l.iter().map(|v| v.as_str().map(str::to_owned)).collect());
         match names {
             Some(names) if names.len() > MAX_NAMES => {
                 Err(Error::limit(format!("{PLACE}: {key:?} has {} names, at most {MAX_NAMES}", names.len())))
@@ -395,7 +396,11 @@ mod tests {
             .map(|name| format!("model.layers.{name}"));
         assert!(!config.targets(&q0).unwrap() && config.targets(&q1).unwrap());
         assert_eq!((config.rank_of(&q1).unwrap(), config.scale_of(&q1).unwrap()), (8, 2.0));
-        assert_eq!((config.rank_of(&v1).unwrap(), config.scale_of(&v1).unwrap()), (2, 1.5), "the first pattern that fits");
+        assert_eq!(
+            (config.rank_of(&v1).unwrap(), config.scale_of(&v1).unwrap()),
+            (2, 1.5),
+            "the first pattern that fits"
+        );
         let v0 = "model.layers.0.self_attn.v_proj";
         assert_eq!((config.rank_of(v0).unwrap(), config.scale_of(v0).unwrap()), (4, 0.75));
     }
