@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::engine::{AdapterContent, NewAdapter};
 use crate::error::{Error, Result};
 use crate::runtime::Model;
-use crate::weights::{AdapterCheckpoint, LoadOptions};
+use crate::weights::{AdapterCheckpoint, AdapterWeights, LoadOptions};
 
 /// How an adapter is loaded.
 #[derive(Clone, Debug, Default)]
@@ -59,8 +59,7 @@ struct Inner {
 #[derive(Clone)]
 struct Loaded {
     content: Arc<AdapterContent>,
-    rank: usize,
-    bytes: u64,
+    weights: Arc<AdapterWeights>,
     folder: PathBuf,
 }
 
@@ -104,11 +103,12 @@ impl Model {
             )));
         }
         let weights = Arc::new(checkpoint.read()?);
-        let (rank, bytes) = (weights.rank(), weights.bytes());
         let content = Arc::new(AdapterContent { id: NEXT.fetch_add(1, Ordering::Relaxed), version });
-        self.add_adapter(NewAdapter { content: content.clone(), weights, room }).map_err(|e| e.at(folder.display()))?;
-        log::info!("{}: adapter {name:?}, version {version}, rank {rank}, {} KiB", folder.display(), bytes >> 10);
-        Ok(Loaded { content, rank, bytes, folder: folder.to_owned() })
+        self.add_adapter(NewAdapter { content: content.clone(), weights: weights.clone(), room })
+            .map_err(|e| e.at(folder.display()))?;
+        let (rank, kib) = (weights.rank(), weights.bytes() >> 10);
+        log::info!("{}: adapter {name:?}, version {version}, rank {rank}, {kib} KiB", folder.display());
+        Ok(Loaded { content, weights, folder: folder.to_owned() })
     }
 }
 
@@ -124,7 +124,7 @@ impl Adapter {
 
     /// The largest rank of its modules.
     pub fn rank(&self) -> usize {
-        self.current().rank
+        self.current().weights.rank()
     }
 
     /// The version that results of new requests carry.
@@ -134,7 +134,7 @@ impl Adapter {
 
     /// Bytes of its values; the device may take somewhat more.
     pub fn bytes(&self) -> u64 {
-        self.current().bytes
+        self.current().weights.bytes()
     }
 
     /// The folder it was last loaded from.
@@ -155,6 +155,14 @@ impl Adapter {
         drop(old);
         model.free_adapters();
         Ok(())
+    }
+
+    pub(crate) fn model(&self) -> &Model {
+        &self.inner.freed.0
+    }
+
+    pub(crate) fn weights(&self) -> Arc<AdapterWeights> {
+        self.current().weights
     }
 
     /// What a request of `model` gets.

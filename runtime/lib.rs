@@ -42,6 +42,7 @@ mod follow;
 mod guide;
 pub mod kernels;
 mod lifecycle;
+mod merge;
 pub mod model;
 mod request;
 mod runtime;
@@ -63,6 +64,7 @@ pub use follow::{FollowOptions, Follower};
 pub use guide::Guide;
 pub use kernels::linear::Precision;
 pub use lifecycle::Tags;
+pub use merge::MergedAdapter;
 pub use request::{
     LogprobRequest, MAX_SEQUENCES, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
 };

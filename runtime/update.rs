@@ -10,7 +10,7 @@ use crate::engine::{InFlight, Lane};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Head;
 use crate::runtime::Model;
-use crate::weights::{Delta, Staging, StagingRules, TensorData, Weights};
+use crate::weights::{Delta, Staging, StagingRules, Tensor, TensorData, Weights};
 
 /// Where the new weights are until they are committed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -280,6 +280,25 @@ impl Update {
             delta.apply(name, model.bytes(), out)
         })?;
         Ok(delta.version())
+    }
+
+    /// Takes tensors that `make` computes from the model's present ones, which it returns.
+    pub(crate) fn derive(
+        &mut self,
+        names: &[String],
+        make: impl Fn(&str, &Tensor, &mut [u8]) -> Result<()>,
+    ) -> Result<Vec<(String, Tensor)>> {
+        self.room(names)?;
+        let staging = self.staging()?;
+        let originals = names.iter().map(|name| Ok((name.clone(), staging.present(name)?.clone())));
+        let originals = originals.collect::<Result<_>>()?;
+        staging.derive_all(names, make)?;
+        Ok(originals)
+    }
+
+    /// The generation that the weights will have once this is committed.
+    pub(crate) fn next_generation(&self) -> u64 {
+        self.generation + 1
     }
 
     /// Makes the new weights the model's: waits for, ends or stops the sequences under way, then changes all weights

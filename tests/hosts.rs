@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::checkpoints::{save, tensors, trained};
 use common::{golden, smollm2};
 
 fn root() -> &'static Path {
@@ -61,7 +62,9 @@ fn the_header_compiles_alone_in_every_standard() {
     let source = folder.path().join("twice.c");
     let text = "#include \"rewardrt.h\"\n#include \"rewardrt.h\"\n\
         rrt_open_opts a = RRT_OPEN_OPTS_INIT; rrt_model_opts b = RRT_MODEL_OPTS_INIT;\n\
-        rrt_sample_req c = RRT_SAMPLE_REQ_INIT; rrt_score_req d = RRT_SCORE_REQ_INIT;\n";
+        rrt_sample_req c = RRT_SAMPLE_REQ_INIT; rrt_score_req d = RRT_SCORE_REQ_INIT;\n\
+        rrt_update_opts e = RRT_UPDATE_OPTS_INIT; rrt_tensor_desc f = RRT_TENSOR_DESC_INIT;\n\
+        rrt_adapter_opts g = RRT_ADAPTER_OPTS_INIT;\n";
     std::fs::write(&source, text).unwrap();
     for (compiler, language, standard) in [
         ("cc", "c", "c99"),
@@ -96,7 +99,7 @@ fn exported_symbols_are_the_prototypes() {
         .filter_map(|line| line.split_once('(')?.0.split([' ', '*']).next_back().map(str::to_owned))
         .filter(|name| name.starts_with("rrt_"))
         .collect();
-    assert!(declared.len() >= 28, "{declared:?}");
+    assert!(declared.len() >= 45, "{declared:?}");
     assert_eq!(exported, declared);
 }
 
@@ -120,6 +123,21 @@ fn the_example_samples_and_scores() {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(text.lines().filter(|l| l.starts_with("yes 0.")).count(), 4, "{text}");
     assert!(text.contains("Paris"), "{text}");
+}
+
+#[test]
+fn the_example_takes_new_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("update");
+    compile_sanitized("ffi/examples/update.c", &program);
+    let next = folder.path().join("next");
+    save(&trained(&tensors(&golden("llama-gqa-9-3")), 1), &golden("llama-gqa-9-3"), &next);
+    let output = run(without_vulkan(&program).arg(golden("llama-gqa-9-3")).arg(&next).arg("cpu"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    let tokens = |i: usize| lines[i].strip_prefix(&format!("version {i}:")).unwrap();
+    assert!(tokens(0) != tokens(1) && tokens(1) != tokens(2), "{text}");
 }
 
 /// Valgrind sees what ASan cannot: reads of uninitialised memory, and leaks inside the library.

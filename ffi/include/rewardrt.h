@@ -15,7 +15,7 @@
  * Strings.  Pointer and length in bytes, UTF-8, not NUL-terminated, unless said otherwise.
  * Buffers.  Functions with (buffer, capacity, *need) write at most capacity elements and the number needed to *need.
  *           With too small a capacity they write no element and return RRT_E_SHORT_BUFFER; (NULL, 0) asks for the size.
- * Handles.  rrt_runtime, rrt_model, rrt_tokenizer, rrt_update and rrt_result are freed by the caller, exactly once, by the function
+ * Handles.  rrt_runtime, rrt_model, rrt_tokenizer, rrt_adapter, rrt_update and rrt_result are freed by the caller, exactly once, by the function
  *           of their name; freeing NULL does nothing. Jobs are numbers, never used twice in a process.
  * Threads.  Any thread may call any function with any handle at any time, with one exception: while one thread frees
  *           or closes a handle, no other may use it. Results are immutable. An update is used by one thread at a time:
@@ -38,7 +38,7 @@ extern "C" {
 #endif
 
 #define RRT_ABI_MAJOR 0
-#define RRT_ABI_MINOR 1
+#define RRT_ABI_MINOR 2
 #define RRT_ABI_VERSION (((uint32_t)RRT_ABI_MAJOR << 16) | RRT_ABI_MINOR)
 
 /* ---- status ----------------------------------------------------------------------------------------------------- */
@@ -195,6 +195,30 @@ typedef struct rrt_model_info {
 /* Set out->struct_size first. */
 rrt_status rrt_get_model_info(const rrt_model *model, rrt_model_info *out, rrt_error *err);
 
+/* ---- adapters --------------------------------------------------------------------------------------------------- */
+
+typedef struct rrt_adapter rrt_adapter;
+
+enum { RRT_ADAPTER_NO_MMAP = 1u };                 /* read the files instead of mapping them */
+
+typedef struct rrt_adapter_opts {
+    uint32_t struct_size;
+    uint32_t flags;              /* RRT_ADAPTER_… */
+    const char *path;            /* a folder that PEFT's save_pretrained wrote: LoRA factors, a score head */
+    size_t path_len;
+    uint64_t version;
+} rrt_adapter_opts;
+#define RRT_ADAPTER_OPTS_INIT { sizeof(rrt_adapter_opts), 0, NULL, 0, 0 }
+void rrt_adapter_opts_init(rrt_adapter_opts *opts);
+
+/* Loads an adapter beside the model's weights, which it neither copies nor changes. Requests choose it, or another, or none;
+ * all of them share steps. */
+rrt_status rrt_adapter_load(rrt_model *model, const rrt_adapter_opts *opts, rrt_adapter **out, rrt_error *err);
+/* Puts other values in its place: requests from now on use them, those before end with what they began with. */
+rrt_status rrt_adapter_replace(rrt_adapter *adapter, const char *path, size_t path_len, uint64_t version, rrt_error *err);
+/* Jobs that use it keep what they need. A merged one stays merged. */
+void rrt_adapter_free(rrt_adapter *adapter);
+
 /* ---- text ------------------------------------------------------------------------------------------------------- */
 
 typedef struct rrt_tokenizer rrt_tokenizer;
@@ -259,9 +283,10 @@ typedef struct rrt_sample_req {
     const char *stop_text;       /* stop string i is stop_text[stop_offsets[i]] … ; needs the model's tokenizer.json */
     const size_t *stop_offsets;  /* stop_count + 1 elements */
     size_t stop_count;
+    const rrt_adapter *adapter;  /* of the same model; NULL: the model as it is */
 } rrt_sample_req;
 #define RRT_SAMPLE_REQ_INIT { sizeof(rrt_sample_req), 0, NULL, { NULL, NULL, 0 }, NULL, 0, 1, 128, 1.0f, 0, 1.0f, \
-                              0.0f, 1.0f, 0, NULL, 0, NULL, NULL, 0 }
+                              0.0f, 1.0f, 0, NULL, 0, NULL, NULL, 0, NULL }
 void rrt_sample_req_init(rrt_sample_req *req);
 
 /* Queues n_samples answers to each prompt. Nothing is queued on an error. */
@@ -282,8 +307,10 @@ typedef struct rrt_score_req {
     const size_t *prompt_lens;   /* LOGPROBS: leading tokens that are not scored; NULL: 0 for all */
     const char *rule;            /* REWARD: "sequence", "judge:yes,no"; NULL: what the checkpoint's head implies */
     size_t rule_len;
+    const rrt_adapter *adapter;  /* of the same model; NULL: the model as it is */
 } rrt_score_req;
-#define RRT_SCORE_REQ_INIT { sizeof(rrt_score_req), 0, NULL, RRT_SCORE_REWARD, 0, { NULL, NULL, 0 }, NULL, NULL, 0 }
+#define RRT_SCORE_REQ_INIT { sizeof(rrt_score_req), 0, NULL, RRT_SCORE_REWARD, 0, { NULL, NULL, 0 }, NULL, NULL, 0, \
+                             NULL }
 void rrt_score_req_init(rrt_score_req *req);
 
 rrt_status rrt_submit_score(rrt_runtime *runtime, const rrt_score_req *req, uint64_t *job, rrt_error *err);
@@ -329,6 +356,7 @@ typedef struct rrt_sequences_view {
     const uint32_t *span_end;       /* one past the span's last token, counted from the sequence's first; begins at the
                                        end of the span before, or at 0 */
     const uint64_t *span_version;
+    const uint64_t *adapter_version; /* [count]; 0 without an adapter */
 } rrt_sequences_view;
 
 /* What a scoring job returned, in the order of the sequences. */
@@ -449,6 +477,12 @@ rrt_status rrt_update_commit(rrt_update *update, uint64_t new_version, rrt_error
 rrt_status rrt_update_abort(rrt_update *update, rrt_error *err);
 /* Aborts it if it has not ended. */
 void rrt_update_free(rrt_update *update);
+
+/* Adds an adapter into the model's weights (rounded to their dtype) as an update in shadow, under new_version; of opts what
+ * is said about tensors does not count. Unmerging puts the weights back to the bit; RRT_E_CONFLICT if they have changed
+ * since, if it is merged already, or is not. */
+rrt_status rrt_adapter_merge(rrt_adapter *adapter, const rrt_update_opts *opts, uint64_t new_version, rrt_error *err);
+rrt_status rrt_adapter_unmerge(rrt_adapter *adapter, const rrt_update_opts *opts, uint64_t new_version, rrt_error *err);
 
 #ifdef __cplusplus
 }

@@ -7,6 +7,7 @@ use runtime::{
     Job, JobWatch, LogprobRequest, Rule, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
 };
 
+use crate::adapter::chosen;
 use crate::boundary::{Outcome, elements, enter, input, null, output, text};
 use crate::model::{live_model, rrt_model};
 use crate::result::rrt_result;
@@ -101,6 +102,8 @@ pub unsafe extern "C" fn rrt_submit_sample(
             stop: unsafe { stop_strings(&req) }?,
             stop_ids: stop_ids.to_vec(),
             ignore_eos: req.flags & IGNORE_EOS != 0,
+            // SAFETY: the header's condition on handles.
+            adapter: unsafe { chosen(req.adapter) }?,
             ..SampleRequest::default()
         };
         queue(runtime, Pending::Sample(model.model.sample(&request)?), job);
@@ -145,8 +148,8 @@ pub unsafe extern "C" fn rrt_submit_score(
         if req.flags != 0 || req.reserved != 0 {
             return Err(Failure::new(E_ARG, "rrt_score_req: flags and reserved must be 0"));
         }
-        // SAFETY: the header's condition on arrays.
-        let sequences = unsafe { sequences(&req.sequences, "sequences") }?;
+        // SAFETY: the header's conditions on arrays and handles.
+        let (sequences, adapter) = unsafe { (sequences(&req.sequences, "sequences")?, chosen(req.adapter)?) };
         let pending = match req.kind {
             REWARD => {
                 let rule = if req.rule.is_null() {
@@ -156,7 +159,7 @@ pub unsafe extern "C" fn rrt_submit_score(
                     Some(unsafe { text(req.rule, req.rule_len, "rule") }?)
                 };
                 let rule = rule.map(Rule::parse).transpose()?;
-                Pending::Score(model.model.score(&ScoreRequest { sequences, rule, ..ScoreRequest::default() })?)
+                Pending::Score(model.model.score(&ScoreRequest { sequences, rule, adapter, ..ScoreRequest::default() })?)
             }
             LOGPROBS => {
                 let prompt_lens = if req.prompt_lens.is_null() {
@@ -165,7 +168,7 @@ pub unsafe extern "C" fn rrt_submit_score(
                     // SAFETY: the header's condition on arrays.
                     unsafe { elements(req.prompt_lens, sequences.len(), "prompt_lens") }?.to_vec()
                 };
-                let request = LogprobRequest { sequences, prompt_lens, ..LogprobRequest::default() };
+                let request = LogprobRequest { sequences, prompt_lens, adapter, ..LogprobRequest::default() };
                 Pending::Logprobs(model.model.logprobs(&request)?)
             }
             other => return Err(Failure::new(E_ARG, format!("kind is {other}, it must be {REWARD} or {LOGPROBS}"))),

@@ -6,6 +6,7 @@
 #[cfg(panic = "abort")]
 compile_error!("rewardrt-ffi turns panics into RRT_E_PANIC, which needs panic = \"unwind\"");
 
+mod adapter;
 mod boundary;
 mod job;
 mod log_callback;

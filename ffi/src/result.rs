@@ -37,6 +37,7 @@ struct Sequences {
     span_offsets: Vec<usize>,
     span_end: Vec<u32>,
     span_version: Vec<u64>,
+    adapter_version: Vec<u64>,
 }
 
 #[derive(Default)]
@@ -78,6 +79,7 @@ impl Sequences {
                 all.span_version.push(span.version);
             }
             all.span_offsets.push(all.span_end.len());
+            all.adapter_version.push(sequence.adapter_version.unwrap_or(0));
         }
         all
     }
@@ -145,6 +147,7 @@ pub unsafe extern "C" fn rrt_result_sequences(
             span_offsets: s.span_offsets.as_ptr(),
             span_end: s.span_end.as_ptr(),
             span_version: s.span_version.as_ptr(),
+            adapter_version: s.adapter_version.as_ptr(),
             ..rrt_sequences_view::initial()
         };
         // SAFETY: the header's condition on structs.

@@ -4,6 +4,7 @@ use std::ffi::{c_char, c_void};
 use std::ptr::null;
 
 use crate::boundary::Sized32;
+use crate::adapter::rrt_adapter;
 use crate::model::rrt_model;
 
 macro_rules! structs {
@@ -131,6 +132,7 @@ structs! {
         stop_text: *const c_char = null(),
         stop_offsets: *const usize = null(),
         stop_count: usize = 0,
+        adapter: *const rrt_adapter = null(),
     }
     struct rrt_score_req {
         struct_size: u32 = size_of::<rrt_score_req>() as u32,
@@ -142,6 +144,14 @@ structs! {
         prompt_lens: *const usize = null(),
         rule: *const c_char = null(),
         rule_len: usize = 0,
+        adapter: *const rrt_adapter = null(),
+    }
+    struct rrt_adapter_opts {
+        struct_size: u32 = size_of::<rrt_adapter_opts>() as u32,
+        flags: u32 = 0,
+        path: *const c_char = null(),
+        path_len: usize = 0,
+        version: u64 = 0,
     }
     struct rrt_update_opts {
         struct_size: u32 = size_of::<rrt_update_opts>() as u32,
@@ -195,6 +205,7 @@ structs! {
         span_offsets: *const usize = null(),
         span_end: *const u32 = null(),
         span_version: *const u64 = null(),
+        adapter_version: *const u64 = null(),
     }
     struct rrt_scores_view {
         struct_size: u32 = size_of::<rrt_scores_view>() as u32,
@@ -223,6 +234,7 @@ inits! {
     rrt_model_opts_init => rrt_model_opts;
     rrt_sample_req_init => rrt_sample_req;
     rrt_score_req_init => rrt_score_req;
+    rrt_adapter_opts_init => rrt_adapter_opts;
     rrt_update_opts_init => rrt_update_opts;
     rrt_tensor_desc_init => rrt_tensor_desc;
 }

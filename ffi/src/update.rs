@@ -144,6 +144,29 @@ pub unsafe extern "C" fn rrt_model_tensor(
     unsafe { enter(err, body) }
 }
 
+pub fn update_options(opts: &rrt_update_opts) -> Outcome<UpdateOptions> {
+    if opts.flags & !(EXPECT_VERSION | CHECK_FINITE | CONVERT) != 0 || opts.reserved != 0 {
+        return Err(Failure::new(E_ARG, format!("rrt_update_opts: unknown flags {:#x}", opts.flags)));
+    }
+    Ok(UpdateOptions {
+        expect_version: (opts.flags & EXPECT_VERSION != 0).then_some(opts.expect_version),
+        storage: match opts.storage {
+            0 => Storage::Shadow,
+            1 => Storage::InPlace,
+            other => return Err(Failure::new(E_ARG, format!("storage is {other}, it must be 0 or 1"))),
+        },
+        in_flight: in_flight(opts.in_flight)?,
+        require: match opts.require {
+            0 => Require::All,
+            1 => Require::Subset,
+            other => return Err(Failure::new(E_ARG, format!("require is {other}, it must be 0 or 1"))),
+        },
+        check_finite: opts.flags & CHECK_FINITE != 0,
+        convert: opts.flags & CONVERT != 0,
+        timeout: timeout(opts.timeout_ns),
+    })
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rrt_update_begin(
     model: *mut rrt_model,
@@ -155,26 +178,7 @@ pub unsafe extern "C" fn rrt_update_begin(
         // SAFETY: the header's conditions on handles and structs.
         let (model, opts) = unsafe { (live_model(model)?, input(opts)?) };
         output(out, "out")?;
-        if opts.flags & !(EXPECT_VERSION | CHECK_FINITE | CONVERT) != 0 || opts.reserved != 0 {
-            return Err(Failure::new(E_ARG, format!("rrt_update_opts: unknown flags {:#x}", opts.flags)));
-        }
-        let options = UpdateOptions {
-            expect_version: (opts.flags & EXPECT_VERSION != 0).then_some(opts.expect_version),
-            storage: match opts.storage {
-                0 => Storage::Shadow,
-                1 => Storage::InPlace,
-                other => return Err(Failure::new(E_ARG, format!("storage is {other}, it must be 0 or 1"))),
-            },
-            in_flight: in_flight(opts.in_flight)?,
-            require: match opts.require {
-                0 => Require::All,
-                1 => Require::Subset,
-                other => return Err(Failure::new(E_ARG, format!("require is {other}, it must be 0 or 1"))),
-            },
-            check_finite: opts.flags & CHECK_FINITE != 0,
-            convert: opts.flags & CONVERT != 0,
-            timeout: timeout(opts.timeout_ns),
-        };
+        let options = update_options(&opts)?;
         let update = Mutex::new(Some(model.model.update(&options)?));
         let handle = rrt_update { update, child: Child::of(&model.child.0) };
         // SAFETY: not NULL.

@@ -94,6 +94,11 @@ impl Staging {
         self.base
     }
 
+    /// The model's present tensor of that name.
+    pub fn present(&self, name: &str) -> Result<&Tensor> {
+        self.base.get(name)
+    }
+
     /// The model's tensor that `name` stands for; `None` if it may be ignored.
     fn model_tensor(&self, name: &str) -> Result<Option<&Tensor>> {
         let known = if self.rules.tied && name == LM_HEAD { EMBEDDING } else { name };

@@ -186,6 +186,157 @@ static void jobs(rrt_runtime *runtime, rrt_model *model) {
     /* both[0] is left to rrt_close. */
 }
 
+/* Updates, adapters, pause and sleep: every pointer, every state. */
+static void updates(rrt_runtime *runtime, rrt_model *model, const char *folder) {
+    rrt_update_opts opts = RRT_UPDATE_OPTS_INIT;
+    rrt_adapter_opts adapter_opts = RRT_ADAPTER_OPTS_INIT;
+    rrt_tensor_desc desc = RRT_TENSOR_DESC_INIT;
+    rrt_tensor_info info;
+    rrt_model_info model_info;
+    rrt_update *update = NULL, *second = NULL;
+    void *canary = CANARY;
+    uint64_t version = 5, start[2] = { 0, 0 }, shape[2];
+    size_t count = 0, bytes;
+    float *data;
+    memset(&info, 0, sizeof info);
+    info.struct_size = sizeof info;
+    model_info.struct_size = sizeof model_info;
+
+    WANT(RRT_E_NULL, rrt_pause(NULL, RRT_IN_FLIGHT_KEEP, 0, &err));
+    WANT(RRT_E_NULL, rrt_resume(NULL, &err));
+    WANT(RRT_E_NULL, rrt_model_sleep(NULL, RRT_SLEEP_WEIGHTS, 0, 0, &err));
+    WANT(RRT_E_NULL, rrt_model_wake(NULL, RRT_SLEEP_WEIGHTS, &err));
+    WANT(RRT_E_NULL, rrt_model_tensor(NULL, 0, &info, &err));
+    WANT(RRT_E_NULL, rrt_model_tensor(model, 0, NULL, &err));
+    WANT(RRT_E_NULL, rrt_update_begin(NULL, &opts, &update, &err));
+    WANT(RRT_E_NULL, rrt_update_begin(model, NULL, &update, &err));
+    WANT(RRT_E_NULL, rrt_update_begin(model, &opts, NULL, &err));
+    WANT(RRT_E_NULL, rrt_update_tensor(NULL, &desc, &err));
+    WANT(RRT_E_NULL, rrt_update_slice(NULL, &desc, start, &err));
+    WANT(RRT_E_NULL, rrt_update_file(NULL, "x", 1, &err));
+    WANT(RRT_E_NULL, rrt_update_delta(NULL, "x", 1, &version, &err));
+    WANT(RRT_E_NULL, rrt_update_commit(NULL, 1, &err));
+    WANT(RRT_E_NULL, rrt_update_abort(NULL, &err));
+    rrt_update_free(NULL);
+    WANT(RRT_E_NULL, rrt_adapter_load(NULL, &adapter_opts, (rrt_adapter **)&canary, &err));
+    WANT(RRT_E_NULL, rrt_adapter_load(model, NULL, (rrt_adapter **)&canary, &err));
+    WANT(RRT_E_NULL, rrt_adapter_load(model, &adapter_opts, NULL, &err));
+    WANT(RRT_E_NULL, rrt_adapter_replace(NULL, "x", 1, 1, &err));
+    WANT(RRT_E_NULL, rrt_adapter_merge(NULL, &opts, 1, &err));
+    WANT(RRT_E_NULL, rrt_adapter_unmerge(NULL, &opts, 1, &err));
+    rrt_adapter_free(NULL);
+    adapter_opts.path = "/nowhere";
+    adapter_opts.path_len = 8;
+    WANT(RRT_E_NOT_FOUND, rrt_adapter_load(model, &adapter_opts, (rrt_adapter **)&canary, &err));
+    adapter_opts.flags = 8;
+    WANT(RRT_E_ARG, rrt_adapter_load(model, &adapter_opts, (rrt_adapter **)&canary, &err));
+    if (canary != CANARY) failures++;
+
+    WANT(RRT_E_ARG, rrt_pause(runtime, 3, 0, &err));
+    WANT(RRT_OK, rrt_pause(runtime, RRT_IN_FLIGHT_CANCEL, UINT64_MAX, &err));
+    WANT(RRT_OK, rrt_resume(runtime, &err));
+    WANT(RRT_E_ARG, rrt_model_sleep(model, 4, RRT_IN_FLIGHT_WAIT, UINT64_MAX, &err));
+    WANT(RRT_E_ARG, rrt_model_wake(model, 0, &err));
+    WANT(RRT_OK, rrt_model_sleep(model, RRT_SLEEP_WEIGHTS | RRT_SLEEP_KV_CACHE, RRT_IN_FLIGHT_WAIT, UINT64_MAX, &err));
+    WANT(RRT_E_CONFLICT, rrt_update_begin(model, &opts, &update, &err));
+    WANT(RRT_OK, rrt_model_wake(model, RRT_SLEEP_WEIGHTS | RRT_SLEEP_KV_CACHE, &err));
+
+    while (rrt_model_tensor(model, count, &info, &err) == RRT_OK) count++;
+    WANT(RRT_E_RANGE, rrt_model_tensor(model, count, &info, &err));
+    WANT(RRT_OK, rrt_model_tensor(model, 0, &info, &err));
+    if (count < 10 || info.rank != 2 || memcmp(info.name, "lm_head.weight", info.name_len) != 0) failures++;
+
+    opts.flags = 0x80;
+    WANT(RRT_E_ARG, rrt_update_begin(model, &opts, &update, &err));
+    opts.flags = RRT_UPDATE_EXPECT_VERSION | RRT_UPDATE_CHECK_FINITE | RRT_UPDATE_CONVERT;
+    opts.expect_version = 39;
+    WANT(RRT_E_CONFLICT, rrt_update_begin(model, &opts, &update, &err));
+    opts.expect_version = 40;
+    opts.storage = 2;
+    WANT(RRT_E_ARG, rrt_update_begin(model, &opts, &update, &err));
+    opts.storage = RRT_STORAGE_SHADOW;
+    opts.require = RRT_REQUIRE_SUBSET;
+    WANT(RRT_OK, rrt_update_begin(model, &opts, &update, &err));
+    WANT(RRT_E_NULL, rrt_update_tensor(update, NULL, &err));
+    WANT(RRT_E_NULL, rrt_update_delta(update, "x", 1, NULL, &err));
+    WANT(RRT_E_NOT_FOUND, rrt_update_file(update, "/nowhere", 8, &err));
+    WANT(RRT_E_NOT_FOUND, rrt_update_delta(update, "/nowhere", 8, &version, &err));
+    bytes = (size_t)(info.shape[0] * info.shape[1]) * sizeof(float);
+    data = malloc(bytes);
+    if (data == NULL) exit(1);
+    memset(data, 0, bytes);
+    desc.name = "lm_hat.weight";
+    desc.name_len = 13;
+    desc.rank = 2;
+    desc.shape = info.shape;
+    desc.data = data;
+    desc.bytes = bytes;
+    WANT(RRT_E_NOT_FOUND, rrt_update_tensor(update, &desc, &err));
+    if (strstr(err.text, "lm_hat.weight") == NULL) failures++;
+    desc.name = info.name;
+    desc.name_len = info.name_len;
+    desc.rank = 9;
+    WANT(RRT_E_ARG, rrt_update_tensor(update, &desc, &err));
+    desc.rank = 1;
+    WANT(RRT_E_SHAPE, rrt_update_tensor(update, &desc, &err));
+    desc.rank = 2;
+    desc.bytes = bytes - 1;
+    WANT(RRT_E_ARG, rrt_update_tensor(update, &desc, &err));
+    desc.bytes = bytes;
+    desc.dtype = 3;
+    WANT(RRT_E_ARG, rrt_update_tensor(update, &desc, &err));
+    desc.dtype = RRT_DTYPE_F32;
+    desc.checksum = (const uint8_t *)"0123456789abcdef";
+    WANT(RRT_E_FORMAT, rrt_update_tensor(update, &desc, &err));
+    desc.checksum = NULL;
+    data[7] = (float)(1e308 * 10);
+    WANT(RRT_E_NONFINITE, rrt_update_tensor(update, &desc, &err));
+    data[7] = 0.0f;
+    shape[0] = info.shape[0];
+    shape[1] = info.shape[1] - 1;
+    desc.shape = shape;
+    desc.bytes = bytes - (size_t)shape[0] * sizeof(float);
+    WANT(RRT_E_NULL, rrt_update_slice(update, &desc, NULL, &err));
+    start[1] = 2;
+    WANT(RRT_E_SHAPE, rrt_update_slice(update, &desc, start, &err));
+    start[1] = 1;
+    WANT(RRT_OK, rrt_update_slice(update, &desc, start, &err));
+    WANT(RRT_E_SHAPE, rrt_update_commit(update, 41, &err)); /* a column is missing */
+    shape[1] = 1;
+    start[1] = 0;
+    desc.bytes = (size_t)shape[0] * sizeof(float);
+    WANT(RRT_OK, rrt_update_slice(update, &desc, start, &err));
+    desc.shape = info.shape;
+    desc.bytes = bytes;
+    WANT(RRT_E_DUPLICATE, rrt_update_tensor(update, &desc, &err));
+    WANT(RRT_E_ARG, rrt_update_commit(update, 40, &err));
+    WANT(RRT_OK, rrt_update_begin(model, &opts, &second, &err));
+    WANT(RRT_OK, rrt_update_commit(update, 41, &err));
+    WANT(RRT_E_CONFLICT, rrt_update_commit(update, 42, &err));
+    WANT(RRT_E_CONFLICT, rrt_update_tensor(update, &desc, &err));
+    WANT(RRT_OK, rrt_update_file(second, folder, strlen(folder), &err));
+    WANT(RRT_E_CONFLICT, rrt_update_commit(second, 42, &err)); /* 41 came first */
+    WANT(RRT_OK, rrt_update_abort(second, &err));
+    WANT(RRT_E_CONFLICT, rrt_update_abort(second, &err));
+    WANT(RRT_E_CONFLICT, rrt_update_file(second, folder, strlen(folder), &err));
+    WANT(RRT_E_BUSY, rrt_close(runtime, 0, &err));
+    rrt_update_free(update);
+    rrt_update_free(second);
+    WANT(RRT_OK, rrt_get_model_info(model, &model_info, &err));
+    if (model_info.weights_version != 41) failures++;
+    free(data);
+    /* In place, and back to what the folder holds. */
+    opts.expect_version = 41;
+    opts.storage = RRT_STORAGE_IN_PLACE;
+    opts.require = RRT_REQUIRE_ALL;
+    WANT(RRT_OK, rrt_update_begin(model, &opts, &update, &err));
+    WANT(RRT_E_CONFLICT, rrt_update_begin(model, &opts, &second, &err));
+    WANT(RRT_E_SHAPE, rrt_update_commit(update, 40, &err));
+    WANT(RRT_OK, rrt_update_file(update, folder, strlen(folder), &err));
+    WANT(RRT_OK, rrt_update_commit(update, 40, &err));
+    rrt_update_free(update);
+}
+
 static void forked(rrt_runtime *runtime, rrt_model *model) {
     int status = 0;
     pid_t child = fork();
@@ -263,6 +414,7 @@ int main(int argc, char **argv) {
         nulls(runtime, model);
         sizes(runtime, model);
         jobs(runtime, model);
+        updates(runtime, model, argv[1]);
         /* In a child, valgrind counts what the parent's other threads hold as lost. */
         if (getenv("ABI_NO_FORK") == NULL) forked(runtime, model);
         WANT(RRT_E_BUSY, rrt_close(runtime, 0, &err));
