@@ -24,13 +24,14 @@
 //! - [`Runtime`]: a device and the engine thread that feeds it. [`Model`]: a checkpoint loaded onto it.
 //! - [`SampleRequest`], [`LogprobRequest`], [`ScoreRequest`]: what can be asked; each becomes a [`Job`].
 //! - [`Adapter`]: a LoRA adapter of a model, chosen by each request.
+//! - [`Update`]: new weights, all or nothing, while the model is in use; [`Follower`]: from a folder.
 //! - [`Session`]: a rollout of several turns. [`Guide`]: what a sampled text must be.
 //! - [`Rule`]: how a sequence becomes a score.
 //! - [`Tokenizer`]: ids from text and from chat messages.
 //!
 //! It does: Llama, Mistral and Qwen2 checkpoints and their sequence classifiers, f32/f16/bf16 weights (8-bit on load),
 //! ragged batches, paged KV with shared prefixes, seeded sampling under every usual control. It does not yet: other
-//! architectures, quantised checkpoints, weight updates. It never downloads anything, exits, prints, or installs a signal
+//! architectures, quantised checkpoints. It never downloads anything, exits, prints, or installs a signal
 //! handler or a logger (a panic inside a dependency is caught, but the process's panic hook sees it; the first [`Guide`]
 //! makes llguidance put a hook before it that hides the panics which that crate catches itself).
 

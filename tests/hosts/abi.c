@@ -2,6 +2,7 @@
  *
  *   abi MODEL_FOLDER        a small checkpoint without a tokenizer (tests/golden/llama-gqa-9-3)
  */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -289,7 +290,7 @@ static void updates(rrt_runtime *runtime, rrt_model *model, const char *folder) 
     desc.checksum = (const uint8_t *)"0123456789abcdef";
     WANT(RRT_E_FORMAT, rrt_update_tensor(update, &desc, &err));
     desc.checksum = NULL;
-    data[7] = (float)(1e308 * 10);
+    data[7] = INFINITY;
     WANT(RRT_E_NONFINITE, rrt_update_tensor(update, &desc, &err));
     data[7] = 0.0f;
     shape[0] = info.shape[0];
