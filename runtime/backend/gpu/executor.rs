@@ -8,11 +8,14 @@ use super::blocks;
 use super::device::Gpu;
 use super::head::{self, Head};
 use super::layers::{Buffers, Builder, Call, Dims, can_tile};
+use super::matrix::SLICE_ROWS;
 use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
-use super::upload::Uploader;
+use super::upload::{Uploaded, Uploader};
 use crate::backend::cpu::Pool;
-use crate::backend::{BlockCopy, Capacity, NO_ADAPTER, DeviceWeights, Executor, KernelTime, Limits, Loader, Memory, Output, Step};
+use crate::backend::{
+    BlockCopy, Capacity, DeviceWeights, Executor, Holding, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output, Step,
+};
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::linear::Precision;
@@ -40,6 +43,7 @@ pub struct GpuExecutor {
     pub(super) capacity: Capacity,
     kv_element: u64,
     memory: Memory,
+    uploaded: Uploaded,
     /// Kept when it is stopped, for what it measured.
     clock: Option<Clock>,
     is_timed: bool,
@@ -50,6 +54,14 @@ struct Attention {
     tiles: Vec<[u32; 2]>,
     /// That are computed side by side.
     segments: u32,
+}
+
+/// With matrix units keys and values are f16, and weights whole tiles.
+fn holding(tile: Option<u32>) -> Holding {
+    match tile {
+        Some(_) => Holding { kv_element: 2, weight_rows: SLICE_ROWS },
+        None => Holding { kv_element: 4, weight_rows: 1 },
+    }
 }
 
 /// Room for the segments of 32 rows of 16 segments each, or of fewer rows of more.
@@ -74,10 +86,11 @@ pub struct GpuWeights {
 }
 
 impl GpuExecutor {
-    /// Uploads the weights and builds everything that steps of up to `capacity` need.
+    /// Uploads the weights and builds everything that steps need. `sizes` says of how many rows and blocks; it is asked again
+    /// if matrix units turn out to be of no use, since a position then takes twice the memory.
     ///
     /// # Errors
-    /// `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
+    /// What `sizes` returns, `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
     /// [`MAX_HEAD_DIM`], `Gpu` if a shader does not build.
     pub fn new(
         gpu: Arc<Gpu>,
@@ -85,13 +98,10 @@ impl GpuExecutor {
         plan: &Plan,
         weights: &Weights,
         how: GpuWeights,
-        capacity: Capacity,
+        sizes: &dyn Fn(Holding) -> Result<Capacity>,
     ) -> Result<Self> {
         if spec.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
-        }
-        if capacity.max_rows > 65_535 {
-            return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
         }
         let tile = match gpu.matrix_tile() {
             Some(tile) if how.precision == Precision::Auto && how.format == WeightFormat::Stored => {
@@ -99,7 +109,13 @@ impl GpuExecutor {
             }
             _ => None,
         };
-        let build = |tile| Self::build(gpu.clone(), spec.clone(), plan, weights, how.format, tile, capacity);
+        let build = |tile: Option<u32>| {
+            let capacity = sizes(holding(tile))?;
+            if capacity.max_rows > 65_535 {
+                return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
+            }
+            Self::build(gpu.clone(), spec.clone(), plan, weights, how.format, tile, capacity)
+        };
         match build(tile) {
             // Something is too large for f16: nothing is rounded then.
             Err(error) if tile.is_some() && error.kind() == crate::error::ErrorKind::Unsupported => {
@@ -121,7 +137,7 @@ impl GpuExecutor {
     ) -> Result<Self> {
         let pool = &Pool::new(std::thread::available_parallelism().map_or(1, usize::from));
         let half = tile.is_some();
-        let element = if half { 2 } else { 4 };
+        let element = holding(tile).kv_element;
         let storage = wgpu::BufferUsages::STORAGE;
         let rows = capacity.max_rows;
         let padded = if half { rows.next_multiple_of(ROW_TILE) } else { rows };
@@ -172,7 +188,7 @@ impl GpuExecutor {
             weights,
             buffers: &buffers,
             pipelines: Pipelines::default(),
-            uploader: Uploader::new(&gpu, pool),
+            uploader: Uploader::new(&gpu, pool, weights),
             pool,
             format,
             quantisable: &plan.quantisable(&spec),
@@ -188,12 +204,18 @@ impl GpuExecutor {
         builder.layers()?;
         let head = Head::new(&mut builder, rows)?;
         builder.uploader.finish()?;
+        let uploaded = builder.uploader.uploaded;
         let (calls, weight_bytes, underflows, count) =
             (builder.calls, builder.weight_bytes, builder.underflows, builder.weight_count);
         let adapters = Adapters::new(builder.products, builder.pipelines, rows);
         if half {
             log::info!("products on matrix units: {count} weights as f16, {underflows} of them rounded (below 2^-14)");
         }
+        log::info!(
+            "weights: {} MiB staged, {} MiB copied from where they are mapped",
+            uploaded.staged >> 20,
+            uploaded.imported >> 20
+        );
         gpu.save_shaders();
         let memory = Memory {
             weights: weight_bytes,
@@ -211,12 +233,23 @@ impl GpuExecutor {
             capacity,
             kv_element: element as u64,
             memory,
+            uploaded,
             clock: None,
             is_timed: false,
             buffers,
             spec,
             gpu,
         })
+    }
+
+    /// What it was built for.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// How the weights came to the device.
+    pub fn uploaded(&self) -> Uploaded {
+        self.uploaded
     }
 
     /// How the attention of a step is cut.
@@ -345,19 +378,18 @@ impl Executor for GpuExecutor {
                         if down.replace(a.product) != Some(a.product)
                             && let Some((bound, dispatch)) = self.adapters.down(with, a.product, &dims)
                         {
-                            recorder.dispatch(bound, &dispatch);
+                            recorder.dispatch(bound, &dispatch)?;
                         }
                         bound = own;
                     }
-                    recorder.dispatch(bound, &(call.rule)(&dims));
-                    recorder.bound(&gpu)?;
+                    recorder.dispatch(bound, &(call.rule)(&dims))?;
                 }
                 self.head.record(&gpu, &mut recorder, &mut pending, s)?;
                 if s + 1 == steps.len() {
-                    self.head.record_results(&mut recorder, &self.buffers, &pending);
+                    self.head.record_results(&mut recorder, &self.buffers, &pending)?;
                 }
                 waited += recorder.waited();
-                recorder.submit(&gpu)
+                recorder.submit()
             })??);
             first_drawn = first_output;
             first_tile += dims.tiles;
