@@ -7,9 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rewardrt::weights::{Checkpoint, Delta, DeltaOptions, Dtype, Encoding, LoadOptions, TensorData, write_delta};
-use rewardrt::{
-    InFlight, Model, ModelOptions, Runtime, RuntimeOptions, SampleRequest, Storage, UpdateOptions,
-};
+use rewardrt::{InFlight, Model, ModelOptions, Runtime, RuntimeOptions, SampleRequest, Storage, UpdateOptions};
 
 /// A trainer's tensors.
 struct Tensor {

@@ -159,7 +159,12 @@ pub unsafe extern "C" fn rrt_submit_score(
                     Some(unsafe { text(req.rule, req.rule_len, "rule") }?)
                 };
                 let rule = rule.map(Rule::parse).transpose()?;
-                Pending::Score(model.model.score(&ScoreRequest { sequences, rule, adapter, ..ScoreRequest::default() })?)
+                Pending::Score(model.model.score(&ScoreRequest {
+                    sequences,
+                    rule,
+                    adapter,
+                    ..ScoreRequest::default()
+                })?)
             }
             LOGPROBS => {
                 let prompt_lens = if req.prompt_lens.is_null() {

@@ -3,8 +3,8 @@
 use std::ffi::{c_char, c_void};
 use std::ptr::null;
 
-use crate::boundary::Sized32;
 use crate::adapter::rrt_adapter;
+use crate::boundary::Sized32;
 use crate::model::rrt_model;
 
 macro_rules! structs {

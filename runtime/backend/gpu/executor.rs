@@ -10,11 +10,13 @@ use super::blocks;
 use super::device::Gpu;
 use super::head::{self, Head};
 use super::layers::{Buffers, Builder, Call, Dims};
+use super::matrix::SLICE_ROWS;
 use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
 use super::resident::{GpuLoader, Resident};
+use super::upload::Uploaded;
 use crate::backend::{
-    BlockCopy, Capacity, DeviceWeights, Executor, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output, Step,
+    BlockCopy, Capacity, DeviceWeights, Executor, Holding, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output, Step,
 };
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
@@ -56,6 +58,14 @@ struct Built {
     adapters: Adapters,
 }
 
+/// With matrix units keys and values are f16, and weights whole tiles.
+fn holding(tile: Option<u32>) -> Holding {
+    match tile {
+        Some(_) => Holding { kv_element: 2, weight_rows: SLICE_ROWS },
+        None => Holding { kv_element: 4, weight_rows: 1 },
+    }
+}
+
 /// Activations and the KV cache, as matrix units need them or as other instructions do.
 struct DeviceBuffers {
     tile: Option<u32>,
@@ -78,10 +88,11 @@ pub struct GpuWeights {
 }
 
 impl GpuExecutor {
-    /// Uploads the weights and builds everything that steps of up to `capacity` need.
+    /// Uploads the weights and builds everything that steps need. `sizes` says of how many rows and blocks; it is asked again
+    /// if matrix units turn out to be of no use, since a position then takes twice the memory.
     ///
     /// # Errors
-    /// `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
+    /// What `sizes` returns, `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
     /// [`MAX_HEAD_DIM`], `Gpu` if a shader does not build.
     pub fn new(
         gpu: Arc<Gpu>,
@@ -89,17 +100,20 @@ impl GpuExecutor {
         plan: Arc<Plan>,
         weights: &Weights,
         how: GpuWeights,
-        capacity: Capacity,
+        sizes: &dyn Fn(Holding) -> Result<Capacity>,
     ) -> Result<Self> {
         if spec.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
         }
-        if capacity.max_rows > 65_535 {
-            return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
-        }
         let loader = GpuLoader { gpu, spec, plan, how };
         let tile = loader.tile(weights)?;
-        let build = |tile| Self::of(loader.clone(), weights, tile, capacity);
+        let build = |tile: Option<u32>| {
+            let capacity = sizes(holding(tile))?;
+            if capacity.max_rows > 65_535 {
+                return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
+            }
+            Self::of(loader.clone(), weights, tile, capacity)
+        };
         match build(tile) {
             // Something is too large for f16: nothing is rounded then.
             Err(error) if tile.is_some() && error.kind() == crate::error::ErrorKind::Unsupported => {
@@ -128,6 +142,16 @@ impl GpuExecutor {
         executor.build()?;
         executor.loader.gpu.save_shaders();
         Ok(executor)
+    }
+
+    /// What it was built for.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// How the weights came to the device.
+    pub fn uploaded(&self) -> Uploaded {
+        self.resident.as_ref().map(|r| r.uploaded).unwrap_or_default()
     }
 
     /// Binds everything anew, if weights and buffers are there.
@@ -254,7 +278,7 @@ impl DeviceBuffers {
     fn new(gpu: &Gpu, spec: &ModelSpec, tile: Option<u32>, capacity: Capacity) -> Result<Self> {
         let half = tile.is_some();
         let attention_tile = attention::tile(gpu, spec, tile);
-        let element = if half { 2 } else { 4 };
+        let element = holding(tile).kv_element;
         let storage = wgpu::BufferUsages::STORAGE;
         let rows = capacity.max_rows;
         let padded = if half { rows.next_multiple_of(ROW_TILE) } else { rows };
@@ -356,19 +380,18 @@ impl Executor for GpuExecutor {
                         if down.replace(a.product) != Some(a.product)
                             && let Some((bound, dispatch)) = built.adapters.down(with, a.product, &dims)
                         {
-                            recorder.dispatch(bound, &dispatch);
+                            recorder.dispatch(bound, &dispatch)?;
                         }
                         bound = own;
                     }
-                    recorder.dispatch(bound, &(call.rule)(&dims));
-                    recorder.bound(&gpu)?;
+                    recorder.dispatch(bound, &(call.rule)(&dims))?;
                 }
                 built.head.record(&gpu, &mut recorder, &mut pending, s)?;
                 if s + 1 == steps.len() {
-                    built.head.record_results(&mut recorder, buffers, &pending);
+                    built.head.record_results(&mut recorder, buffers, &pending)?;
                 }
                 waited += recorder.waited();
-                recorder.submit(&gpu)
+                recorder.submit()
             })??);
             first_drawn = first_output;
             first_row += dims.rows;
