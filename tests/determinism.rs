@@ -175,7 +175,7 @@ fn heads_of_16(folder: &Path) {
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
     for (i, tensor) in plan.expected().enumerate() {
         let count: usize = tensor.shape.iter().product();
-        let value = |j: usize| ((j * 7 + i * 1001) as u32).wrapping_mul(2_654_435_761) as f32 / 4_294_967_296.0 - 0.5;
+        let value = |j: usize| ((j * 7 + i * 1001) as u32).wrapping_mul(2_654_435_761) as f32 / 8_589_934_592.0 - 0.25;
         let values: Vec<f32> = (0..count).map(|j| if tensor.shape.len() == 1 { 1.0 } else { value(j) }).collect();
         let start = data.len();
         data.extend(Dtype::BF16.from_f32(&values));
