@@ -3,7 +3,11 @@
 use std::path::Path;
 
 use rewardrt::weights::Dtype;
-use serde_json::{Map, Value, json};
+use safetensors::serialize_to_file;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+
+use super::checkpoints::{self, Owned};
 
 /// The folder of a golden adapter.
 pub fn folder(name: &str) -> std::path::PathBuf {
@@ -30,19 +34,8 @@ impl Files {
     pub fn golden(name: &str) -> Self {
         let folder = folder(name);
         let config = serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
-        let bytes = std::fs::read(folder.join("adapter_model.safetensors")).unwrap();
-        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let header: Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-        let data = &bytes[8 + length..];
-        let tensor = |(name, info): (&String, &Value)| {
-            let numbers = |key: &str| -> Vec<usize> {
-                info[key].as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as usize).collect()
-            };
-            let [begin, end] = numbers("data_offsets")[..] else { panic!("{name}") };
-            let dtype = Dtype::ALL.into_iter().find(|d| info["dtype"] == d.name()).unwrap();
-            Tensor { name: name.clone(), shape: numbers("shape"), values: dtype.to_f32(&data[begin..end]) }
-        };
-        let tensors = header.iter().filter(|(name, _)| *name != "__metadata__").map(tensor).collect();
+        let tensor = |t: Owned| Tensor { values: t.dtype.to_f32(&t.bytes), name: t.name, shape: t.shape };
+        let tensors = checkpoints::tensors(&folder).into_iter().map(tensor).collect();
         Files { config, tensors }
     }
 
@@ -72,18 +65,12 @@ impl Files {
     /// Writes the folder, which must exist.
     pub fn write(&self, folder: &Path) {
         std::fs::write(folder.join("adapter_config.json"), self.config.to_string()).unwrap();
-        let (mut header, mut data) = (Map::new(), Vec::new());
-        for tensor in &self.tensors {
-            let start = data.len();
-            data.extend(Dtype::F32.from_f32(&tensor.values));
-            let info = json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, data.len()]});
-            header.insert(tensor.name.clone(), info);
+        let bytes: Vec<Vec<u8>> = self.tensors.iter().map(|t| Dtype::F32.from_f32(&t.values)).collect();
+        let mut views = Vec::new();
+        for (t, bytes) in self.tensors.iter().zip(&bytes) {
+            views.push((&t.name, TensorView::new(safetensors::Dtype::F32, t.shape.clone(), bytes).unwrap()));
         }
-        let header = Value::Object(header).to_string();
-        let mut file = (header.len() as u64).to_le_bytes().to_vec();
-        file.extend(header.as_bytes());
-        file.extend(data);
-        std::fs::write(folder.join("adapter_model.safetensors"), file).unwrap();
+        serialize_to_file(views, None, &folder.join("adapter_model.safetensors")).unwrap();
     }
 
     /// The tensor whose name ends so.

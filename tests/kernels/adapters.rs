@@ -134,11 +134,17 @@ fn run_both<P: Pod>(
     first.unwrap()
 }
 
+/// What comes before the sums does not matter here: stored weights and matrix units.
+fn few_formats(device: &Device, k: usize) -> Vec<Flags> {
+    let few = |f: &Flags| matches!(f.format, Some(Format::Rows(Dtype::F32) | Format::Tiles(16)));
+    formats(device, k).into_iter().filter(few).collect()
+}
+
 #[test]
 fn linear_adds_adapters() {
     for device in gpus() {
-        for (case, [t, n, k]) in [[5, 17, 9], [33, 65, 144], [18, 70, 64]].into_iter().enumerate() {
-            for flags in formats(device, k) {
+        for (case, [t, n, k]) in [[5, 17, 9], [33, 65, 144]].into_iter().enumerate() {
+            for flags in few_formats(device, k) {
                 let mut numbers = Numbers(case as u64 + 11);
                 let (x, w, bias) = (numbers.floats(t * k), numbers.floats(n * k), numbers.floats(n));
                 let (before, scale) = (numbers.floats(t * n), [1.0, 4.0][case % 2]);
@@ -181,7 +187,7 @@ fn linear_gated_adds_adapters_before_silu() {
     for device in gpus() {
         for [t, width, k] in [[5, 9, 32], [34, 40, 208]] {
             let n = 2 * width;
-            for flags in formats(device, k) {
+            for flags in few_formats(device, k) {
                 let mut numbers = Numbers(width as u64);
                 let (x, w, bias) = (numbers.floats(t * k), numbers.floats(n * k), numbers.floats(n));
                 let operands = Operands::new(flags, &x, &w, k);
@@ -234,7 +240,7 @@ fn linear_qkv_adds_adapters_before_rope() {
     let [t, heads, kv_heads, head_dim, k] = [21, 4, 2, 6, 48];
     let (rotated_heads, width, n) = (heads + kv_heads, kv_heads * head_dim, (heads + 2 * kv_heads) * head_dim);
     for device in gpus() {
-        for flags in formats(device, k) {
+        for flags in few_formats(device, k) {
             let mut numbers = Numbers(5);
             let (x, w, bias) = (numbers.floats(t * k), numbers.floats(n * k), numbers.floats(n));
             let (first_meta, blocks) = (2, 4);

@@ -44,8 +44,8 @@ pub struct GpuExecutor {
     tile: Option<u32>,
     /// Those of the last build.
     pipelines: Pipelines,
-    /// By slot: what is put to the device again with other weights, and the room it was given.
-    held_adapters: BTreeMap<u32, (Arc<AdapterWeights>, u64)>,
+    /// By slot: what is put to the device again with other weights.
+    held_adapters: BTreeMap<u32, Arc<AdapterWeights>>,
     /// Kept when it is stopped, for what it measured.
     clock: Option<Clock>,
     is_timed: bool,
@@ -186,8 +186,9 @@ impl GpuExecutor {
         let Builder { calls, products, pipelines, .. } = builder;
         let adapters = Adapters::new(products, pipelines, self.capacity.max_rows);
         let mut built = Built { calls, head, adapters };
-        for (slot, (adapter, room)) in &self.held_adapters {
-            built.add_adapter(gpu, &device.buffers, *slot, adapter, *room)?;
+        for (slot, adapter) in &self.held_adapters {
+            // There was room for all of them.
+            built.add_adapter(gpu, &device.buffers, *slot, adapter, u64::MAX)?;
         }
         Ok(built)
     }
@@ -487,10 +488,17 @@ impl Executor for GpuExecutor {
     }
 
     fn add_adapter(&mut self, slot: u32, adapter: Arc<AdapterWeights>, room: u64) -> Result<()> {
-        if let (Some(built), Some(device)) = (&mut self.built, &self.buffers) {
-            built.add_adapter(&self.loader.gpu, &device.buffers, slot, &adapter, room)?;
+        // They stay in host memory, for what an update or waking up binds anew.
+        let host = self.held_adapters.values().map(|a| a.bytes()).sum::<u64>() + adapter.bytes();
+        if host > room {
+            return Err(Error::limit(format!(
+                "with this adapter all of them take {host} bytes of host memory alone, and the model's memory budget leaves {room}"
+            )));
         }
-        self.held_adapters.insert(slot, (adapter, room));
+        if let (Some(built), Some(device)) = (&mut self.built, &self.buffers) {
+            built.add_adapter(&self.loader.gpu, &device.buffers, slot, &adapter, room - host)?;
+        }
+        self.held_adapters.insert(slot, adapter);
         Ok(())
     }
 
@@ -509,7 +517,8 @@ impl Executor for GpuExecutor {
             kv_cache: self.buffers.as_ref().map_or(0, |b| b.kv_bytes),
             scratch: self.buffers.as_ref().map_or(0, |_| scratch_bytes(spec, rows)),
             host: 0,
-            adapters: self.built.as_ref().map_or(0, |b| b.adapters.bytes() + b.head.own_bytes()),
+            adapters: self.built.as_ref().map_or(0, |b| b.adapters.bytes() + b.head.own_bytes())
+                + self.held_adapters.values().map(|a| a.bytes()).sum::<u64>(),
         }
     }
 
