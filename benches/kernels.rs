@@ -264,7 +264,9 @@ fn gpu_products(c: &mut Criterion) {
             let head = kernel.name == "head";
             let plain = Flags { format: Some(format), f16: has_f16, vec4: true, head, ..Flags::default() };
             let mut shapes = vec![TileShape::Narrow, TileShape::Wide];
-            if plain.is_tiled() && !head {
+            if !plain.is_tiled() {
+                shapes.push(TileShape::OneRow);
+            } else if !head {
                 shapes.push(TileShape::Medium);
             }
             for (shape, rows) in shapes.iter().flat_map(|shape| [1usize, 8, 64, 256].map(|rows| (*shape, rows))) {

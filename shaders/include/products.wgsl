@@ -7,6 +7,17 @@
 // Weight rows are `stride` elements apart, a multiple of 8 (64, 32 for integers).
 
 const LANES = 8u;
+#if ONE_ROW
+// A thread computes 4 columns of the row.
+const ROWS = 1u;
+#if HEAD
+const COLS = 64u;
+const THREADS = 128u;
+#else
+const COLS = 16u;
+const THREADS = 32u;
+#endif
+#else
 #if WIDE
 // A thread computes 8 rows by 4 columns; for many rows.
 const ROWS = 16u;
@@ -23,6 +34,7 @@ const THREADS = 256u;
 const ROWS = 4u;
 const COLS = 16u;
 const THREADS = 128u;
+#endif
 #endif
 #endif
 
@@ -146,9 +158,18 @@ fn input_row(row: u32) -> u32 {
     return p.x_first + min(row, p.rows - 1u);
 }
 
-#if WIDE
+// The first elements of the weight rows of 4 columns.
+fn row_starts(column: u32) -> vec4<u32> {
+    return vec4<u32>(row_start(column), row_start(column + 1u), row_start(column + 2u), row_start(column + 3u));
+}
+
 fn add_columns(s: vec4<f32>, w0: Eight, w1: Eight, w2: Eight, w3: Eight, v: Eight) -> vec4<f32> {
     return vec4<f32>(add_products(s.x, w0, v), add_products(s.y, w1, v), add_products(s.z, w2, v), add_products(s.w, w3, v));
+}
+
+fn weights_of_rest(w_row: vec4<u32>, whole: u32, lane: u32) -> vec4<f32> {
+    return vec4<f32>(weight_of_rest(w_row.x, whole, lane), weight_of_rest(w_row.y, whole, lane),
+                     weight_of_rest(w_row.z, whole, lane), weight_of_rest(w_row.w, whole, lane));
 }
 
 fn keep(at: u32, total: vec4<f32>) {
@@ -158,13 +179,36 @@ fn keep(at: u32, total: vec4<f32>) {
     sums[at + 3u] = total.w;
 }
 
+#if ONE_ROW
+fn products(thread: u32, first_row: u32, first_column: u32) {
+    let lane = thread % LANES;
+    let column = thread / LANES * 4u;
+    let w_row = row_starts(first_column + column);
+    let t = input_row(first_row);
+    var s = vec4<f32>();
+    let whole = p.k / 8u * 8u;
+    for (var k = lane * 8u; k < whole; k += LANES * 8u) {
+        s = add_columns(s, weights(w_row.x + k), weights(w_row.y + k), weights(w_row.z + k), weights(w_row.w + k), inputs(t, k));
+    }
+    let rest = whole + lane;
+    if rest < p.k {
+        s = fma(weights_of_rest(w_row, whole, lane), vec4<f32>(input(t, rest)), s);
+    }
+    // Every lane has the totals: one of them writes.
+    s = over_lanes(s, thread);
+    if lane == 0u {
+        keep(column, s);
+    }
+    workgroupBarrier();
+}
+#else
+#if WIDE
 fn products(thread: u32, first_row: u32, first_column: u32) {
     let lane = thread % LANES;
     let place = thread / LANES;
     let row = place / 16u * 8u;
     let column = place % 16u * 4u;
-    let c = first_column + column;
-    let w_row = vec4<u32>(row_start(c), row_start(c + 1u), row_start(c + 2u), row_start(c + 3u));
+    let w_row = row_starts(first_column + column);
     let t = first_row + row;
     let t0 = input_row(t);
     let t1 = input_row(t + 1u);
@@ -199,8 +243,7 @@ fn products(thread: u32, first_row: u32, first_column: u32) {
     }
     let rest = whole + lane;
     if rest < p.k {
-        let w = vec4<f32>(weight_of_rest(w_row.x, whole, lane), weight_of_rest(w_row.y, whole, lane),
-                          weight_of_rest(w_row.z, whole, lane), weight_of_rest(w_row.w, whole, lane));
+        let w = weights_of_rest(w_row, whole, lane);
         s0 = fma(w, vec4<f32>(input(t0, rest)), s0);
         s1 = fma(w, vec4<f32>(input(t1, rest)), s1);
         s2 = fma(w, vec4<f32>(input(t2, rest)), s2);
@@ -284,4 +327,5 @@ fn products(thread: u32, first_row: u32, first_column: u32) {
 #endif
     workgroupBarrier();
 }
+#endif
 #endif

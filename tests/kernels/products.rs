@@ -25,17 +25,20 @@ pub(super) fn formats(device: &Device, k: usize) -> Vec<Flags> {
 pub(super) fn same_bits(device: &Device, flags: Flags, k: usize, case: usize) -> Vec<Flags> {
     let tiled = flags.is_tiled();
     let mut shapes = vec![TileShape::Narrow, TileShape::Wide];
-    if tiled && !flags.head {
+    if !tiled {
+        shapes.push(TileShape::OneRow);
+    } else if !flags.head {
         shapes.push(TileShape::Medium);
     }
     let mut all: Vec<Flags> = shapes.into_iter().map(|shape| Flags { shape, ..flags }).collect();
     if !tiled {
         // One of what the adapter may have: the cases take turns.
         let (subgroup, vec4, wide) = (device.gpu.info().has_subgroups, k.is_multiple_of(4), TileShape::Wide);
-        all.push(match case % 3 {
+        all.push(match case % 4 {
             0 => Flags { subgroup, vec4, ..flags },
             1 => Flags { subgroup, shape: wide, ..flags },
-            _ => Flags { vec4, shape: wide, ..flags },
+            2 => Flags { vec4, shape: wide, ..flags },
+            _ => Flags { subgroup, vec4, shape: TileShape::OneRow, ..flags },
         });
     }
     all
@@ -190,7 +193,9 @@ fn linear_twins_on_the_gpu() {
                     compare(&what, &out, &want, &magnitude, Dtype::F32);
                     assert_eq!(bits(&out), *bits_of_first.get_or_insert(bits(&out)), "{what}: other bits");
                 }
-                // A row alone: its bits are those that it has in company.
+                // A row alone, as it is computed then: its bits are those that it has in company.
+                let shape = if flags.is_tiled() { TileShape::Narrow } else { TileShape::OneRow };
+                let flags = Flags { shape, ..flags };
                 let row = t - 1;
                 let alone = linear::Params { rows: 1, x_first: (x_first + row) as u32, ..params };
                 let mut storage = storage;
@@ -231,7 +236,7 @@ fn linear_keeps_nan_and_infinity_to_their_elements() {
                 scale: 1.0,
             };
             let storage = operands.storage(&[0.0], &[bytes(&vec![UNTOUCHED; t * n])]);
-            for flags in (0..3).flat_map(|case| same_bits(device, flags, k, case)) {
+            for flags in (0..4).flat_map(|case| same_bits(device, flags, k, case)) {
                 let out = device.run(&linear::KERNEL, flags, &params, &storage, groups(flags, t, n));
                 compare(&format!("linear {flags:?}"), &floats(&out[4]), &want, &sizes, Dtype::F32);
             }
@@ -484,7 +489,7 @@ fn head_and_log_sum_exp_twins() {
                 let mut first_bits = None;
                 for (i, flags) in same_bits(device, flags, k, case).into_iter().enumerate() {
                     let what = format!("head {flags:?} M{rows} V{vocab} K{k}");
-                    let run = if rows == 5 && i < 2 { Device::run_checked } else { Device::run };
+                    let run = if rows == 5 && i < 3 { Device::run_checked } else { Device::run };
                     let out = run(device, &head::KERNEL, flags, &params, &storage, groups(flags, rows, vocab));
                     compare(&what, &floats(&out[5]), &want, &sizes, Dtype::F32);
                     let logits_and_stats = (bits(&floats(&out[5])), bits(&floats(&out[6])));

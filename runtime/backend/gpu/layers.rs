@@ -94,6 +94,7 @@ pub(super) fn shape_for(flags: Flags, rows: u32) -> TileShape {
         Some(Format::Tiles(tile)) if rows <= tile => TileShape::Narrow,
         Some(Format::Tiles(tile)) if rows <= 4 * tile && !flags.head => TileShape::Medium,
         Some(Format::Tiles(_)) => TileShape::Wide,
+        _ if rows == 1 => TileShape::OneRow,
         // Four rows at a time; twice that is still less work than sixteen.
         _ if rows <= 8 => TileShape::Narrow,
         _ => TileShape::Wide,
@@ -102,10 +103,10 @@ pub(super) fn shape_for(flags: Flags, rows: u32) -> TileShape {
 
 /// The shapes that products of these weights come in.
 pub(super) fn shapes(flags: Flags) -> &'static [TileShape] {
-    if flags.is_tiled() && !flags.head {
-        &[TileShape::Narrow, TileShape::Medium, TileShape::Wide]
-    } else {
-        &[TileShape::Narrow, TileShape::Wide]
+    match (flags.is_tiled(), flags.head) {
+        (true, false) => &[TileShape::Narrow, TileShape::Medium, TileShape::Wide],
+        (true, true) => &[TileShape::Narrow, TileShape::Wide],
+        (false, _) => &[TileShape::OneRow, TileShape::Narrow, TileShape::Wide],
     }
 }
 

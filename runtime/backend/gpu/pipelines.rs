@@ -37,6 +37,8 @@ pub enum Format {
 /// How many rows and columns of a product a workgroup takes. The results are the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum TileShape {
+    /// One row; ordinary instructions only, since matrix units have no smaller tile.
+    OneRow,
     /// Few rows: weights are read at the memory's speed.
     #[default]
     Narrow,
@@ -128,6 +130,7 @@ impl Flags {
             "MATRIX" => self.needs_matrix_units(),
             "EMULATED" => self.emulated,
             "ONE_CHUNK" => self.one_chunk,
+            "ONE_ROW" => self.shape == TileShape::OneRow,
             "WIDE" => self.shape == TileShape::Wide,
             "MEDIUM" => self.shape == TileShape::Medium,
             "HEAD" => self.head,
@@ -147,13 +150,14 @@ impl Flags {
     /// Rows and columns of a product that a workgroup owns: the constants of shaders/include.
     pub fn workgroup_tile(self) -> [u32; 2] {
         match (self.tile(), self.shape, self.head) {
+            (None, TileShape::OneRow, head) => [1, if head { 64 } else { 16 }],
             (None, TileShape::Wide, _) => [16, 64],
             (None, _, true) => [4, 64],
             (None, _, false) => [4, 16],
             (Some(tile), TileShape::Wide, _) => [4 * tile, 4 * tile],
             (Some(tile), _, true) => [tile, 4 * tile],
             (Some(tile), TileShape::Medium, false) => [4 * tile, tile],
-            (Some(tile), TileShape::Narrow, false) => [tile, tile],
+            (Some(tile), _, false) => [tile, tile],
         }
     }
 }
