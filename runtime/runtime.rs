@@ -7,7 +7,7 @@ use std::time::Instant;
 use crate::adapter::Adapter;
 use crate::backend::cpu::{self, CpuExecutor, CpuOptions, Pool};
 use crate::backend::gpu::{self, DeviceInfo, Gpu, GpuExecutor, GpuOptions, GpuWeights, Selection, list_devices};
-use crate::backend::{Capacity, Executor, KernelTime, Limits, Memory};
+use crate::backend::{Capacity, Executor, Holding, KernelTime, Limits, Memory};
 use crate::engine::{
     AdapterContent, Engine, InFlight, Job, JobOptions, Lane, ModelStats, NewAdapter, NewSequence, QueueLimits,
     RuntimeStats,
@@ -182,19 +182,25 @@ impl Runtime {
         }
         let plan = Arc::new(Plan::new(&spec)?);
         let weights = plan.load_weights(&spec, folder, &options.load)?;
-        let capacity = self.capacity(&spec, &plan, &weights, options)?;
+        let sizes = |holding: Holding, kv_blocks: Option<usize>| {
+            let kv_tokens = kv_blocks.map(|n| n * KV_BLOCK).or(options.kv_tokens);
+            self.capacity(&spec, &plan, &weights, &ModelOptions { kv_tokens, ..options.clone() }, holding)
+        };
         let tokenizer = Tokenizer::from_folder(folder)?.map(Arc::new);
-        let executor: Box<dyn Executor> = match &self.inner.device {
+        let (executor, capacity): (Box<dyn Executor>, Capacity) = match &self.inner.device {
             Device::Cpu { isa, pool } => {
+                let capacity = sizes(Holding { kv_element: 4, weight_rows: 1 }, None)?;
                 let cpu =
                     CpuOptions { isa: *isa, pool: pool.clone(), precision: options.precision, format: options.weights };
                 let executor = CpuExecutor::new(spec.clone(), plan.clone(), &weights, capacity, cpu);
-                Box::new(executor.map_err(|e| e.at(folder.display()))?)
+                (Box::new(executor.map_err(|e| e.at(folder.display()))?), capacity)
             }
             Device::Gpu(gpu) => {
                 let gpu = gpu.clone();
                 let how = GpuWeights { format: options.weights, precision: options.precision };
-                Box::new(GpuExecutor::new(gpu, spec.clone(), plan.clone(), &weights, how, capacity)?)
+                let executor = GpuExecutor::new(gpu, spec.clone(), plan.clone(), &weights, how, &sizes)?;
+                let capacity = executor.capacity();
+                (Box::new(executor), capacity)
             }
         };
         let memory = executor.memory();
@@ -248,12 +254,13 @@ impl Runtime {
         plan: &Plan,
         weights: &crate::weights::Weights,
         options: &ModelOptions,
+        holding: Holding,
     ) -> Result<Capacity> {
         let max_rows = options.max_batch_tokens.unwrap_or(DEFAULT_MAX_BATCH_TOKENS);
         if max_rows == 0 || max_rows > 1 << 20 {
             return Err(Error::argument(format!("max_batch_tokens is {max_rows}, it must be from 1 to {}", 1 << 20)));
         }
-        let per_token = 8 * spec.kv_width() as u64 * spec.layers as u64;
+        let per_token = (2 * holding.kv_element * spec.kv_width() * spec.layers) as u64;
         let is_gpu = matches!(self.inner.device, Device::Gpu(_));
         let quantised = if options.weights == WeightFormat::Stored { Vec::new() } else { plan.quantisable(spec) };
         // What is allocated: on the CPU mapped weights are not, but what is quantised from them is.
@@ -263,7 +270,7 @@ impl Runtime {
             let is_quantised = quantised.contains(&MatrixId(i));
             // The GPU pads rows to groups of eight.
             let cols = if is_gpu { m.shape[1].next_multiple_of(8) } else { m.shape[1] };
-            let stored = m.shape[0] * cols * size;
+            let stored = m.shape[0].next_multiple_of(holding.weight_rows) * cols * size;
             let is_embedding = plan.ops.iter().any(|op| matches!(op, Op::Embed { table, .. } if table.0 == i));
             if is_quantised {
                 held += Quantised::bytes_for(options.weights, m.shape[0], m.shape[1]) as u64;
@@ -285,7 +292,7 @@ impl Runtime {
         let usual = usize::try_from(default_bytes / per_token).unwrap_or(usize::MAX).max(LEAST_KV_TOKENS);
         let mut kv_tokens = options.kv_tokens.unwrap_or(DEFAULT_KV_TOKENS.min(usual).min(room.max(1)));
         if let Device::Gpu(gpu) = &self.inner.device {
-            let most = gpu.most_kv_tokens(spec.kv_width());
+            let most = gpu.most_kv_tokens(spec.kv_width(), holding.kv_element);
             if options.kv_tokens.is_some_and(|n| n > most) {
                 return Err(Error::limit(format!("kv_tokens is {kv_tokens}; a binding of this device holds {most}")));
             }

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod common;
+#[path = "gpu/memory.rs"]
+mod memory;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -54,11 +56,16 @@ fn load(gpu: impl Into<Arc<Gpu>>, name: &str) -> Loaded {
 }
 
 fn load_with(gpu: Arc<Gpu>, name: &str, capacity: Capacity) -> Loaded {
-    let spec = read_spec(&golden(name)).unwrap();
+    load_folder(gpu, &golden(name), &LoadOptions::default(), capacity)
+}
+
+fn load_folder(gpu: Arc<Gpu>, folder: &Path, options: &LoadOptions, capacity: Capacity) -> Loaded {
+    let spec = read_spec(folder).unwrap();
     let head_dim = spec.head_dim;
     let plan = Plan::new(&spec).unwrap();
-    let weights = plan.load_weights(&spec, &golden(name), &LoadOptions::default()).unwrap();
-    let executor = GpuExecutor::new(gpu, spec, Arc::new(plan), &weights, GpuWeights::default(), capacity).unwrap();
+    let weights = plan.load_weights(&spec, folder, options).unwrap();
+    let (plan, how) = (Arc::new(plan), GpuWeights::default());
+    let executor = GpuExecutor::new(gpu, spec, plan, &weights, how, &|_, _| Ok(capacity)).unwrap();
     Loaded { executor, head_dim }
 }
 
@@ -335,6 +342,39 @@ fn the_profile_counts_every_dispatch() {
             assert_eq!(total, 7 * LAYERS + joined + 5, "{profile:?}");
             assert!(loaded.executor.take_profile().is_empty());
         }
+    }
+}
+
+/// A step of more dispatches than a set of timestamps has room for: all of them are timed.
+#[test]
+fn the_profile_counts_more_dispatches_than_a_query_set_holds() {
+    const LAYERS: u64 = 300;
+    let folder = tempfile::tempdir().unwrap();
+    let (config, model) = (folder.path().join("config.json"), folder.path().join("model"));
+    let text = std::fs::read_to_string(golden("llama-tied").join("config.json")).unwrap();
+    let layers = text.replace("\"num_hidden_layers\": 2", &format!("\"num_hidden_layers\": {LAYERS}"));
+    assert_ne!(text, layers);
+    std::fs::write(&config, layers).unwrap();
+    let mut synth = std::process::Command::new(env!("CARGO_BIN_EXE_rewardrt"));
+    assert!(synth.arg("synth").arg(&config).arg("--out").arg(&model).status().unwrap().success());
+    for device in gpus() {
+        let capacity = Capacity { max_rows: 1, kv_blocks: 1 };
+        let mut loaded = load_folder(Arc::new(gpu(&device)), &model, &LoadOptions::default(), capacity);
+        if let Err(error) = loaded.executor.set_profiling(true) {
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            eprintln!("SKIPPED ON {device}: {error}");
+            continue;
+        }
+        let rows = [RowMeta { token: 3, position: 0, slot: 0, table: 0 }];
+        let outputs = [OutputRow { row: 0, want: Want::Logprob { target: 4, top: 0 } }];
+        let cos_sin = angles(1, loaded.head_dim);
+        let step = Step { rows: &rows, tables: &[0], cos_sin: &cos_sin, outputs: &outputs, adapters: &[] };
+        let timed = loaded.executor.step(&step).unwrap();
+        let mut profile = loaded.executor.take_profile();
+        profile.retain(|k| k.name != "encode (host)");
+        assert_eq!(profile.iter().map(|k| k.calls).sum::<u64>(), 7 * LAYERS + 5, "{profile:?}");
+        loaded.executor.set_profiling(false).unwrap();
+        assert_eq!(loaded.executor.step(&step).unwrap(), timed);
     }
 }
 

@@ -270,6 +270,15 @@ impl Memory {
     }
 }
 
+/// How a device holds a model, as far as sizes depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// Bytes of a key's or value's element.
+    pub kv_element: usize,
+    /// Rows of weights come in multiples of this.
+    pub weight_rows: usize,
+}
+
 /// Sizes an executor is built for.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {

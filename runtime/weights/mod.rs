@@ -303,6 +303,17 @@ impl Tensor {
     }
 }
 
+/// A mapped file. Cheap to clone; keeps the file mapped.
+#[derive(Clone)]
+pub(crate) struct Map(Arc<FileBytes>);
+
+impl Map {
+    /// The whole file.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.0.as_slice()
+    }
+}
+
 /// The tensors that a model asked for and that passed the check. Cheap to clone.
 #[derive(Clone)]
 pub struct Weights {
@@ -341,5 +352,17 @@ impl Weights {
     /// Bytes of the tensors that are not in a mapped file.
     pub(crate) fn bytes_in_memory(&self) -> u64 {
         self.tensors.values().filter(|t| !t.is_mapped()).map(|t| t.bytes().len() as u64).sum()
+    }
+
+    /// The map that `bytes` are a part of, and where in it they are; `None` if they were read, or come from elsewhere.
+    pub(crate) fn map_of(&self, bytes: &[u8]) -> Option<(Map, std::ops::Range<usize>)> {
+        let bytes = bytes.as_ptr_range();
+        self.tensors.values().find_map(|t| {
+            let Place::File(file, _) = &t.place else { return None };
+            let whole = file.as_slice().as_ptr_range();
+            let start = bytes.start.addr().checked_sub(whole.start.addr())?;
+            let range = start..start + (bytes.end.addr() - bytes.start.addr());
+            (file.is_mapped() && bytes.end <= whole.end).then(|| (Map(file.clone()), range))
+        })
     }
 }

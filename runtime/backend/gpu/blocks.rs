@@ -62,12 +62,10 @@ pub(super) struct Block {
     pub own_head: Option<u32>,
     /// First columns of the tiles that single tokens are in; empty: all columns.
     pub columns: Vec<u32>,
+    /// Of single tokens: which ones each row wants; `None`: all columns.
+    pub tokens: Vec<Option<Arc<[u32]>>>,
     /// Edits and masks to upload before it.
     pub upload: Option<(Vec<Edit>, Vec<u32>)>,
-    /// Where its parts of the read-back begin.
-    pub best_at: u64,
-    pub kept_at: u64,
-    pub logits_at: u64,
 }
 
 impl Block {
@@ -147,6 +145,7 @@ impl Blocks {
     }
 
     fn add_block(&mut self, step: usize, start: usize, class: Class, columns: Vec<u32>, wants: &[&Want]) {
+        let tokens = |want: &&Want| if let Want::Tokens(tokens) = want { Some(tokens.clone()) } else { None };
         // Below max_rows.
         let first = self.requests.len() as u32;
         let mut block = Block {
@@ -161,10 +160,8 @@ impl Blocks {
             reports: false,
             own_head: None,
             columns,
+            tokens: wants.iter().map(tokens).collect(),
             upload: None,
-            best_at: 0,
-            kept_at: 0,
-            logits_at: 0,
         };
         let words = self.vocab.div_ceil(32);
         let (mut edits, mut masks) = (0, 0);

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::cache::ShaderCache;
+use super::import::HostImport;
 use super::pipelines::Flags;
 use super::select::{DeviceInfo, Selection, describe, find};
 use crate::error::{Error, ErrorKind, Result};
@@ -44,6 +45,9 @@ pub struct GpuOptions {
     pub batch_variant: bool,
     /// Compiles shaders with checks of every index and loop: for tests, at a cost.
     pub shader_checks: bool,
+    /// Uploads all weights through staging buffers, also those that the device could copy from the mapped file itself
+    /// (Vulkan on Linux, VK_EXT_external_memory_host).
+    pub stage_weights: bool,
 }
 
 /// An open GPU.
@@ -58,6 +62,8 @@ pub struct Gpu {
     pub(super) shader_checks: bool,
     pub(super) batch_variant: bool,
     pub(super) cache: Mutex<Option<ShaderCache>>,
+    /// `None`: it cannot, or must not.
+    pub(super) host_import: Option<HostImport>,
     matrix_units: MatrixUnits,
     /// Rows of the square tiles that the matrix units multiply.
     tile: Option<u32>,
@@ -126,8 +132,18 @@ impl Gpu {
             experimental_features: experimental,
             ..wgpu::DeviceDescriptor::default()
         };
-        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
-            .map_err(|e| Error::gpu(format!("{}: the device cannot be opened: {e}", info.name)))?;
+        let importing = if options.stage_weights { None } else { HostImport::open(adapter, &descriptor) };
+        let (device, queue, host_import) = match importing {
+            Some(Ok((device, queue, import))) => (device, queue, Some(import)),
+            refused => {
+                if let Some(Err(error)) = refused {
+                    log::debug!("{}: not opened to import the host's memory: {error}", info.name);
+                }
+                let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+                    .map_err(|e| Error::gpu(format!("{}: the device cannot be opened: {e}", info.name)))?;
+                (device, queue, None)
+            }
+        };
         let lost = Arc::new(AtomicBool::new(false));
         let uncaptured = Arc::new(Mutex::new(None));
         let slot = uncaptured.clone();
@@ -158,6 +174,7 @@ impl Gpu {
             shader_checks: options.shader_checks,
             batch_variant: options.batch_variant,
             cache: Mutex::new(cache),
+            host_import,
             matrix_units: options.matrix_units,
             tile,
             tested: OnceLock::new(),
@@ -226,9 +243,14 @@ impl Gpu {
         self.limits.max_storage_buffer_binding_size = self.limits.max_storage_buffer_binding_size.min(bytes);
     }
 
-    /// Positions whose keys of one layer fit a storage binding.
-    pub fn most_kv_tokens(&self, kv_width: usize) -> usize {
-        let bytes = self.max_binding() / (4 * kv_width as u64);
+    /// Behaves like a device whose buffers hold `bytes`: for tests of what is bounded.
+    pub fn limit_buffers(&mut self, bytes: u64) {
+        self.limits.max_buffer_size = self.limits.max_buffer_size.min(bytes);
+    }
+
+    /// Positions whose keys of one layer, of elements of `kv_element` bytes, fit a storage binding.
+    pub fn most_kv_tokens(&self, kv_width: usize, kv_element: usize) -> usize {
+        let bytes = self.max_binding() / (kv_element * kv_width) as u64;
         usize::try_from(bytes).unwrap_or(usize::MAX) / KV_BLOCK * KV_BLOCK
     }
 

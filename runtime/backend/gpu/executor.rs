@@ -10,11 +10,14 @@ use super::blocks;
 use super::device::Gpu;
 use super::head::{self, Head};
 use super::layers::{Buffers, Builder, Call, Dims};
+use super::matrix::SLICE_ROWS;
 use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
 use super::resident::{GpuLoader, Resident};
+use super::upload::UploadedBytes;
 use crate::backend::{
-    BlockCopy, Capacity, DeviceWeights, Executor, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output, Step,
+    BlockCopy, Capacity, DeviceWeights, Executor, Holding, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output,
+    Step,
 };
 use crate::error::{Error, Result, checked_size};
 use crate::kernels::attention::MAX_HEAD_DIM;
@@ -32,6 +35,8 @@ const ROW_TILE: usize = 64;
 pub struct GpuExecutor {
     loader: GpuLoader,
     capacity: Capacity,
+    /// Why a cache of that many blocks could not be f32, where it is f16.
+    no_plain_cache: Option<Error>,
     /// `None` while the weights are not there.
     resident: Option<Arc<Resident>>,
     /// `None` while the KV cache is not there.
@@ -68,6 +73,17 @@ struct DeviceBuffers {
     kv_bytes: u64,
 }
 
+/// With matrix units keys and values are f16, and weights whole tiles.
+fn holding(tile: Option<u32>) -> Holding {
+    match tile {
+        Some(_) => Holding { kv_element: 2, weight_rows: SLICE_ROWS },
+        None => Holding { kv_element: 4, weight_rows: 1 },
+    }
+}
+
+/// Says how many rows and blocks fit a model that is held so, or whether that many blocks do.
+pub type Sizes<'a> = &'a dyn Fn(Holding, Option<usize>) -> Result<Capacity>;
+
 /// How the weights of a model are used on a GPU.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct GpuWeights {
@@ -78,10 +94,11 @@ pub struct GpuWeights {
 }
 
 impl GpuExecutor {
-    /// Uploads the weights and builds everything that steps of up to `capacity` need.
+    /// Uploads the weights and builds everything that steps need. `sizes` is asked again if matrix units turn
+    /// out to be of no use, since a position then takes twice the memory.
     ///
     /// # Errors
-    /// `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
+    /// What `sizes` returns, `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
     /// [`MAX_HEAD_DIM`], `Gpu` if a shader does not build.
     pub fn new(
         gpu: Arc<Gpu>,
@@ -89,17 +106,22 @@ impl GpuExecutor {
         plan: Arc<Plan>,
         weights: &Weights,
         how: GpuWeights,
-        capacity: Capacity,
+        sizes: Sizes,
     ) -> Result<Self> {
         if spec.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
         }
-        if capacity.max_rows > 65_535 {
-            return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
-        }
         let loader = GpuLoader { gpu, spec, plan, how };
         let tile = loader.tile(weights)?;
-        let build = |tile| Self::of(loader.clone(), weights, tile, capacity);
+        let build = |tile: Option<u32>| {
+            let capacity = sizes(holding(tile), None)?;
+            if capacity.max_rows > 65_535 {
+                return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
+            }
+            // Weights that come later may be too large for f16.
+            let plain = tile.and_then(|_| sizes(holding(None), Some(capacity.kv_blocks)).err());
+            Self::of(loader.clone(), weights, tile, capacity, plain)
+        };
         match build(tile) {
             // Something is too large for f16: nothing is rounded then.
             Err(error) if tile.is_some() && error.kind() == crate::error::ErrorKind::Unsupported => {
@@ -110,12 +132,19 @@ impl GpuExecutor {
         }
     }
 
-    fn of(loader: GpuLoader, weights: &Weights, tile: Option<u32>, capacity: Capacity) -> Result<Self> {
+    fn of(
+        loader: GpuLoader,
+        weights: &Weights,
+        tile: Option<u32>,
+        capacity: Capacity,
+        no_plain_cache: Option<Error>,
+    ) -> Result<Self> {
         let buffers = DeviceBuffers::new(&loader.gpu, &loader.spec, tile, capacity)?;
         let resident = Arc::new(loader.upload(weights, tile, None, &HashSet::new())?);
         let mut executor = GpuExecutor {
             loader,
             capacity,
+            no_plain_cache,
             resident: Some(resident),
             buffers: Some(buffers),
             built: None,
@@ -128,6 +157,16 @@ impl GpuExecutor {
         executor.build()?;
         executor.loader.gpu.save_shaders();
         Ok(executor)
+    }
+
+    /// What it was built for.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// How its weights came to the device.
+    pub fn uploaded_bytes(&self) -> UploadedBytes {
+        self.resident.as_ref().map(|r| r.uploaded).unwrap_or_default()
     }
 
     /// Binds everything anew, if weights and buffers are there.
@@ -254,7 +293,7 @@ impl DeviceBuffers {
     fn new(gpu: &Gpu, spec: &ModelSpec, tile: Option<u32>, capacity: Capacity) -> Result<Self> {
         let half = tile.is_some();
         let attention_tile = attention::tile(gpu, spec, tile);
-        let element = if half { 2 } else { 4 };
+        let element = holding(tile).kv_element;
         let storage = wgpu::BufferUsages::STORAGE;
         let rows = capacity.max_rows;
         let padded = if half { rows.next_multiple_of(ROW_TILE) } else { rows };
@@ -356,19 +395,18 @@ impl Executor for GpuExecutor {
                         if down.replace(a.product) != Some(a.product)
                             && let Some((bound, dispatch)) = built.adapters.down(with, a.product, &dims)
                         {
-                            recorder.dispatch(bound, &dispatch);
+                            recorder.dispatch(bound, &dispatch)?;
                         }
                         bound = own;
                     }
-                    recorder.dispatch(bound, &(call.rule)(&dims));
-                    recorder.bound(&gpu)?;
+                    recorder.dispatch(bound, &(call.rule)(&dims))?;
                 }
                 built.head.record(&gpu, &mut recorder, &mut pending, s)?;
                 if s + 1 == steps.len() {
-                    built.head.record_results(&mut recorder, buffers, &pending);
+                    built.head.record_results(&mut recorder, buffers, &pending)?;
                 }
                 waited += recorder.waited();
-                recorder.submit(&gpu)
+                recorder.submit()
             })??);
             first_drawn = first_output;
             first_row += dims.rows;
@@ -425,6 +463,9 @@ impl Executor for GpuExecutor {
     fn install(&mut self, weights: DeviceWeights) -> Result<()> {
         let DeviceWeights::Gpu(resident) = weights else { return Err(Error::internal("weights of another device")) };
         let GpuLoader { gpu, spec, .. } = &self.loader;
+        if let (None, Some(error)) = (resident.tile, &self.no_plain_cache) {
+            return Err(error.clone().at("weights that are too large for f16"));
+        }
         // Other weights may be too large for f16, and matrix units need other buffers.
         let fresh = match &self.buffers {
             Some(device) if device.tile != resident.tile => {

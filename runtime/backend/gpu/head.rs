@@ -4,15 +4,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use bytemuck::pod_collect_to_vec;
-
 use super::blocks::{Block, Blocks, Class, TOKEN_TILE, most_edits};
 use super::device::Gpu;
 use super::layers::{Buffers, Builder, product, shapes, slice_bytes};
 use super::pipelines::{Flags, Format, Pipelines};
+use super::readback::{self, Pending, Place};
 use super::record::{Bound, Dispatch, Params, Recorder, fold};
 use crate::backend::{Output, OutputRow, Step, TokenStats, Want, top_logprobs};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::adjust_logits::Edit;
 use crate::kernels::log_sum_exp::RowStats;
 use crate::kernels::top_k::{Candidate, MAX_K};
@@ -28,14 +27,13 @@ fn block_rows(vocab: usize, max_rows: usize) -> usize {
     (LOGIT_BYTES / (4 * vocab)).clamp(1, 256).min(max_rows)
 }
 
-/// Logits and their copy for the host, statistics, edits, masks and kept ids.
+/// Logits, statistics, edits, masks, alternatives and kept ids; what the host reads of them at a time.
 pub(super) fn bytes(vocab: usize, max_rows: usize) -> u64 {
     let rows = block_rows(vocab, max_rows);
-    let row = 2 * 4 * vocab.next_multiple_of(TOKEN_TILE as usize)
-        + vocab.div_ceil(32) * (4 + 16)
-        + 2 * (sample::MAX_KEPT_IDS * 4 + MAX_K * size_of::<Candidate>());
+    let masks = rows * vocab.div_ceil(32) * (4 + 16);
     let each = size_of::<sample::Request>() + 2 * (size_of::<sample::Drawn>() + size_of::<RowStats>()) + 4;
-    (most_edits(vocab) * size_of::<Edit>() + rows * row + max_rows * each) as u64
+    2 * readback::most_bytes(rows, vocab.next_multiple_of(TOKEN_TILE as usize))
+        + (most_edits(vocab) * size_of::<Edit>() + masks + max_rows * each) as u64
 }
 
 /// A slice of the head's matrix, bound twice.
@@ -84,14 +82,6 @@ pub(super) struct Head {
     width: usize,
     /// Tiles of the vocabulary.
     tiles: u32,
-}
-
-/// Steps on their way.
-pub(super) struct Pending {
-    blocks: Vec<Block>,
-    requests: Vec<sample::Request>,
-    readback: wgpu::Buffer,
-    bytes: u64,
 }
 
 impl Head {
@@ -207,31 +197,22 @@ impl Head {
             let own: Vec<Option<u32>> = order.iter().map(|&i| self.own_head(step, i)).collect();
             builder.add_step(s, &wants, &own);
         }
-        let Blocks { mut blocks, targets, requests, .. } = builder;
-        // Of all outputs first, then what only some blocks have.
-        let mut bytes = (requests.len() * (size_of::<RowStats>() + size_of::<sample::Drawn>())) as u64;
-        for block in &mut blocks {
-            let rows = block.len() as u64;
-            block.best_at = bytes;
-            bytes += rows * (block.k * size_of::<Candidate>()) as u64;
-            block.kept_at = bytes;
-            bytes += if block.reports { rows * (sample::MAX_KEPT_IDS * 4) as u64 } else { 0 };
-            block.logits_at = bytes;
-            if block.class == Class::Columns {
-                bytes += (rows * self.columns_of(block) as u64 * 4).next_multiple_of(8);
-            }
-        }
+        let Blocks { blocks, targets, requests, .. } = builder;
+        let padded = self.width.next_multiple_of(TOKEN_TILE as usize);
+        let most = readback::most_bytes(self.block, padded);
+        let mut pending = Pending::new(blocks, requests, most, |block| self.columns_of(block));
         let mut readback = self.readback.lock().unwrap_or_else(PoisonError::into_inner);
-        if readback.size() < bytes + 8 {
-            *readback = gpu.buffer("read-back", (bytes + 8).next_power_of_two(), wgpu::BufferUsages::MAP_READ)?;
+        if readback.size() < pending.bytes() {
+            *readback = gpu.buffer("read-back", pending.bytes(), wgpu::BufferUsages::MAP_READ)?;
         }
+        pending.use_buffer(readback.clone());
         gpu.checked("requests", || {
-            if !requests.is_empty() {
+            if !pending.requests.is_empty() {
                 gpu.queue.write_buffer(&self.targets, 0, bytemuck::cast_slice(&targets));
-                gpu.queue.write_buffer(&self.requests, 0, bytemuck::cast_slice(&requests));
+                gpu.queue.write_buffer(&self.requests, 0, bytemuck::cast_slice(&pending.requests));
             }
         })?;
-        Ok(Pending { blocks, requests, readback: readback.clone(), bytes })
+        Ok(pending)
     }
 
     /// Whose score head computes an output, where it is not the model's.
@@ -294,11 +275,15 @@ impl Head {
     /// Records the blocks of step `s`.
     pub(super) fn record(&self, gpu: &Gpu, recorder: &mut Recorder, pending: &mut Pending, s: usize) -> Result<()> {
         let mut begun = false;
-        for block in pending.blocks.iter_mut().filter(|b| b.step == s) {
-            if let Some((edits, masks)) = block.upload.take() {
+        for i in 0..pending.blocks.len() {
+            if pending.blocks[i].step != s {
+                continue;
+            }
+            pending.make_room(recorder, i)?;
+            if let Some((edits, masks)) = pending.blocks[i].upload.take() {
                 // What is recorded reads what was uploaded before it is submitted.
                 if begun {
-                    recorder.submit(gpu)?;
+                    recorder.submit()?;
                 }
                 for (buffer, bytes) in
                     [(&self.edits, bytemuck::cast_slice::<_, u8>(&edits)), (&self.masks, bytemuck::cast_slice(&masks))]
@@ -309,9 +294,10 @@ impl Head {
                 }
             }
             begun = true;
+            let (block, place, readback) = (&pending.blocks[i], pending.place(i), pending.buffer()?);
             match block.class {
-                Class::Columns => self.record_columns(gpu, recorder, block, &pending.readback)?,
-                _ => self.record_vocabulary(gpu, recorder, block, &pending.readback)?,
+                Class::Columns => self.record_columns(recorder, block, &place, readback)?,
+                _ => self.record_vocabulary(recorder, block, &place, readback)?,
             }
         }
         Ok(())
@@ -319,9 +305,9 @@ impl Head {
 
     fn record_vocabulary(
         &self,
-        gpu: &Gpu,
         recorder: &mut Recorder,
         block: &Block,
+        place: &Place,
         readback: &wgpu::Buffer,
     ) -> Result<()> {
         let rows = block.len() as u32;
@@ -336,8 +322,7 @@ impl Head {
             if keep == 0 {
                 dispatch.bytes -= u64::from(rows) * 4 * u64::from(params.count);
             }
-            recorder.dispatch(pass, &dispatch);
-            recorder.bound(gpu)?;
+            recorder.dispatch(pass, &dispatch)?;
         }
         let by_row = |params: Params, bytes: u64| Dispatch {
             shape: super::pipelines::TileShape::Narrow,
@@ -348,29 +333,31 @@ impl Head {
         };
         let row = 4 * u64::from(vocab);
         let join = log_sum_exp::Params { rows, tiles: self.tiles, first: block.first };
-        recorder.dispatch(&self.log_sum_exp, &by_row(Params::of(&join), 16 * u64::from(self.tiles)));
+        recorder.dispatch(&self.log_sum_exp, &by_row(Params::of(&join), 16 * u64::from(self.tiles)))?;
         if block.k > 0 {
             let k = block.k as u32;
-            recorder.dispatch(&self.top_k, &by_row(Params::of(&top_k::Params { rows, vocab, k }), row));
-            let bytes = (block.len() * block.k * size_of::<Candidate>()) as u64;
-            recorder.copy(&self.best, 0, readback, block.best_at, bytes);
+            recorder.dispatch(&self.top_k, &by_row(Params::of(&top_k::Params { rows, vocab, k }), row))?;
         }
+        recorder.copy(&self.best, readback, place.best.clone());
         if block.changes {
             let params = adjust_logits::Params { rows, vocab, first: block.first };
-            recorder.dispatch(&self.adjust_logits, &by_row(Params::of(&params), 0));
+            recorder.dispatch(&self.adjust_logits, &by_row(Params::of(&params), 0))?;
         }
         if block.samples {
             let params = sample::Params { rows, vocab, first: block.first };
-            recorder.dispatch(&self.sample, &by_row(Params::of(&params), row));
+            recorder.dispatch(&self.sample, &by_row(Params::of(&params), row))?;
         }
-        if block.reports {
-            let bytes = (block.len() * sample::MAX_KEPT_IDS * 4) as u64;
-            recorder.copy(&self.kept_ids, 0, readback, block.kept_at, bytes);
-        }
+        recorder.copy(&self.kept_ids, readback, place.kept.clone());
         Ok(())
     }
 
-    fn record_columns(&self, gpu: &Gpu, recorder: &mut Recorder, block: &Block, readback: &wgpu::Buffer) -> Result<()> {
+    fn record_columns(
+        &self,
+        recorder: &mut Recorder,
+        block: &Block,
+        place: &Place,
+        readback: &wgpu::Buffer,
+    ) -> Result<()> {
         let rows = block.len() as u32;
         let width = self.columns_of(block) as u32;
         for slice in &self.slices {
@@ -392,11 +379,11 @@ impl Head {
             if let Some(own) = block.own_head.and_then(|slot| self.own.get(&slot)) {
                 // One slice, whatever the model's head has.
                 let params = linear::Params { count: width, first: 0, stride: own.stride, ..base };
-                recorder.dispatch(&own.bound, &product(own.flags, [rows, width, s.k], own.bytes, &params));
+                recorder.dispatch(&own.bound, &product(own.flags, [rows, width, s.k], own.bytes, &params))?;
                 break;
             }
             if block.columns.is_empty() {
-                recorder.dispatch(&slice.alone, &product(flags, [rows, s.count, s.k], slice.bytes, &base));
+                recorder.dispatch(&slice.alone, &product(flags, [rows, s.count, s.k], slice.bytes, &base))?;
                 continue;
             }
             for (&column, i) in block.columns.iter().zip(0u32..) {
@@ -407,59 +394,42 @@ impl Head {
                 let count = TOKEN_TILE.min(s.count - slice_row);
                 let params = linear::Params { slice_row, count, first: i * TOKEN_TILE, ..base };
                 let bytes = slice.bytes / u64::from(s.count) * u64::from(count);
-                recorder.dispatch(&slice.alone, &product(flags, [rows, count, s.k], bytes, &params));
+                recorder.dispatch(&slice.alone, &product(flags, [rows, count, s.k], bytes, &params))?;
             }
         }
-        let bytes = (u64::from(rows) * u64::from(width) * 4).next_multiple_of(8);
-        recorder.copy(&self.logits, 0, readback, block.logits_at, bytes);
-        recorder.bound(gpu)
+        recorder.copy(&self.logits, readback, place.logits.clone());
+        Ok(())
     }
 
     /// Records the copies of what every output has.
-    pub(super) fn record_results(&self, recorder: &mut Recorder, buffers: &Buffers, pending: &Pending) {
+    pub(super) fn record_results(&self, recorder: &mut Recorder, buffers: &Buffers, pending: &Pending) -> Result<()> {
         let count = pending.requests.len() as u64;
         let stats = count * size_of::<RowStats>() as u64;
-        recorder.copy(&self.joined, 0, &pending.readback, 0, stats);
-        recorder.copy(&buffers.drawn, 0, &pending.readback, stats, count * size_of::<sample::Drawn>() as u64);
+        let drawn = count * size_of::<sample::Drawn>() as u64;
+        recorder.copy(&self.joined, pending.buffer()?, 0..stats);
+        recorder.copy(&buffers.drawn, pending.buffer()?, stats..stats + drawn);
+        Ok(())
     }
 
     /// Waits for the last step and reads every output.
     pub(super) fn results(
         &self,
         gpu: &Gpu,
-        pending: Pending,
+        mut pending: Pending,
         last: wgpu::SubmissionIndex,
         steps: &[Step],
         orders: &[Vec<usize>],
     ) -> Result<Vec<Vec<Output>>> {
-        if pending.bytes == 0 {
+        if pending.requests.is_empty() {
             gpu.wait(last)?;
             return Ok(steps.iter().map(|_| Vec::new()).collect());
         }
-        let bytes = gpu.read(&pending.readback, pending.bytes, last)?;
-        let short = || Error::internal("a short read-back");
-        let part = |at: u64, len: usize| bytes.get(at as usize..at as usize + len).ok_or_else(short);
-        let count = pending.requests.len();
-        let stats: Vec<RowStats> = pod_collect_to_vec(part(0, count * size_of::<RowStats>())?);
-        let drawn_at = (count * size_of::<RowStats>()) as u64;
-        let drawn: Vec<sample::Drawn> = pod_collect_to_vec(part(drawn_at, count * size_of::<sample::Drawn>())?);
+        let bytes = gpu.read(pending.buffer()?, pending.bytes(), last)?;
+        pending.take(&bytes, pending.blocks.len())?;
+        let (stats, drawn) = pending.common(&bytes)?;
         let mut results: Vec<Vec<Option<Output>>> = steps.iter().map(|s| vec![None; s.outputs.len()]).collect();
-        for block in &pending.blocks {
-            let rows = block.len();
-            let best: Vec<Candidate> =
-                pod_collect_to_vec(part(block.best_at, rows * block.k * size_of::<Candidate>())?);
-            let kept: Vec<u32> = pod_collect_to_vec(if block.reports {
-                part(block.kept_at, rows * sample::MAX_KEPT_IDS * 4)?
-            } else {
-                &[]
-            });
-            let width = self.columns_of(block);
-            let logits: Vec<f32> = pod_collect_to_vec(if block.class == Class::Columns {
-                part(block.logits_at, rows * width * 4)?
-            } else {
-                &[]
-            });
-            for row in 0..rows {
+        for (block, answers) in pending.blocks.iter().zip(pending.answers()) {
+            for row in 0..block.len() {
                 let i = orders[block.step][block.start + row];
                 let place = block.first as usize + row;
                 let want = &steps[block.step].outputs[i].want;
@@ -467,7 +437,7 @@ impl Head {
                 let of = |logit: f32| TokenStats {
                     logprob: stats.logprob(logit),
                     entropy: stats.entropy(),
-                    top: top_logprobs(&best[row * block.k..row * block.k + want.top()], |l| stats.logprob(l)),
+                    top: top_logprobs(&answers.best[row * block.k..][..want.top()], |l| stats.logprob(l)),
                 };
                 results[block.step][i] = Some(match want {
                     Want::Sample(_) => {
@@ -475,22 +445,12 @@ impl Head {
                         let kept_ids = match (drawn.kept, pending.requests[place]) {
                             (kept, request) if kept == 0 || kept > request.kept_ids => Vec::new(),
                             (_, request) if request.inverse_temperature < 0.0 => vec![drawn.token],
-                            (count, _) => kept[row * sample::MAX_KEPT_IDS..][..count as usize].to_vec(),
+                            (count, _) => answers.kept[row * sample::MAX_KEPT_IDS..][..count as usize].to_vec(),
                         };
                         Output::Sampled { drawn, stats: of(drawn.logit), kept_ids }
                     }
                     Want::Logprob { .. } => Output::Logprob(of(target_logit)),
-                    Want::Score => Output::Logits(logits[row * width..(row + 1) * width].to_vec()),
-                    Want::Tokens(tokens) => {
-                        let column = |token: &u32| {
-                            let (tile, place) = (token / TOKEN_TILE * TOKEN_TILE, token % TOKEN_TILE);
-                            match block.columns.binary_search(&tile) {
-                                Ok(i) => i * TOKEN_TILE as usize + place as usize,
-                                Err(_) => *token as usize,
-                            }
-                        };
-                        Output::Logits(tokens.iter().map(|t| logits[row * width + column(t)]).collect())
-                    }
+                    Want::Score | Want::Tokens(_) => Output::Logits(answers.logits[row].clone()),
                 });
             }
         }

@@ -87,9 +87,9 @@ fn multiply(gpu: &Gpu) -> Result<f64> {
         let submission = gpu.checked("multiplying", || {
             let mut recorder = Recorder::new(gpu, None);
             for _ in 0..times {
-                recorder.dispatch(&bound, &dispatch);
+                recorder.dispatch(&bound, &dispatch)?;
             }
-            recorder.submit(gpu)
+            recorder.submit()
         })??;
         gpu.wait(submission)
     })?;

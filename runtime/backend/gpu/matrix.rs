@@ -15,7 +15,7 @@ use crate::model::ModelSpec;
 use crate::weights::Dtype;
 
 /// Rows of a slice are a multiple of this: whole tiles of every shape, and pairs stay together.
-const SLICE_ROWS: usize = 64;
+pub(super) const SLICE_ROWS: usize = 64;
 
 /// In which order the rows of several matrices are merged.
 #[derive(Clone, Copy)]
@@ -198,10 +198,16 @@ impl Matrix {
                     uploader.write(&buffer, count.div_ceil(tile), unit_bytes, &fill)?;
                 }
                 _ => {
-                    let fill = |unit: usize, out: WriteOnly<[u8]>, scratch: &mut Vec<u8>| {
-                        merged.row(first + unit, format, out, scratch);
+                    let as_stored = match merged.as_stored(first..first + count, format) {
+                        Some(bytes) => uploader.copy_mapped(&buffer, bytes)?,
+                        None => false,
                     };
-                    uploader.write(&buffer, count, unit_bytes, &fill)?;
+                    if !as_stored {
+                        let fill = |unit: usize, out: WriteOnly<[u8]>, scratch: &mut Vec<u8>| {
+                            merged.row(first + unit, format, out, scratch);
+                        };
+                        uploader.write(&buffer, count, unit_bytes, &fill)?;
+                    }
                 }
             }
             let blocks = match format {
@@ -251,6 +257,18 @@ impl Merged<'_> {
     fn find(&self, row: usize) -> (Weight<'_>, usize) {
         let (part, row) = self.order.find(self.lengths, row);
         (self.parts[part], row)
+    }
+
+    /// The bytes of rows, if they lie in the checkpoint as they do on the device.
+    fn as_stored(&self, rows: std::ops::Range<usize>, format: Format) -> Option<&[u8]> {
+        match (self.parts, self.order) {
+            ([Weight::Stored(view)], Order::Plain)
+                if format == Format::Rows(view.dtype()) && self.cols.is_multiple_of(8) =>
+            {
+                Some(view.rows_bytes(rows))
+            }
+            _ => None,
+        }
     }
 
     /// Writes a row; what it leaves of `out` is zero.

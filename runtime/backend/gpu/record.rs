@@ -1,5 +1,6 @@
 //! Dispatches on their way to the device, and what they cost where somebody asks.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::device::{Gpu, MOST_PARAMS};
@@ -12,8 +13,8 @@ use crate::kernels::Kernel;
 const SOFTWARE_SUBMISSION: u64 = 4_000_000_000;
 const SUBMISSION: u64 = 4_000_000_000_000;
 const PER_DIMENSION: u32 = 65_535;
-/// Timestamps of a query set; two a dispatch.
-const TIMESTAMPS: u32 = 4096;
+/// Timestamps of a query set, two a dispatch: what a set may have at most.
+const TIMESTAMPS: u32 = wgpu::QUERY_SET_MAX_QUERIES;
 
 /// `groups` workgroups over the first two dimensions.
 pub(super) fn fold(groups: u32) -> [u32; 3] {
@@ -153,6 +154,7 @@ impl Clock {
 
 /// A command buffer in the making. Use it inside [`Gpu::checked`].
 pub(super) struct Recorder<'a> {
+    gpu: &'a Gpu,
     encoder: wgpu::CommandEncoder,
     pass: Option<wgpu::ComputePass<'static>>,
     clock: Option<&'a mut Clock>,
@@ -164,65 +166,69 @@ pub(super) struct Recorder<'a> {
 }
 
 impl<'a> Recorder<'a> {
-    pub(super) fn new(gpu: &Gpu, mut clock: Option<&'a mut Clock>) -> Self {
+    pub(super) fn new(gpu: &'a Gpu, mut clock: Option<&'a mut Clock>) -> Self {
         if let Some(clock) = &mut clock {
             // Of a step that failed.
             clock.open.clear();
         }
         let limit = if gpu.is_software() { SOFTWARE_SUBMISSION } else { SUBMISSION };
         let encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        Recorder { encoder, pass: None, clock, multiply_adds: 0, limit, waited: Duration::ZERO }
+        Recorder { gpu, encoder, pass: None, clock, multiply_adds: 0, limit, waited: Duration::ZERO }
     }
 
-    pub(super) fn dispatch(&mut self, bound: &Bound, dispatch: &Dispatch) {
+    /// Records a dispatch. Submits what there is and waits for it, if it is much: drivers and our own time limit count a
+    /// submission's time, and a clock has so many timestamps.
+    pub(super) fn dispatch(&mut self, bound: &Bound, dispatch: &Dispatch) -> Result<()> {
         let [x, y, z] = dispatch.groups;
         if x * y * z == 0 {
-            return;
+            return Ok(());
         }
         self.multiply_adds += dispatch.multiply_adds;
+        let mut is_full = self.multiply_adds >= self.limit;
         if let Some(clock) = &mut self.clock {
             // A pass of its own: what is measured is the kernel, without what other kernels hide of it.
             self.pass = None;
             let at = 2 * clock.open.len() as u32;
-            let writes = (at + 1 < TIMESTAMPS).then(|| {
-                clock.open.push((bound.name, dispatch.bytes, dispatch.multiply_adds));
-                wgpu::ComputePassTimestampWrites {
-                    query_set: &clock.queries,
-                    beginning_of_pass_write_index: Some(at),
-                    end_of_pass_write_index: Some(at + 1),
-                }
-            });
-            let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes: writes };
-            let mut pass = self.encoder.begin_compute_pass(&descriptor);
-            run(&mut pass, bound, dispatch);
-            return;
+            clock.open.push((bound.name, dispatch.bytes, dispatch.multiply_adds));
+            is_full |= at + 2 == TIMESTAMPS;
+            let writes = wgpu::ComputePassTimestampWrites {
+                query_set: &clock.queries,
+                beginning_of_pass_write_index: Some(at),
+                end_of_pass_write_index: Some(at + 1),
+            };
+            let descriptor = wgpu::ComputePassDescriptor { label: None, timestamp_writes: Some(writes) };
+            run(&mut self.encoder.begin_compute_pass(&descriptor), bound, dispatch);
+        } else {
+            let begin = || {
+                let descriptor = wgpu::ComputePassDescriptor::default();
+                self.encoder.begin_compute_pass(&descriptor).forget_lifetime()
+            };
+            run(self.pass.get_or_insert_with(begin), bound, dispatch);
         }
-        if self.pass.is_none() {
-            let pass = self.encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            self.pass = Some(pass.forget_lifetime());
+        if is_full {
+            let submission = self.submit()?;
+            let begin = Instant::now();
+            self.gpu.wait(submission)?;
+            self.waited += begin.elapsed();
         }
-        if let Some(pass) = &mut self.pass {
-            run(pass, bound, dispatch);
-        }
-    }
-
-    pub(super) fn copy(&mut self, from: &wgpu::Buffer, start: u64, to: &wgpu::Buffer, at: u64, bytes: u64) {
-        if bytes > 0 {
-            self.pass = None;
-            self.encoder.copy_buffer_to_buffer(from, start, to, at, bytes);
-        }
-    }
-
-    /// Submits what there is and waits for it, if it is much: drivers and our own time limit count a submission's time.
-    pub(super) fn bound(&mut self, gpu: &Gpu) -> Result<()> {
-        if self.multiply_adds < self.limit {
-            return Ok(());
-        }
-        let submission = self.submit(gpu)?;
-        let begin = Instant::now();
-        gpu.wait(submission)?;
-        self.waited += begin.elapsed();
         Ok(())
+    }
+
+    /// Copies the start of a buffer, if there is anything to copy.
+    pub(super) fn copy(&mut self, from: &wgpu::Buffer, to: &wgpu::Buffer, place: Range<u64>) {
+        if !place.is_empty() {
+            self.pass = None;
+            self.encoder.copy_buffer_to_buffer(from, 0, to, place.start, place.end - place.start);
+        }
+    }
+
+    /// Submits what there is and reads the first `bytes` of a MAP_READ buffer when it is done.
+    pub(super) fn read(&mut self, buffer: &wgpu::Buffer, bytes: u64) -> Result<Vec<u8>> {
+        let submission = self.submit()?;
+        let begin = Instant::now();
+        let read = self.gpu.read(buffer, bytes, submission);
+        self.waited += begin.elapsed();
+        read
     }
 
     /// How long it waited on the way.
@@ -231,7 +237,8 @@ impl<'a> Recorder<'a> {
     }
 
     /// Submits what was recorded and begins anew.
-    pub(super) fn submit(&mut self, gpu: &Gpu) -> Result<wgpu::SubmissionIndex> {
+    pub(super) fn submit(&mut self) -> Result<wgpu::SubmissionIndex> {
+        let gpu = self.gpu;
         self.pass = None;
         self.multiply_adds = 0;
         let next = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());

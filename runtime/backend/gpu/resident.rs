@@ -8,7 +8,7 @@ use super::device::Gpu;
 use super::executor::GpuWeights;
 use super::layers::{fits_half, gated_scale, rotated_bound};
 use super::matrix::{Matrix, Order};
-use super::upload::Uploader;
+use super::upload::{UploadedBytes, Uploader};
 use crate::backend::cpu::Pool;
 use crate::backend::{DeviceWeights, Loader};
 use crate::error::{Error, ErrorKind, Result};
@@ -50,6 +50,8 @@ pub struct Resident {
     merged: HashMap<MatrixId, Merged>,
     norms: HashMap<VectorId, Norm>,
     pub(super) bytes: u64,
+    /// How it came there.
+    pub(super) uploaded: UploadedBytes,
 }
 
 impl Resident {
@@ -98,7 +100,7 @@ impl GpuLoader {
             held: held.filter(|h| h.tile == tile),
             changed,
             pool,
-            uploader: Uploader::new(&self.gpu, pool),
+            uploader: Uploader::new(&self.gpu, pool, weights),
             quantisable: self.plan.quantisable(&self.spec),
             bytes: 0,
             count: 0,
@@ -109,11 +111,17 @@ impl GpuLoader {
         let (table, head) = upload.ends()?;
         upload.layers()?;
         upload.uploader.finish()?;
+        let uploaded = upload.uploader.uploaded;
         let Upload { merged, norms, bytes, count, underflows, .. } = upload;
+        log::info!(
+            "weights: {} MiB staged, {} MiB copied from where they are mapped",
+            uploaded.staged >> 20,
+            uploaded.imported >> 20
+        );
         if tile.is_some() {
             log::info!("products on matrix units: {count} weights as f16, {underflows} of them rounded (below 2^-14)");
         }
-        Ok(Resident { tile, table, head, merged, norms, bytes })
+        Ok(Resident { tile, table, head, merged, norms, bytes, uploaded })
     }
 }
 

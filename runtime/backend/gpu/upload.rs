@@ -1,19 +1,26 @@
-//! Bytes to the device through a ring of mapped staging buffers: the host writes into memory that the device reads, and
-//! fills one buffer while others are copied.
+//! Bytes to the device. Through a ring of mapped staging buffers: the host writes into memory that the device reads, and
+//! fills one buffer while others are copied. Or from the mapped file itself, where the device imports its pages.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 
 use wgpu::WriteOnly;
 
 use super::device::Gpu;
+use super::import::Imported;
 use crate::backend::cpu::Pool;
 use crate::error::{Error, Result};
+use crate::weights::Weights;
 
 /// Size of a staging buffer; a unit that is larger gets a larger one.
 const STAGING: usize = 32 << 20;
 /// Buffers of the ring.
 const RING: usize = 3;
+/// Bytes of a mapped file that are imported at a time: drivers pin their pages.
+const WINDOW: usize = 256 << 20;
+/// Imports that are there at a time.
+const WINDOWS: usize = 2;
 /// Bytes that a thread fills at a time.
 const TASK: usize = 1 << 20;
 
@@ -33,18 +40,89 @@ struct Slot {
     submission: Option<wgpu::SubmissionIndex>,
 }
 
+/// How the weights of a model came to the device, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UploadedBytes {
+    /// Through staging buffers.
+    pub staged: u64,
+    /// Copied by the device from the mapped file.
+    pub imported: u64,
+    /// Of those that were staged: what the device could not import.
+    pub refused: u64,
+}
+
 /// Fills device buffers.
 pub(super) struct Uploader<'a> {
     gpu: &'a Gpu,
     pool: &'a Pool,
+    weights: &'a Weights,
+    pub uploaded: UploadedBytes,
+    windows: VecDeque<(wgpu::SubmissionIndex, Imported)>,
     ring: Vec<Slot>,
     next: usize,
     size: usize,
 }
 
 impl<'a> Uploader<'a> {
-    pub(super) fn new(gpu: &'a Gpu, pool: &'a Pool) -> Self {
-        Uploader { gpu, pool, ring: Vec::new(), next: 0, size: STAGING }
+    pub(super) fn new(gpu: &'a Gpu, pool: &'a Pool, weights: &'a Weights) -> Self {
+        Uploader {
+            gpu,
+            pool,
+            weights,
+            uploaded: UploadedBytes::default(),
+            windows: VecDeque::new(),
+            ring: Vec::new(),
+            next: 0,
+            size: STAGING,
+        }
+    }
+
+    /// Has the device copy bytes of a mapped file to the start of `buffer`; false where it cannot, and `write` must.
+    pub(super) fn copy_mapped(&mut self, buffer: &wgpu::Buffer, bytes: &[u8]) -> Result<bool> {
+        let gpu = self.gpu;
+        let (Some(import), Some((map, range))) = (&gpu.host_import, self.weights.map_of(bytes)) else {
+            return Ok(false);
+        };
+        // A map begins with a page, and copies take multiples of four bytes.
+        let is_aligned = range.start.is_multiple_of(4) && range.len().is_multiple_of(4);
+        let mut refusal = (!is_aligned).then(|| format!("at {}, no multiple of 4 bytes", range.start));
+        for start in range.clone().step_by(WINDOW) {
+            if refusal.is_some() {
+                break;
+            }
+            let end = range.end.min(start + WINDOW);
+            while self.windows.len() >= WINDOWS {
+                self.end_window()?;
+            }
+            match import.import(gpu, &map, start..end) {
+                Ok(imported) => {
+                    let submission = gpu.checked("uploading", || {
+                        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+                        let (to, len) = ((start - range.start) as u64, (end - start) as u64);
+                        encoder.copy_buffer_to_buffer(&imported.buffer, imported.offset, buffer, to, len);
+                        gpu.queue.submit([encoder.finish()])
+                    })?;
+                    self.windows.push_back((submission, imported));
+                }
+                Err(error) => refusal = Some(error.to_string()),
+            }
+        }
+        if let Some(reason) = refusal {
+            log::debug!("{} bytes of a mapped file are staged: {reason}", bytes.len());
+            self.uploaded.refused += bytes.len() as u64;
+            return Ok(false);
+        }
+        self.uploaded.imported += bytes.len() as u64;
+        Ok(true)
+    }
+
+    /// Waits for the oldest import's copy and lets go of it.
+    fn end_window(&mut self) -> Result<()> {
+        if let Some((submission, _)) = self.windows.front() {
+            self.gpu.wait(submission.clone())?;
+            self.windows.pop_front();
+        }
+        Ok(())
     }
 
     /// Writes `units` units of `bytes` bytes each to the start of `buffer`. `fill(i, out, scratch)` writes unit i, all of
@@ -59,6 +137,7 @@ impl<'a> Uploader<'a> {
             self.ring.clear();
             self.size = bytes;
         }
+        self.uploaded.staged += (units * bytes) as u64;
         let at_a_time = (self.size / bytes.max(1)).max(1);
         for start in (0..units).step_by(at_a_time) {
             let count = at_a_time.min(units - start);
@@ -138,6 +217,9 @@ impl<'a> Uploader<'a> {
 
     /// Waits until everything is on the device.
     pub(super) fn finish(&mut self) -> Result<()> {
+        while !self.windows.is_empty() {
+            self.end_window()?;
+        }
         for slot in &mut self.ring {
             if let (Some(submission), Some(mapped)) = (slot.submission.take(), slot.mapped.take()) {
                 self.gpu.wait(submission)?;
