@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Tests and times rewardrt on a GPU, unattended, and prints one Markdown table for benches/RESULTS.md.
 #
-#     benches/gpu.sh [devices] [tests] [limits] [bench]
+#     benches/gpu.sh [devices] [tests] [limits] [bench] [large]
 #
-# Without a part named it does all of them, from scratch; parts by name join what earlier calls left in the table.
+# Without a part named it does all but the last, from scratch; parts by name join what earlier calls left in the table.
 #
 #   devices  what there is
 #   tests    the test binaries that run on a device, on this one
 #   limits   what torch measures of the device
 #   bench    each model: made of random weights, timed here, timed with transformers, deleted
+#   large    a model of 5 GB with tensors beyond 2 GiB: log-probs as the CPU has them
 #
 # With cargo it builds what it needs; without, it takes target/release/rewardrt and target/release/deps/NAME-*. A step that
 # fails has a row in the table and does not stop the rest; the exit status is 0 if every step passed.
@@ -49,8 +50,8 @@ fi
 PARTS=" ${*:-devices tests limits bench} "
 for part in $PARTS; do
     case $part in
-    devices | tests | limits | bench) ;;
-    *) echo "gpu.sh: what is the part ${part@Q}? devices, tests, limits and bench are known" >&2 && exit 2 ;;
+    devices | tests | limits | bench | large) ;;
+    *) echo "gpu.sh: what is the part ${part@Q}? devices, tests, limits, bench and large are known" >&2 && exit 2 ;;
     esac
 done
 wants() { [[ $PARTS == *" $1 "* ]]; }
@@ -109,6 +110,26 @@ run_model() {
     [ "${KEEP:-}" = 1 ] || rm -rf "$model"
 }
 
+run_large() {
+    local model=$SCRATCH/large-vocab input=$SCRATCH/large-vocab.jsonl device
+    rm -rf "$model" "$model".partial-*
+    # Tokens of both ends of the vocabulary, and around multiples of a slice's rows.
+    echo '{"ids": [1, 599999, 524288, 32767, 32768, 262143, 104746, 3, 599998, 450000, 2]}' >"$input"
+    if step "synth large-vocab" - "$BINARY" synth benches/configs/large-vocab.json --out "$model"; then
+        for device in cpu "$DEVICE"; do
+            step "large-vocab on ${device//:/-}" "$RESULTS/large-vocab.${device//:/-}.jsonl" "$BINARY" logprobs \
+                --model "$model" --device "$device" --input "$input" --precision f32 --kv-tokens 512 -v || true
+        done
+        step "large-vocab agrees" - "$PYTHON" -c '
+import json, sys
+host, device = (json.load(open(path))["logprobs"][1:] for path in sys.argv[1:])
+worst = max(abs(a - b) for a, b in zip(host, device, strict=True))
+print(f"{len(host)} log-probs, {worst:.1e} apart at most")
+sys.exit(worst > 1e-3)' "$RESULTS/large-vocab.cpu.jsonl" "$RESULTS/large-vocab.${DEVICE//:/-}.jsonl" || true
+    fi
+    [ "${KEEP:-}" = 1 ] || rm -rf "$model"
+}
+
 if [ -n "$CARGO" ]; then
     step "build" - "$CARGO" build --release --bin rewardrt || true
 fi
@@ -124,6 +145,9 @@ if wants limits; then
 fi
 if wants bench; then
     for config in $CONFIGS; do run_model "$config"; done
+fi
+if wants large; then
+    run_large
 fi
 
 "$PYTHON" benches/peers/gpu_table.py "$RESULTS" | tee "$SCRATCH/gpu.md" || FAILED=1
