@@ -1,6 +1,6 @@
 //! Memory: how weights get to the device, what comes back of a step with many outputs, and how large the KV cache is.
 
-use rewardrt::{ModelOptions, Runtime, RuntimeOptions};
+use rewardrt::{ModelOptions, Runtime, RuntimeOptions, UpdateOptions};
 
 use super::*;
 
@@ -139,8 +139,8 @@ fn the_kv_cache_is_counted_as_it_is_held() {
         // Whole blocks; tiles of weights take some of the room.
         for (matrix_units, folder, positions, element) in [
             (MatrixUnits::Off, &*model, 992..=992, 4),
-            (MatrixUnits::Emulated, &*model, 1800..=2000, 2),
-            (MatrixUnits::Emulated, too_large.path(), 992..=992, 4),
+            (MatrixUnits::Emulated(16), &*model, 1800..=2000, 2),
+            (MatrixUnits::Emulated(16), too_large.path(), 992..=992, 4),
         ] {
             let model = load(matrix_units, folder, &options).unwrap();
             let held = model.kv_tokens();
@@ -151,8 +151,16 @@ fn the_kv_cache_is_counted_as_it_is_held() {
         }
         // What fits as f16 alone is refused where it must be f32.
         let options = ModelOptions { kv_tokens: Some(1800), ..options };
-        assert_eq!(load(MatrixUnits::Emulated, &model, &options).unwrap().kv_tokens(), 1792);
-        let refused = load(MatrixUnits::Emulated, too_large.path(), &options).map(|m| m.kv_tokens()).unwrap_err();
+        let half = load(MatrixUnits::Emulated(16), &model, &options).unwrap();
+        assert_eq!(half.kv_tokens(), 1792);
+        let refused = load(MatrixUnits::Emulated(16), too_large.path(), &options).map(|m| m.kv_tokens()).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Limit);
+        // Also where such weights come later: those that are there stay.
+        let mut update = half.update(&UpdateOptions::default()).unwrap();
+        update.put_files(too_large.path()).unwrap();
+        let refused = update.commit(1).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Limit, "{refused}");
+        drop(update);
+        assert_eq!((half.weights_version(), half.memory().kv_cache), (0, 1792 * a_position / 2));
     }
 }

@@ -3,6 +3,7 @@
 mod adapters;
 mod attention;
 mod blocks;
+mod buffers;
 mod cache;
 mod device;
 mod executor;
