@@ -182,11 +182,14 @@ impl Runtime {
         }
         let plan = Arc::new(Plan::new(&spec)?);
         let weights = plan.load_weights(&spec, folder, &options.load)?;
-        let sizes = |holding: Holding| self.capacity(&spec, &plan, &weights, options, holding);
+        let sizes = |holding: Holding, kv_blocks: Option<usize>| {
+            let kv_tokens = kv_blocks.map(|n| n * KV_BLOCK).or(options.kv_tokens);
+            self.capacity(&spec, &plan, &weights, &ModelOptions { kv_tokens, ..options.clone() }, holding)
+        };
         let tokenizer = Tokenizer::from_folder(folder)?.map(Arc::new);
         let (executor, capacity): (Box<dyn Executor>, Capacity) = match &self.inner.device {
             Device::Cpu { isa, pool } => {
-                let capacity = sizes(Holding { kv_element: 4, weight_rows: 1 })?;
+                let capacity = sizes(Holding { kv_element: 4, weight_rows: 1 }, None)?;
                 let cpu =
                     CpuOptions { isa: *isa, pool: pool.clone(), precision: options.precision, format: options.weights };
                 let executor = CpuExecutor::new(spec.clone(), plan.clone(), &weights, capacity, cpu);

@@ -64,8 +64,8 @@ fn load_folder(gpu: Arc<Gpu>, folder: &Path, options: &LoadOptions, capacity: Ca
     let head_dim = spec.head_dim;
     let plan = Plan::new(&spec).unwrap();
     let weights = plan.load_weights(&spec, folder, options).unwrap();
-    let sizes = |_| Ok(capacity);
-    let executor = GpuExecutor::new(gpu, spec, Arc::new(plan), &weights, GpuWeights::default(), &sizes).unwrap();
+    let (plan, how) = (Arc::new(plan), GpuWeights::default());
+    let executor = GpuExecutor::new(gpu, spec, plan, &weights, how, &|_, _| Ok(capacity)).unwrap();
     Loaded { executor, head_dim }
 }
 

@@ -59,11 +59,12 @@ fn variants(kernel: &Kernel) -> Vec<Flags> {
     let mut all = Vec::new();
     for (format, f16) in formats {
         let tiled = matches!(format, Some(Format::Tiles(_)));
-        let shapes = match (asks("WIDE"), tiled, tiled && asks("MEDIUM") && !head) {
-            (false, ..) => vec![TileShape::Narrow],
-            (true, false, _) => vec![TileShape::OneRow, TileShape::Narrow, TileShape::Wide],
-            (true, true, false) => vec![TileShape::Narrow, TileShape::Wide],
-            (true, true, true) => vec![TileShape::Narrow, TileShape::Medium, TileShape::Wide],
+        // One row is for ordinary instructions, a shape between few and many for matrix units.
+        let shapes = match (asks("WIDE"), tiled) {
+            (false, _) => vec![TileShape::Narrow],
+            (true, false) if asks("ONE_ROW") => vec![TileShape::OneRow, TileShape::Narrow, TileShape::Wide],
+            (true, true) if asks("MEDIUM") && !head => vec![TileShape::Narrow, TileShape::Medium, TileShape::Wide],
+            (true, _) => vec![TileShape::Narrow, TileShape::Wide],
         };
         let head_dims = if asks("HEAD_ABOVE_128") { vec![64, 128, 256, 512] } else { vec![0] };
         let emulations = if tiled { either("EMULATED") } else { vec![false] };

@@ -1,6 +1,6 @@
 //! Memory: how weights get to the device, what comes back of a step with many outputs, and how large the KV cache is.
 
-use rewardrt::{ModelOptions, Runtime, RuntimeOptions};
+use rewardrt::{ModelOptions, Runtime, RuntimeOptions, UpdateOptions};
 
 use super::*;
 
@@ -40,10 +40,10 @@ fn imported_weights_are_those_that_are_staged() {
             let want = staged.run().unwrap();
             assert_eq!(want, imported.run().unwrap(), "{name}");
             assert_eq!(want, in_memory.run().unwrap(), "{name}");
-            let all = staged.executor.uploaded();
+            let all = staged.executor.uploaded_bytes();
             assert_eq!((all.imported, all.refused), (0, 0), "{name}");
-            assert_eq!(in_memory.executor.uploaded(), all, "{name}");
-            let some = imported.executor.uploaded();
+            assert_eq!(in_memory.executor.uploaded_bytes(), all, "{name}");
+            let some = imported.executor.uploaded_bytes();
             assert_eq!(some.staged + some.imported, all.staged, "{name}");
             imported_bytes += some.imported;
             if name == "llama-wide" && some.imported > 0 {
@@ -51,7 +51,7 @@ fn imported_weights_are_those_that_are_staged() {
                 assert_eq!(some.imported, 2 * 160 * (700 + 700 + 160 + 400));
                 let mut refused = load_folder(importing.clone(), moved.path(), &mapped, capacity);
                 assert_eq!(want, refused.run().unwrap());
-                let refused = refused.executor.uploaded();
+                let refused = refused.executor.uploaded_bytes();
                 assert_eq!((refused.staged, refused.imported), (all.staged, 0));
                 assert_eq!(refused.refused, some.imported);
             }
@@ -151,8 +151,16 @@ fn the_kv_cache_is_counted_as_it_is_held() {
         }
         // What fits as f16 alone is refused where it must be f32.
         let options = ModelOptions { kv_tokens: Some(1800), ..options };
-        assert_eq!(load(MatrixUnits::Emulated(16), &model, &options).unwrap().kv_tokens(), 1792);
+        let half = load(MatrixUnits::Emulated(16), &model, &options).unwrap();
+        assert_eq!(half.kv_tokens(), 1792);
         let refused = load(MatrixUnits::Emulated(16), too_large.path(), &options).map(|m| m.kv_tokens()).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Limit);
+        // Also where such weights come later: those that are there stay.
+        let mut update = half.update(&UpdateOptions::default()).unwrap();
+        update.put_files(too_large.path()).unwrap();
+        let refused = update.commit(1).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Limit, "{refused}");
+        drop(update);
+        assert_eq!((half.weights_version(), half.memory().kv_cache), (0, 1792 * a_position / 2));
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::adapters::Adapters;
 use super::attention::{self, Work, partial_bytes};
 use super::blocks;
+use super::buffers::{DeviceBuffers, holding};
 use super::device::Gpu;
 use super::head::{self, Head};
 use super::layers::{Buffers, Builder, Call, Dims};
@@ -14,26 +15,26 @@ use super::matrix::SLICE_ROWS;
 use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
 use super::resident::{GpuLoader, Resident};
-use super::upload::Uploaded;
+use super::upload::UploadedBytes;
 use crate::backend::{
-    BlockCopy, Capacity, DeviceWeights, Executor, Holding, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output, Step,
+    BlockCopy, Capacity, DeviceWeights, Executor, Holding, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output,
+    Step,
 };
-use crate::error::{Error, Result, checked_size};
+use crate::error::{Error, Result};
 use crate::kernels::attention::MAX_HEAD_DIM;
 use crate::kernels::linear::Precision;
-use crate::kernels::{KV_BLOCK, RowMeta, attention_tiles, sample};
+use crate::kernels::{KV_BLOCK, RowMeta, sample};
 use crate::model::{Buf, ModelSpec, Plan};
 use crate::weights::{AdapterWeights, WeightFormat, Weights};
 
 /// Decode steps that are computed before their results are read.
 const STEPS_AT_ONCE: usize = 8;
-/// Rows of x that products on matrix units read together at most: buffers end on a multiple of it.
-const ROW_TILE: usize = 64;
-
 /// A model on a GPU.
 pub struct GpuExecutor {
     loader: GpuLoader,
     capacity: Capacity,
+    /// Why a cache of that many blocks could not be f32, where it is f16.
+    no_plain_cache: Option<Error>,
     /// `None` while the weights are not there.
     resident: Option<Arc<Resident>>,
     /// `None` while the KV cache is not there.
@@ -58,25 +59,8 @@ struct Built {
     adapters: Adapters,
 }
 
-/// With matrix units keys and values are f16, and weights whole tiles.
-fn holding(tile: Option<u32>) -> Holding {
-    match tile {
-        Some(_) => Holding { kv_element: 2, weight_rows: SLICE_ROWS },
-        None => Holding { kv_element: 4, weight_rows: 1 },
-    }
-}
-
-/// Activations and the KV cache, as matrix units need them or as other instructions do.
-struct DeviceBuffers {
-    tile: Option<u32>,
-    attention_tile: Option<u32>,
-    buffers: Buffers,
-    /// A block of every layer, on its way to another block: a buffer cannot be copied onto itself.
-    passing: wgpu::Buffer,
-    /// Bytes of an element of the cache.
-    kv_element: u64,
-    kv_bytes: u64,
-}
+/// Says how many rows and blocks fit a model that is held so, or whether that many blocks do.
+pub type Sizes<'a> = &'a dyn Fn(Holding, Option<usize>) -> Result<Capacity>;
 
 /// How the weights of a model are used on a GPU.
 #[derive(Clone, Copy, Debug, Default)]
@@ -88,8 +72,8 @@ pub struct GpuWeights {
 }
 
 impl GpuExecutor {
-    /// Uploads the weights and builds everything that steps need. `sizes` says of how many rows and blocks; it is asked again
-    /// if matrix units turn out to be of no use, since a position then takes twice the memory.
+    /// Uploads the weights and builds everything that steps need. `sizes` is asked again if matrix units turn
+    /// out to be of no use, since a position then takes twice the memory.
     ///
     /// # Errors
     /// What `sizes` returns, `DeviceMemory` or `Limit` if it does not fit the device, `Unsupported` for a head size above
@@ -100,7 +84,7 @@ impl GpuExecutor {
         plan: Arc<Plan>,
         weights: &Weights,
         how: GpuWeights,
-        sizes: &dyn Fn(Holding) -> Result<Capacity>,
+        sizes: Sizes,
     ) -> Result<Self> {
         if spec.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("a head size of {}; at most {MAX_HEAD_DIM}", spec.head_dim)));
@@ -108,11 +92,13 @@ impl GpuExecutor {
         let loader = GpuLoader { gpu, spec, plan, how };
         let tile = loader.tile(weights)?;
         let build = |tile: Option<u32>| {
-            let capacity = sizes(holding(tile))?;
+            let capacity = sizes(holding(tile), None)?;
             if capacity.max_rows > 65_535 {
                 return Err(Error::limit(format!("max_batch_tokens is {}, a GPU takes 65535", capacity.max_rows)));
             }
-            Self::of(loader.clone(), weights, tile, capacity)
+            // Weights that come later may be too large for f16.
+            let plain = tile.and_then(|_| sizes(holding(None), Some(capacity.kv_blocks)).err());
+            Self::of(loader.clone(), weights, tile, capacity, plain)
         };
         match build(tile) {
             // Something is too large for f16: nothing is rounded then.
@@ -124,12 +110,19 @@ impl GpuExecutor {
         }
     }
 
-    fn of(loader: GpuLoader, weights: &Weights, tile: Option<u32>, capacity: Capacity) -> Result<Self> {
+    fn of(
+        loader: GpuLoader,
+        weights: &Weights,
+        tile: Option<u32>,
+        capacity: Capacity,
+        no_plain_cache: Option<Error>,
+    ) -> Result<Self> {
         let buffers = DeviceBuffers::new(&loader.gpu, &loader.spec, tile, capacity)?;
         let resident = Arc::new(loader.upload(weights, tile, None, &HashSet::new())?);
         let mut executor = GpuExecutor {
             loader,
             capacity,
+            no_plain_cache,
             resident: Some(resident),
             buffers: Some(buffers),
             built: None,
@@ -149,8 +142,8 @@ impl GpuExecutor {
         self.capacity
     }
 
-    /// How the weights came to the device.
-    pub fn uploaded(&self) -> Uploaded {
+    /// How its weights came to the device.
+    pub fn uploaded_bytes(&self) -> UploadedBytes {
         self.resident.as_ref().map(|r| r.uploaded).unwrap_or_default()
     }
 
@@ -275,62 +268,6 @@ impl Built {
     }
 }
 
-impl DeviceBuffers {
-    fn new(gpu: &Gpu, spec: &ModelSpec, tile: Option<u32>, capacity: Capacity) -> Result<Self> {
-        let half = tile.is_some();
-        let attention_tile = attention::tile(gpu, spec, tile);
-        let element = holding(tile).kv_element;
-        let storage = wgpu::BufferUsages::STORAGE;
-        let rows = capacity.max_rows;
-        let padded = if half { rows.next_multiple_of(ROW_TILE) } else { rows };
-        let activation = |what: &str, rows: usize, width: usize, element: usize| {
-            let size = checked_size(what, &[rows, width, element])? as u64;
-            if size > gpu.max_binding() {
-                return Err(Error::limit(format!(
-                    "{what} of {rows} rows exceed a binding of this device; lower max_batch_tokens"
-                )));
-            }
-            gpu.buffer(what, size, storage)
-        };
-        let per_layer = checked_size("the KV cache", &[capacity.kv_blocks, KV_BLOCK, spec.kv_width(), element])? as u64;
-        let mut kv = Vec::new();
-        for _ in 0..spec.layers {
-            let usage = storage | wgpu::BufferUsages::COPY_SRC;
-            kv.push((gpu.buffer("keys", per_layer, usage)?, gpu.buffer("values", per_layer, usage)?));
-        }
-        let block = checked_size("a KV block", &[2, spec.layers, KV_BLOCK, spec.kv_width(), element])? as u64;
-        let passing = gpu.buffer("a KV block", block, wgpu::BufferUsages::COPY_SRC)?;
-        let d = spec.hidden_size;
-        let language_model = matches!(spec.head, crate::model::Head::LanguageModel { .. });
-        let buffers = Buffers {
-            rows: activation("rows", rows, size_of::<RowMeta>(), 1)?,
-            tables: activation("block tables", capacity.max_table_entries(), 4, 1)?,
-            tiles: activation("tiles of attention", rows, 8, 1)?,
-            partials: gpu.buffer("partial attention", partial_bytes(spec).min(gpu.max_binding()), storage)?,
-            cos_sin: activation("angles", rows, spec.head_dim, 4)?,
-            picked: activation("output rows", rows, 4, 1)?,
-            drawn: {
-                let bytes = (rows * size_of::<sample::Drawn>()) as u64;
-                gpu.buffer("draws", bytes, storage | wgpu::BufferUsages::COPY_SRC)?
-            },
-            hidden: activation("activations", rows, d, 4)?,
-            normed: activation("activations", padded, d, element)?,
-            q: match attention_tile {
-                Some(_) => activation("activations", rows + attention_tiles::ROWS_BEYOND, spec.q_width(), 2)?,
-                None => activation("activations", rows, spec.q_width(), 4)?,
-            },
-            attn: activation("activations", padded, spec.q_width(), element)?,
-            gated: activation("activations", padded, spec.intermediate_size, element)?,
-            picked_rows: activation("activations", rows, d, 4)?,
-            last: activation("activations", padded + ROW_TILE, d, if language_model { element } else { 4 })?,
-            nothing: gpu.buffer("nothing", 64, storage)?,
-            kv,
-        };
-        let kv_bytes = 2 * per_layer * spec.layers as u64;
-        Ok(DeviceBuffers { tile, attention_tile, buffers, passing, kv_element: element as u64, kv_bytes })
-    }
-}
-
 impl Executor for GpuExecutor {
     fn step(&mut self, step: &Step) -> Result<Vec<Output>> {
         Ok(self.steps(std::slice::from_ref(step))?.pop().unwrap_or_default())
@@ -449,6 +386,9 @@ impl Executor for GpuExecutor {
     fn install(&mut self, weights: DeviceWeights) -> Result<()> {
         let DeviceWeights::Gpu(resident) = weights else { return Err(Error::internal("weights of another device")) };
         let GpuLoader { gpu, spec, .. } = &self.loader;
+        if let (None, Some(error)) = (resident.tile, &self.no_plain_cache) {
+            return Err(error.clone().at("weights that are too large for f16"));
+        }
         // Other weights may be too large for f16, and matrix units need other buffers.
         let fresh = match &self.buffers {
             Some(device) if device.tile != resident.tile => {

@@ -3,6 +3,7 @@
 mod adapters;
 mod attention;
 mod blocks;
+mod buffers;
 mod cache;
 mod device;
 mod executor;
@@ -26,10 +27,10 @@ mod upload;
 
 pub use device::{Gpu, GpuOptions, MatrixUnits};
 pub(crate) use executor::scratch_bytes;
-pub use executor::{GpuExecutor, GpuWeights};
+pub use executor::{GpuExecutor, GpuWeights, Sizes};
 pub use pipelines::{Flags, Format, TileShape, resolve};
 pub use probe::{Probe, dispatch_once};
 pub use resident::Resident;
 pub use select::{DeviceInfo, DeviceType, Selection, list_devices};
 pub use self_test::{pack_tiles, tiled_attention, tiled_product};
-pub use upload::Uploaded;
+pub use upload::UploadedBytes;

@@ -8,7 +8,7 @@ use super::device::Gpu;
 use super::executor::GpuWeights;
 use super::layers::{fits_half, gated_scale, rotated_bound};
 use super::matrix::{Matrix, Order};
-use super::upload::{Uploaded, Uploader};
+use super::upload::{UploadedBytes, Uploader};
 use crate::backend::cpu::Pool;
 use crate::backend::{DeviceWeights, Loader};
 use crate::error::{Error, ErrorKind, Result};
@@ -51,7 +51,7 @@ pub struct Resident {
     norms: HashMap<VectorId, Norm>,
     pub(super) bytes: u64,
     /// How it came there.
-    pub(super) uploaded: Uploaded,
+    pub(super) uploaded: UploadedBytes,
 }
 
 impl Resident {
@@ -113,14 +113,14 @@ impl GpuLoader {
         upload.uploader.finish()?;
         let uploaded = upload.uploader.uploaded;
         let Upload { merged, norms, bytes, count, underflows, .. } = upload;
-        if tile.is_some() {
-            log::info!("products on matrix units: {count} weights as f16, {underflows} of them rounded (below 2^-14)");
-        }
         log::info!(
             "weights: {} MiB staged, {} MiB copied from where they are mapped",
             uploaded.staged >> 20,
             uploaded.imported >> 20
         );
+        if tile.is_some() {
+            log::info!("products on matrix units: {count} weights as f16, {underflows} of them rounded (below 2^-14)");
+        }
         Ok(Resident { tile, table, head, merged, norms, bytes, uploaded })
     }
 }

@@ -42,7 +42,7 @@ struct Slot {
 
 /// How the weights of a model came to the device, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Uploaded {
+pub struct UploadedBytes {
     /// Through staging buffers.
     pub staged: u64,
     /// Copied by the device from the mapped file.
@@ -56,7 +56,7 @@ pub(super) struct Uploader<'a> {
     gpu: &'a Gpu,
     pool: &'a Pool,
     weights: &'a Weights,
-    pub uploaded: Uploaded,
+    pub uploaded: UploadedBytes,
     windows: VecDeque<(wgpu::SubmissionIndex, Imported)>,
     ring: Vec<Slot>,
     next: usize,
@@ -69,7 +69,7 @@ impl<'a> Uploader<'a> {
             gpu,
             pool,
             weights,
-            uploaded: Uploaded::default(),
+            uploaded: UploadedBytes::default(),
             windows: VecDeque::new(),
             ring: Vec::new(),
             next: 0,
