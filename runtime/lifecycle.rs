@@ -74,7 +74,7 @@ impl Model {
                 lane.executor().free_cache();
                 state.sleeps.kv_cache = true;
             }
-            state.memory = lane.executor().memory();
+            state.note_memory(lane);
             Ok(())
         })
     }
@@ -107,7 +107,7 @@ impl Model {
                 state.sleeps.kv_cache = false;
             }
             lane.holds.asleep = state.sleeps.any();
-            state.memory = lane.executor().memory();
+            state.note_memory(lane);
             Ok(())
         })
     }

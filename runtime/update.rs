@@ -64,10 +64,22 @@ pub(crate) struct WeightState {
     /// `None` while the device does not have them: in place, asleep, or not valid.
     pub device: Option<DeviceWeights>,
     pub memory: Memory,
+    is_on_gpu: bool,
     /// An update in place did not come to its end.
     pub is_broken: bool,
     /// What was given back.
     pub sleeps: crate::lifecycle::Tags,
+}
+
+impl WeightState {
+    /// Notes what the model holds by now.
+    pub fn note_memory(&mut self, lane: &mut Lane) {
+        let mut memory = lane.executor().memory();
+        if self.is_on_gpu {
+            memory.host = self.weights.as_ref().map_or(0, Weights::bytes_in_memory);
+        }
+        self.memory = memory;
+    }
 }
 
 /// The weights of a model, and who makes new ones ready for its device.
@@ -85,6 +97,7 @@ impl ModelWeights {
         memory: Memory,
     ) -> Self {
         let state = WeightState {
+            is_on_gpu: matches!(device, Some(DeviceWeights::Gpu(_))),
             version,
             generation: 0,
             weights: Some(weights),
@@ -430,17 +443,13 @@ impl Model {
     /// Notes what the lane computes with from now on.
     fn adopt(&self, lane: &mut Lane, weights: Weights, device: DeviceWeights, version: u64) {
         lane.set_invalid(None);
-        let mut memory = lane.executor().memory();
-        if let DeviceWeights::Gpu(_) = device {
-            memory.host = weights.bytes_in_memory();
-        }
         let mut state = self.weights().lock();
         state.version = version;
         state.generation = lane.generation();
         state.weights = Some(weights);
         state.device = Some(device);
-        state.memory = memory;
         state.is_broken = false;
+        state.note_memory(lane);
     }
 
     /// Gives a lane that is held for an update in place its weights: new ones under a version, or the old ones again.

@@ -11,14 +11,12 @@ use super::buffers::{DeviceBuffers, holding};
 use super::device::Gpu;
 use super::head::{self, Head};
 use super::layers::{Buffers, Builder, Call, Dims};
-use super::matrix::SLICE_ROWS;
 use super::pipelines::Pipelines;
 use super::record::{Clock, Recorder};
 use super::resident::{GpuLoader, Resident};
 use super::upload::UploadedBytes;
 use crate::backend::{
-    BlockCopy, Capacity, DeviceWeights, Executor, Holding, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output,
-    Step,
+    BlockCopy, Capacity, DeviceWeights, Executor, Holding, KernelTime, Limits, Loader, Memory, NO_ADAPTER, Output, Step,
 };
 use crate::error::{Error, Result};
 use crate::kernels::attention::MAX_HEAD_DIM;

@@ -24,8 +24,11 @@ pub enum InFlight {
 pub(crate) struct Quiesce {
     pub in_flight: InFlight,
     pub deadline: Option<Instant>,
-    pub then: Box<dyn FnOnce(Result<&mut Lane>) + Send>,
+    pub then: Then,
 }
+
+/// What is done with a lane at rest.
+type Then = Box<dyn FnOnce(Result<&mut Lane>) + Send>;
 
 /// Why a lane takes no steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
