@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::checkpoints::{Owned, save, tensors, trained};
-use common::{devices_and_matrix_units as devices, golden, load, open, small};
+use common::{devices, golden, load, open, small};
 use rewardrt::weights::{DeltaOptions, Encoding, PartialFolder, write_delta};
 use rewardrt::{
     ErrorKind, FollowOptions, InFlight, LogprobRequest, Model, ModelOptions, Require, Storage, UpdateOptions,

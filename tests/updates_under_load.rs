@@ -6,7 +6,7 @@ mod common;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::checkpoints::{Owned, save, tensors, trained};
-use common::{devices_and_matrix_units as devices, golden, load, open, small};
+use common::{devices, golden, load, open, small};
 use rewardrt::{
     InFlight, LogprobRequest, Model, ModelOptions, SampleRequest, SampledSequence, SequenceLogprobs, Storage,
     UpdateOptions,
@@ -124,7 +124,7 @@ fn stress(device: &str, storage: Storage, commits: u64) {
 #[test]
 fn every_sequence_equals_its_replay() {
     for device in devices() {
-        let commits = if device == "cpu" { COMMITS } else { COMMITS / 5 };
+        let commits = if device == "cpu" { COMMITS } else { COMMITS / 10 };
         stress(&device, Storage::Shadow, commits);
         stress(&device, Storage::InPlace, commits / 4);
     }
