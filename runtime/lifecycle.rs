@@ -51,7 +51,8 @@ impl Model {
     /// computed again after a sleep of the KV cache, with the same results.
     ///
     /// # Errors
-    /// `Timeout` if sequences did not finish in time, `Conflict` while an update writes in place; nothing changed then.
+    /// `Timeout` if sequences did not finish in time, `Busy` if they cannot, `Conflict` while an update writes in place;
+    /// nothing changed then.
     pub fn sleep(&self, tags: Tags, in_flight: InFlight, timeout: Option<Duration>) -> Result<()> {
         if !tags.any() {
             return Ok(());

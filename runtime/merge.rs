@@ -47,15 +47,30 @@ impl Adapter {
 }
 
 impl MergedAdapter {
+    /// True while the model's weights are those that the merge made: what [`unmerge`](MergedAdapter::unmerge) needs.
+    pub fn is_current(&self) -> bool {
+        let state = self.model.weights().lock();
+        state.generation == self.generation && !state.is_broken
+    }
+
     /// Puts the weights back that were there before, to the bit, under a version of their own.
     ///
     /// # Errors
     /// `Conflict` if the model's weights have changed since the merge; otherwise as [`Adapter::merge`]. The adapter stays
     /// merged then.
     pub fn unmerge(&self, version: u64, options: &UpdateOptions) -> Result<()> {
+        if options.storage == Storage::InPlace {
+            return Err(Error::argument("storage is InPlace; an adapter is unmerged in shadow"));
+        }
         let state = self.model.weights().lock();
-        let (generation, present, weights) = (state.generation, state.version, state.weights.clone());
+        let (generation, present) = (state.generation, state.version);
+        // What an update in place left half-written is nobody's generation.
+        let weights = state.weights.clone().filter(|_| !state.is_broken);
         drop(state);
+        if let Some(expected) = options.expect_version.filter(|v| *v != present) {
+            let text = format!("the model's weights have version {present}, unmerging expects {expected}");
+            return Err(Error::new(ErrorKind::Conflict, text));
+        }
         let (Some(mut weights), true) = (weights, generation == self.generation) else {
             let text =
                 "the model's weights have changed since the adapter was merged; nothing can be taken out of them";

@@ -1,6 +1,6 @@
 //! New weights for a model that is in use: all of an update or nothing of it, under a version that results carry.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,7 +10,9 @@ use crate::engine::{InFlight, Lane};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Head;
 use crate::runtime::Model;
-use crate::weights::{Delta, Staging, StagingRules, Tensor, TensorData, Weights};
+use crate::weights::{
+    Checkpoint, Delta, Dtype, LoadOptions, Staging, StagingRules, Tensor, TensorData, TensorInfo, Weights,
+};
 
 /// Where the new weights are until they are committed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -149,7 +151,7 @@ impl Model {
     ///
     /// # Errors
     /// `Conflict` if the model has another version than is expected, is asleep, or is being written in place, or if its
-    /// weights are not valid and the update does not bring all of them; in place also `Timeout`.
+    /// weights are not valid and the update does not bring all of them; in place also `Timeout` and `Busy`.
     pub fn update(&self, options: &UpdateOptions) -> Result<Update> {
         let options = *options;
         let deadline = deadline(options.timeout);
@@ -179,14 +181,21 @@ impl Model {
         let is_based = !state.is_broken;
         drop(state);
         if in_place {
-            let rest = self.quiesce(options.in_flight, deadline, |lane| {
+            let rest = self.quiesce(options.in_flight, deadline, move |lane| {
+                if lane.generation() != generation || lane.holds.updating {
+                    let text = "another update of this model was committed while this one began: begin anew";
+                    return Err(Error::new(ErrorKind::Conflict, text));
+                }
                 lane.executor().unload();
                 lane.holds.updating = true;
                 Ok(())
             });
             if let Err(error) = rest {
                 let mut state = self.weights().lock();
-                (state.weights, state.device) = (Some(weights), device);
+                // What was committed meanwhile stays.
+                if state.weights.is_none() {
+                    (state.weights, state.device) = (Some(weights), device);
+                }
                 return Err(error);
             }
         }
@@ -254,6 +263,16 @@ impl Update {
     /// Those of opening a checkpoint, and those of [`Update::put`], naming the file.
     pub fn put_files(&mut self, path: &Path) -> Result<()> {
         let options = self.model.load_options().clone();
+        // What is mapped and fits as it is takes no memory.
+        let headers = Checkpoint::open(path, &LoadOptions { use_mmap: true, ..options.clone() })?;
+        let dtypes: HashMap<String, Dtype> = self.model.tensors().into_iter().map(|(n, d, _)| (n, d)).collect();
+        let takes = |name: &str, info: &TensorInfo| {
+            let known = dtypes.get(name);
+            known.is_some_and(|dtype| !options.use_mmap || dtype.name() != info.dtype)
+        };
+        let names: Vec<String> = headers.tensors().filter(|(n, t)| takes(n, t)).map(|(n, _)| n.to_owned()).collect();
+        drop(headers);
+        self.room(&names)?;
         self.staging()?.put_files(path, &options)
     }
 
@@ -320,7 +339,8 @@ impl Update {
     ///
     /// # Errors
     /// `Shape` listing what is missing, `Argument` if the version is the present one, `Conflict` if another update was
-    /// committed since this one began, `Timeout`, or what makes the weights unusable on the device. In shadow the old
+    /// committed since this one began, `Timeout`, `Busy` (sequences under way cannot finish, for the model is paused
+    /// or sleeps), `Limit` (no room for both on a GPU), or what makes the weights unusable on the device. In shadow the old
     /// weights serve on and the update may go on; in place see [`Storage::InPlace`].
     pub fn commit(&mut self, version: u64) -> Result<()> {
         let in_place = self.options.storage == Storage::InPlace;
@@ -360,6 +380,11 @@ impl Update {
             self.model.invalidate(error);
         }
         result
+    }
+
+    /// True after [`commit`](Update::commit) has succeeded, or failed in place.
+    pub fn has_ended(&self) -> bool {
+        self.staging.is_none()
     }
 
     /// Ends the update. In shadow nothing has changed.

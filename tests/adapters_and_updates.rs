@@ -77,6 +77,23 @@ fn a_merged_adapter_is_the_model_and_comes_out_again() {
     assert!(compared >= 2, "{compared}");
 }
 
+/// What an update in place left half-written stays invalid.
+#[test]
+fn nothing_is_taken_out_of_half_written_weights() {
+    let base = base("tied-all");
+    let model = load(&open("cpu", 2), &base, &small());
+    let adapter = adapter(&model, "tied-all");
+    let merged = adapter.merge(1, &UpdateOptions::default()).unwrap();
+    assert!(merged.is_current());
+    let mut update = model.update(&UpdateOptions { storage: Storage::InPlace, ..UpdateOptions::default() }).unwrap();
+    update.put(&tensors(&golden(&base))[0].data()).unwrap();
+    drop(update);
+    assert!(!merged.is_current());
+    assert_eq!(merged.unmerge(2, &UpdateOptions::default()).unwrap_err().kind(), ErrorKind::Conflict);
+    let request = LogprobRequest { sequences: vec![(6..20).collect()], ..LogprobRequest::default() };
+    assert_eq!(model.logprobs(&request).unwrap().wait().unwrap_err().kind(), ErrorKind::Conflict);
+}
+
 /// The devices, and llvmpipe with matrix units emulated.
 fn with_matrix_units() -> Vec<String> {
     let mut all = devices();

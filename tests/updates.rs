@@ -247,6 +247,7 @@ fn what_does_not_fit_is_refused_and_the_update_goes_on() {
         update.put_slice(&part(0), &[0, 0]).unwrap();
         refused(update.put_slice(&part(0), &[1, 0]), ErrorKind::Duplicate, &["overlaps"]);
         refused(update.put(&proj.data()), ErrorKind::Duplicate, &["parts"]);
+        refused(update.put_files(&golden(name)), ErrorKind::Duplicate, &["parts", &proj.name]);
         update.put(&TensorData { checksum: Some(sum), ..norm.data() }).unwrap();
         refused(update.put(&norm.data()), ErrorKind::Duplicate, &["\"model.norm.weight\""]);
         refused(update.put_slice(&norm.data(), &[0]), ErrorKind::Duplicate, &["\"model.norm.weight\""]);
@@ -652,4 +653,12 @@ fn files_that_do_not_fit() {
     refused(update.commit(1), ErrorKind::Shape, &["missing"]);
     drop(update);
     assert_eq!(fingerprint(&model), before);
+    // Read instead of mapped, or rounded, they take memory; the budget counts it before anything is taken.
+    let mut options = ModelOptions { memory: Some(model.memory().allocated() + 160_000), ..small() };
+    options.load.use_mmap = false;
+    let read = load(&open("cpu", 2), name, &options);
+    let mut update = read.update(&UpdateOptions::default()).unwrap();
+    refused(update.put_files(&golden(name)), ErrorKind::Limit, &["memory budget"]);
+    drop(update);
+    assert_eq!(fingerprint(&read), before);
 }

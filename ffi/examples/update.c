@@ -70,6 +70,7 @@ int main(int argc, char **argv) {
         open.device = argv[3];
         open.device_len = strlen(argv[3]);
     }
+    check(rrt_abi_check(RRT_ABI_VERSION), "abi");
     check(rrt_open(&open, &runtime, &err), "open");
     load.path = argv[1];
     load.path_len = strlen(argv[1]);

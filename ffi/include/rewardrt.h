@@ -9,23 +9,25 @@
  *           also written with RRT_E_SHORT_BUFFER. After an error the objects are as they were before the call, unless
  *           the function says otherwise.
  * Errors.   The last parameter is an rrt_error of the caller's, or NULL. Its text is always NUL-terminated.
- * Structs.  Input and output structs begin with struct_size. Set it through RRT_X_INIT or rrt_x_init(). A library that
- *           is older than the header accepts a larger struct if what it does not know is zero; a newer one fills in
- *           defaults. A wrong size is RRT_E_ABI.
+ * Structs.  Input and output structs begin with struct_size. Set it through RRT_X_INIT or rrt_x_init(). A library
+ *           accepts a larger input struct if what it does not know is zero; a smaller one, or a wrong size, is RRT_E_ABI
+ *           (before ABI 1.0 header and library have the same minor: rrt_abi_check).
  * Strings.  Pointer and length in bytes, UTF-8, not NUL-terminated, unless said otherwise.
  * Buffers.  Functions with (buffer, capacity, *need) write at most capacity elements and the number needed to *need.
  *           With too small a capacity they write no element and return RRT_E_SHORT_BUFFER; (NULL, 0) asks for the size.
  * Handles.  rrt_runtime, rrt_model, rrt_tokenizer, rrt_adapter, rrt_update and rrt_result are freed by the caller, exactly once, by the function
- *           of their name; freeing NULL does nothing. Jobs are numbers, never used twice in a process.
+ *           of their name; freeing NULL does nothing. Jobs are numbers, never used twice in a process. An
+ *           adapter or an update may outlive rrt_model_free, and keeps the model's memory until it is freed. All are freed
+ *           before rrt_close.
  * Threads.  Any thread may call any function with any handle at any time, with one exception: while one thread frees
- *           or closes a handle, no other may use it. Results are immutable. An update is used by one thread at a time:
- *           a second one gets RRT_E_BUSY.
+ *           or closes a handle, no other may use it. Results are immutable. An update is used by one thread at a time, and so
+ *           is the merging of an adapter: a second one gets RRT_E_BUSY.
  * Memory.   What is passed in is borrowed for the call and copied before it returns. Pointers in views are borrowed
  *           until rrt_result_free.
  * Promises. The library never exits, aborts, prints, installs a signal handler, or calls back except for the log. A bug
  *           in it becomes RRT_E_PANIC; from then on what would start work (open, load, submit) gives
  *           RRT_E_POISONED, while waiting, taking, closing and freeing still work.
- * Fork.     Only before rrt_open: a child that uses an inherited runtime or model gets RRT_E_FORKED.
+ * Fork.     Only before rrt_open: a child that uses an inherited runtime, model, adapter or update gets RRT_E_FORKED.
  */
 #ifndef REWARDRT_H
 #define REWARDRT_H
@@ -137,7 +139,7 @@ void rrt_open_opts_init(rrt_open_opts *opts);      /* NULL does nothing */
 rrt_status rrt_open(const rrt_open_opts *opts, rrt_runtime **out, rrt_error *err);
 
 /* Cancels all jobs, waits for them at most timeout_ns, and frees the runtime.
- * RRT_E_BUSY while models or results live, RRT_TIMEOUT if jobs do not end in time: the runtime stays open. */
+ * RRT_E_BUSY while models, adapters, updates or results live, RRT_TIMEOUT if jobs do not end in time: the runtime stays open. */
 rrt_status rrt_close(rrt_runtime *runtime, uint64_t timeout_ns, rrt_error *err);
 
 /* ---- models ----------------------------------------------------------------------------------------------------- */
@@ -167,7 +169,7 @@ void rrt_model_opts_init(rrt_model_opts *opts);
 
 /* Loads a folder with config.json and safetensors, and its tokenizer.json if there is one. Blocks. */
 rrt_status rrt_model_load(rrt_runtime *runtime, const rrt_model_opts *opts, rrt_model **out, rrt_error *err);
-/* Jobs of the model that are not done fail with RRT_E_CANCELLED. */
+/* With the last of model, adapters and updates the model goes: its jobs that are not done fail with RRT_E_CANCELLED. */
 void rrt_model_free(rrt_model *model);
 
 enum { RRT_HEAD_LANGUAGE_MODEL = 0, RRT_HEAD_SEQUENCE_CLASSIFICATION = 1 };
@@ -367,6 +369,7 @@ typedef struct rrt_scores_view {
     const size_t *offsets;          /* [count + 1] into values */
     const float *values;            /* REWARD: the labels' values; LOGPROBS: one a token, NaN where nothing precedes it */
     const uint64_t *version;        /* [count] */
+    const uint64_t *adapter_version; /* [count]; 0 without an adapter */
 } rrt_scores_view;
 
 /* Set out->struct_size first. RRT_E_ARG for a result of the other kind. */
@@ -401,14 +404,15 @@ enum { RRT_DTYPE_F32 = 0, RRT_DTYPE_F16 = 1, RRT_DTYPE_BF16 = 2 };
 typedef struct rrt_tensor_info {
     uint32_t struct_size;
     int32_t dtype;               /* RRT_DTYPE_… */
-    const char *name;            /* borrowed while the model lives */
+    const char *name;            /* borrowed until rrt_model_free */
     size_t name_len;
     uint64_t shape[8];           /* the first `rank` count, outermost dimension first */
     uint32_t rank;
     uint32_t reserved;
 } rrt_tensor_info;
 
-/* The model's tensors in name order: what an update has to bring. RRT_E_RANGE past the end. */
+/* The model's tensors in name order: what an update has to bring. Set out->struct_size first. RRT_E_RANGE past the
+ * end. */
 rrt_status rrt_model_tensor(const rrt_model *model, size_t index, rrt_tensor_info *out, rrt_error *err);
 
 enum { RRT_STORAGE_SHADOW = 0, RRT_STORAGE_IN_PLACE = 1 };
@@ -438,7 +442,8 @@ void rrt_update_opts_init(rrt_update_opts *opts);
 
 typedef struct rrt_update rrt_update;
 
-/* RRT_E_CONFLICT if the model has another version than expected, is asleep, or is being written in place. */
+/* RRT_E_CONFLICT if the model has another version than expected, is asleep, is being written in place, or has no valid weights
+ * and the update does not require all tensors. In place also RRT_TIMEOUT and RRT_E_BUSY, as for rrt_pause. */
 rrt_status rrt_update_begin(rrt_model *model, const rrt_update_opts *opts, rrt_update **out, rrt_error *err);
 
 typedef struct rrt_tensor_desc {
@@ -460,7 +465,8 @@ void rrt_tensor_desc_init(rrt_tensor_desc *desc);
 /* After an error of these four nothing of the tensor (file, delta) was taken and the update can go on; in place a file or
  * delta may have been taken in part. RRT_E_NOT_FOUND: no such tensor; RRT_E_SHAPE: another shape or dtype;
  * RRT_E_DUPLICATE: put before, or parts overlap; RRT_E_FORMAT: the checksum differs; RRT_E_NONFINITE; RRT_E_LIMIT: the
- * memory budget; RRT_E_CONFLICT: the update has ended. */
+ * memory budget; RRT_E_CONFLICT: the update has ended; RRT_E_ARG: bytes do not fit shape and dtype; RRT_E_OOM_HOST; for files
+ * and deltas also those of loading. */
 rrt_status rrt_update_tensor(rrt_update *update, const rrt_tensor_desc *desc, rrt_error *err);
 /* A part: desc->shape is the part's, start[rank] its first index in each dimension. */
 rrt_status rrt_update_slice(rrt_update *update, const rrt_tensor_desc *desc, const uint64_t *start, rrt_error *err);
@@ -471,7 +477,8 @@ rrt_status rrt_update_delta(rrt_update *update, const char *path, size_t path_le
 
 /* Changes all weights between two steps; caches of the old ones are gone. RRT_OK ends the update. RRT_E_SHAPE: tensors are
  * missing, the text lists them. RRT_E_CONFLICT: another update was committed since this one began. RRT_TIMEOUT:
- * sequences under way did not finish. After an error in shadow the old weights serve on and the update can go on. */
+ * sequences under way did not finish; RRT_E_BUSY: they cannot, since the model is paused or asleep. RRT_E_ARG: new_version is
+ * the present one. RRT_E_LIMIT: no room on a GPU for both weights. After an error in shadow the old weights serve on and the update can go on. */
 rrt_status rrt_update_commit(rrt_update *update, uint64_t new_version, rrt_error *err);
 /* Ends the update without a change (in place: see storage). */
 rrt_status rrt_update_abort(rrt_update *update, rrt_error *err);
@@ -479,7 +486,7 @@ rrt_status rrt_update_abort(rrt_update *update, rrt_error *err);
 void rrt_update_free(rrt_update *update);
 
 /* Adds an adapter into the model's weights (rounded to their dtype) as an update in shadow, under new_version; of opts what
- * is said about tensors does not count. Unmerging puts the weights back to the bit; RRT_E_CONFLICT if they have changed
+ * is said about tensors does not count, and RRT_STORAGE_IN_PLACE is RRT_E_ARG. Unmerging puts the weights back to the bit; RRT_E_CONFLICT if they have changed
  * since, if it is merged already, or is not. */
 rrt_status rrt_adapter_merge(rrt_adapter *adapter, const rrt_update_opts *opts, uint64_t new_version, rrt_error *err);
 rrt_status rrt_adapter_unmerge(rrt_adapter *adapter, const rrt_update_opts *opts, uint64_t new_version, rrt_error *err);

@@ -2,14 +2,14 @@
 
 use std::ffi::c_char;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use runtime::{Adapter, AdapterOptions, MergedAdapter};
 
 use crate::boundary::{Outcome, enter, input, output, quietly, reference, text};
 use crate::model::{live_model, rrt_model};
 use crate::runtime::Child;
-use crate::status::{E_ARG, E_CONFLICT, Failure, rrt_error};
+use crate::status::{E_ARG, E_BUSY, E_CONFLICT, Failure, rrt_error};
 use crate::structs::{rrt_adapter_opts, rrt_update_opts};
 use crate::update::update_options;
 
@@ -42,6 +42,17 @@ unsafe fn live_adapter<'a>(p: *const rrt_adapter) -> Outcome<&'a rrt_adapter> {
     let adapter = unsafe { reference(p, "adapter") }?;
     adapter.child.0.owner.check()?;
     Ok(adapter)
+}
+
+/// One thread at a time may merge an adapter.
+fn merging(adapter: &rrt_adapter) -> Outcome<MutexGuard<'_, Option<MergedAdapter>>> {
+    match adapter.merged.try_lock() {
+        Ok(guard) => Ok(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => {
+            Err(Failure::new(E_BUSY, "another thread merges the adapter, or takes it out again"))
+        }
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -99,8 +110,9 @@ pub unsafe extern "C" fn rrt_adapter_merge(
     let body = || {
         // SAFETY: the header's conditions on handles and structs.
         let (adapter, opts) = unsafe { (live_adapter(adapter)?, input(opts)?) };
-        let mut merged = adapter.merged.lock().unwrap_or_else(PoisonError::into_inner);
-        if merged.is_some() {
+        let mut merged = merging(adapter)?;
+        // Weights that came later have taken it out.
+        if merged.as_ref().is_some_and(MergedAdapter::is_current) {
             return Err(Failure::new(E_CONFLICT, "the adapter is merged already"));
         }
         *merged = Some(adapter.adapter.merge(new_version, &update_options(&opts)?)?);
@@ -120,7 +132,7 @@ pub unsafe extern "C" fn rrt_adapter_unmerge(
     let body = || {
         // SAFETY: the header's conditions on handles and structs.
         let (adapter, opts) = unsafe { (live_adapter(adapter)?, input(opts)?) };
-        let mut merged = adapter.merged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut merged = merging(adapter)?;
         let there = merged.as_ref().ok_or_else(|| Failure::new(E_CONFLICT, "the adapter is not merged"))?;
         there.unmerge(new_version, &update_options(&opts)?)?;
         *merged = None;

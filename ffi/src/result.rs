@@ -1,6 +1,6 @@
 //! rrt_result_sequences, rrt_result_scores, rrt_result_free
 
-use runtime::{Finish, SampledSequence};
+use runtime::{Finish, SampledSequence, SequenceLogprobs};
 
 use crate::boundary::{Outcome, enter, quietly, reference, write};
 use crate::job::Pending;
@@ -45,6 +45,7 @@ struct Scores {
     offsets: Vec<usize>,
     values: Vec<f32>,
     version: Vec<u64>,
+    adapter_version: Vec<u64>,
 }
 
 impl Sequences {
@@ -86,12 +87,13 @@ impl Sequences {
 }
 
 impl Scores {
-    fn new(rows: impl Iterator<Item = (Vec<f32>, u64)>) -> Self {
+    fn new(rows: impl Iterator<Item = (Vec<f32>, u64, Option<u64>)>) -> Self {
         let mut all = Scores { offsets: vec![0], ..Scores::default() };
-        for (values, version) in rows {
+        for (values, version, adapter_version) in rows {
             all.values.extend(values);
             all.offsets.push(all.values.len());
             all.version.push(version);
+            all.adapter_version.push(adapter_version.unwrap_or(0));
         }
         all
     }
@@ -105,11 +107,14 @@ impl rrt_result {
             Pending::Logprobs(job) => {
                 let value = |l: Option<f32>| l.unwrap_or(f32::NAN);
                 let rows = job.wait()?.into_iter();
-                Data::Scores(Scores::new(rows.map(|r| (r.logprobs.into_iter().map(value).collect(), r.weight_version))))
+                let row = |r: SequenceLogprobs| {
+                    (r.logprobs.into_iter().map(value).collect(), r.weight_version, r.adapter_version)
+                };
+                Data::Scores(Scores::new(rows.map(row)))
             }
             Pending::Score(job) => {
                 let rows = job.wait()?.into_iter();
-                Data::Scores(Scores::new(rows.map(|r| (r.score.values, r.weight_version))))
+                Data::Scores(Scores::new(rows.map(|r| (r.score.values, r.weight_version, r.adapter_version))))
             }
         };
         Ok(rrt_result { data, child })
@@ -175,6 +180,7 @@ pub unsafe extern "C" fn rrt_result_scores(
             offsets: s.offsets.as_ptr(),
             values: s.values.as_ptr(),
             version: s.version.as_ptr(),
+            adapter_version: s.adapter_version.as_ptr(),
             ..rrt_scores_view::initial()
         };
         // SAFETY: the header's condition on structs.

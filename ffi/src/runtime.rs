@@ -13,14 +13,14 @@ use crate::job::Pending;
 use crate::status::{E_ARG, E_BUSY, E_SHORT_BUFFER, Failure, TIMEOUT, rrt_error};
 use crate::structs::{rrt_device_info, rrt_open_opts};
 
-/// What outlives the runtime's handle as long as models and results do.
+/// What outlives the runtime's handle as long as models, adapters, updates and results do.
 pub struct Shared {
     pub owner: Owner,
-    /// Models and results alive.
+    /// Models, adapters, updates and results alive.
     pub children: AtomicUsize,
 }
 
-/// Counts a model or a result for as long as it lives.
+/// Counts a model, an adapter, an update or a result for as long as it lives.
 pub struct Child(pub Arc<Shared>);
 
 impl Child {
@@ -163,7 +163,7 @@ pub unsafe extern "C" fn rrt_close(runtime: *mut rrt_runtime, timeout_ns: u64, e
             if children > 0 {
                 return Err(Failure::new(
                     E_BUSY,
-                    format!("{children} models or results are still alive; free them first"),
+                    format!("{children} models, adapters, updates or results are still alive; free them first"),
                 ));
             }
             let jobs: Vec<_> = handle.jobs().values().map(Pending::watch).collect();

@@ -214,6 +214,7 @@ structs! {
         offsets: *const usize = null(),
         values: *const f32 = null(),
         version: *const u64 = null(),
+        adapter_version: *const u64 = null(),
     }
 }
 

@@ -146,7 +146,8 @@ pub unsafe extern "C" fn rrt_model_tensor(
 
 pub fn update_options(opts: &rrt_update_opts) -> Outcome<UpdateOptions> {
     if opts.flags & !(EXPECT_VERSION | CHECK_FINITE | CONVERT) != 0 || opts.reserved != 0 {
-        return Err(Failure::new(E_ARG, format!("rrt_update_opts: unknown flags {:#x}", opts.flags)));
+        let text = format!("rrt_update_opts: flags are {:#x}, of which 7 are known; reserved must be 0", opts.flags);
+        return Err(Failure::new(E_ARG, text));
     }
     Ok(UpdateOptions {
         expect_version: (opts.flags & EXPECT_VERSION != 0).then_some(opts.expect_version),
@@ -221,8 +222,8 @@ unsafe fn with_update<T>(p: *mut rrt_update, act: impl FnOnce(&mut Update) -> Ou
 unsafe fn tensor<T>(desc: *const rrt_tensor_desc, act: impl FnOnce(&TensorData) -> Outcome<T>) -> Outcome<T> {
     // SAFETY: the header's condition on structs.
     let desc = unsafe { input(desc) }?;
-    if desc.flags != 0 {
-        return Err(Failure::new(E_ARG, format!("rrt_tensor_desc: unknown flags {:#x}", desc.flags)));
+    if desc.flags != 0 || desc.reserved != 0 {
+        return Err(Failure::new(E_ARG, "rrt_tensor_desc: flags and reserved must be 0"));
     }
     if desc.rank > MAX_RANK {
         return Err(Failure::new(E_ARG, format!("rank is {}, at most {MAX_RANK} is allowed", desc.rank)));
@@ -343,8 +344,10 @@ pub unsafe extern "C" fn rrt_update_abort(update: *mut rrt_update, err: *mut rrt
     let body = || {
         // SAFETY: the header's condition on handles.
         let mut guard = unsafe { live_update(update) }?;
-        let update = guard.take().ok_or_else(|| Failure::new(E_CONFLICT, "the update was aborted before"))?;
-        update.abort();
+        match guard.take_if(|update| !update.has_ended()) {
+            Some(update) => update.abort(),
+            None => return Err(Failure::new(E_CONFLICT, "the update has ended")),
+        }
         Ok(())
     };
     // SAFETY: the header's condition on err.
@@ -354,7 +357,13 @@ pub unsafe extern "C" fn rrt_update_abort(update: *mut rrt_update, err: *mut rrt
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rrt_update_free(update: *mut rrt_update) {
     if !update.is_null() {
-        // SAFETY: made by rrt_update_begin, freed once.
-        quietly(|| drop(unsafe { Box::from_raw(update) }));
+        quietly(|| {
+            // SAFETY: made by rrt_update_begin, freed once.
+            let update = unsafe { Box::from_raw(update) };
+            // A child process has no engine that could answer: what it inherited is left alone.
+            if update.child.0.owner.check_process().is_err() {
+                std::mem::forget(update);
+            }
+        });
     }
 }

@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char};
 use crate::status::{self, E_ABI, OK};
 
 const MAJOR: u32 = 0;
-const MINOR: u32 = 1;
+const MINOR: u32 = 2;
 
 #[unsafe(no_mangle)]
 pub extern "C" fn rrt_abi_version() -> u32 {

@@ -223,6 +223,9 @@ impl Engine {
 
     /// Lets the lanes move again.
     pub(crate) fn resume(&self) -> Result<()> {
+        if let Some(error) = self.shared.poison() {
+            return Err(error);
+        }
         self.send(Command::Resume)
     }
 

@@ -121,6 +121,15 @@ impl Staging {
         Ok(())
     }
 
+    /// Nor must a whole tensor come after parts of it.
+    fn check_whole(&self, name: &str) -> Result<()> {
+        self.check_new(name)?;
+        if self.partial.contains_key(name) {
+            return Err(Error::new(ErrorKind::Duplicate, format!("parts of tensor {name:?} were put before")));
+        }
+        Ok(())
+    }
+
     fn check_dtype(&self, name: &str, given: Dtype, model: Dtype) -> Result<()> {
         if given == model || self.rules.convert {
             return Ok(());
@@ -149,10 +158,7 @@ impl Staging {
         let TensorData { name, dtype, shape, bytes, .. } = *data;
         let Some(model) = self.model_tensor(name)? else { return Ok(()) };
         let model_dtype = model.dtype();
-        self.check_new(name)?;
-        if self.partial.contains_key(name) {
-            return Err(Error::new(ErrorKind::Duplicate, format!("parts of tensor {name:?} were put before")));
-        }
+        self.check_whole(name)?;
         if shape != model.shape() {
             return Err(shape_error(name, shape, model.shape()));
         }
@@ -265,7 +271,7 @@ impl Staging {
         for (name, info) in checkpoint.tensors() {
             let found = (|| {
                 let Some(model) = self.model_tensor(name)? else { return Ok(None) };
-                self.check_new(name)?;
+                self.check_whole(name)?;
                 if info.shape != model.shape() {
                     return Err(shape_error(name, &info.shape, model.shape()));
                 }
@@ -288,17 +294,23 @@ impl Staging {
             self.check_values(name, tensor.dtype(), tensor.bytes(), *dtype).map_err(|e| e.at(path.display()))?;
         }
         checkpoint.check_unchanged()?;
-        for (name, tensor, dtype) in tensors {
-            if self.is_head(&name) {
-                self.head = Some(tensor);
-            } else if tensor.dtype() == dtype {
-                self.stage(&name, tensor);
-            } else {
-                self.fill(&name, |_, target| {
-                    transfer::copy(tensor.dtype(), tensor.bytes(), dtype, target);
+        for (i, (name, tensor, dtype)) in tensors.iter().enumerate() {
+            let taken = if tensor.dtype() != *dtype {
+                self.fill(name, |_, target| {
+                    transfer::copy(tensor.dtype(), tensor.bytes(), *dtype, target);
                     Ok(())
-                })?;
+                })
+            } else if self.is_head(name) {
+                self.head = Some(tensor.clone());
+                Ok(())
+            } else {
+                self.stage(name, tensor.clone());
+                Ok(())
+            };
+            if taken.is_err() && !self.rules.in_place {
+                tensors[..i].iter().for_each(|(name, ..)| self.forget(name));
             }
+            taken?;
         }
         Ok(())
     }
@@ -333,7 +345,7 @@ impl Staging {
     }
 
     fn derive(&mut self, name: &str, make: impl Fn(&str, &Tensor, &mut [u8]) -> Result<()>) -> Result<()> {
-        self.check_new(name)?;
+        self.check_whole(name)?;
         let Some(model) = self.model_tensor(name)? else { return Ok(()) };
         let mut tensor = model.blank(name)?;
         make(name, model, tensor.bytes_mut().ok_or_else(|| not_ours(name))?)?;

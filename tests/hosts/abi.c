@@ -340,13 +340,21 @@ static void updates(rrt_runtime *runtime, rrt_model *model, const char *folder) 
 
 static void forked(rrt_runtime *runtime, rrt_model *model) {
     int status = 0;
-    pid_t child = fork();
+    rrt_update_opts opts = RRT_UPDATE_OPTS_INIT;
+    rrt_update *update = NULL;
+    pid_t child;
+    opts.storage = RRT_STORAGE_IN_PLACE;
+    WANT(RRT_OK, rrt_update_begin(model, &opts, &update, &err));
+    child = fork();
     if (child == 0) {
         rrt_model_info info;
         info.struct_size = sizeof info;
+        if (rrt_update_abort(update, NULL) != RRT_E_FORKED || rrt_resume(runtime, NULL) != RRT_E_FORKED) _exit(1);
+        rrt_update_free(update); /* does not wait for an engine that is not here */
         _exit(rrt_get_model_info(model, &info, NULL) == RRT_E_FORKED && rrt_close(runtime, 0, NULL) == RRT_E_FORKED ? 0 : 1);
     }
     waitpid(child, &status, 0);
+    rrt_update_free(update);
     if (child < 0 || !WIFEXITED(status) || WEXITSTATUS(status) != 0) failures++;
 }
 
@@ -362,7 +370,8 @@ int main(int argc, char **argv) {
     if (argc != 2) return 2;
     memset(&err, 0, sizeof err);
     if (strncmp(rrt_version(), "rewardrt ", 9) != 0 || strcmp(rrt_status_name(12345), "RRT_?") != 0) failures++;
-    WANT(RRT_OK, rrt_abi_check(rrt_abi_version()));
+    WANT(RRT_OK, rrt_abi_check(RRT_ABI_VERSION));
+    if (rrt_abi_version() != RRT_ABI_VERSION) failures++;
     WANT(RRT_E_ABI, rrt_abi_check(0x70000u));
     WANT(RRT_E_ARG, rrt_set_log(count_log, NULL, 9, &err));
     WANT(RRT_OK, rrt_set_log(count_log, &logged, RRT_LOG_INFO, &err));
