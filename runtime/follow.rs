@@ -146,7 +146,11 @@ fn advance(shared: &Shared, model: &Model, folder: &Path, options: UpdateOptions
         let update = UpdateOptions { expect_version: Some(version), require: Require::All, ..options };
         let mut update = model.update(&update)?;
         if is_delta {
-            update.put_delta(&path)?;
+            let leads_to = update.put_delta(&path)?;
+            if leads_to != next {
+                let text = format!("{}: the delta leads to version {leads_to}, its folder says {next}", path.display());
+                return Err(Error::format(text));
+            }
         } else {
             update.put_files(&path)?;
         }

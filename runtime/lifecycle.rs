@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use crate::engine::InFlight;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::runtime::{Model, Runtime};
 use crate::update::deadline;
 
@@ -46,6 +46,10 @@ impl Runtime {
     }
 }
 
+fn written() -> Error {
+    Error::new(ErrorKind::Conflict, "an update writes the model's weights in place")
+}
+
 impl Model {
     /// Gives memory back until [`Model::wake`]. Jobs may still be submitted, and wait. Sequences that are kept under way are
     /// computed again after a sleep of the KV cache, with the same results.
@@ -57,11 +61,13 @@ impl Model {
         if !tags.any() {
             return Ok(());
         }
+        if self.weights().lock().weights.is_none() {
+            return Err(written());
+        }
         let model = self.clone();
         self.quiesce(in_flight, deadline(timeout), move |lane| {
             if lane.holds.updating {
-                let text = "an update writes the model's weights in place";
-                return Err(crate::Error::new(crate::ErrorKind::Conflict, text));
+                return Err(written());
             }
             let mut state = model.weights().lock();
             lane.holds.asleep = true;
@@ -87,7 +93,7 @@ impl Model {
     pub fn wake(&self, tags: Tags) -> Result<()> {
         let mut device = None;
         let state = self.weights().lock();
-        let (sleeps, weights) = (state.sleeps, state.weights.clone());
+        let (sleeps, weights, generation) = (state.sleeps, state.weights.clone(), state.generation);
         drop(state);
         if tags.weights
             && sleeps.weights
@@ -98,18 +104,25 @@ impl Model {
         let model = self.clone();
         self.quiesce(InFlight::Keep, None, move |lane| {
             let mut state = model.weights().lock();
-            if let Some(device) = device {
-                lane.executor().install(device.clone())?;
+            // Others may have woken it meanwhile, and given it other weights.
+            if let Some(device) = device
+                && state.sleeps.weights
+                && lane.generation() == generation
+            {
+                if lane.executor().install(device.clone())? {
+                    lane.restart();
+                }
                 state.device = Some(device);
                 state.sleeps.weights = false;
             }
+            let mut restored = Ok(());
             if tags.kv_cache && state.sleeps.kv_cache {
-                lane.executor().restore_cache()?;
-                state.sleeps.kv_cache = false;
+                restored = lane.executor().restore_cache();
+                state.sleeps.kv_cache = restored.is_err();
             }
             lane.holds.asleep = state.sleeps.any();
             state.note_memory(lane);
-            Ok(())
+            restored
         })
     }
 

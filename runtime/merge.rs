@@ -4,7 +4,7 @@ use crate::adapter::Adapter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Head;
 use crate::runtime::Model;
-use crate::update::{Exchange, Require, Storage, UpdateOptions, deadline};
+use crate::update::{Exchange, Require, Storage, UpdateOptions};
 use crate::weights::{AdapterWeights, LowRank, Tensor};
 
 /// The score head's tensor, which an adapter may replace.
@@ -88,7 +88,7 @@ impl MergedAdapter {
             version,
             base: generation,
             in_flight: options.in_flight,
-            deadline: deadline(options.timeout),
+            timeout: options.timeout,
         })
     }
 }

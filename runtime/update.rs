@@ -22,8 +22,8 @@ pub enum Storage {
     Shadow,
     /// In the place of the old ones. The model computes nothing from [`Model::update`] to the end of the update, and an
     /// update that ends without a commit once something was put leaves the model without valid weights: its jobs fail
-    /// and later ones are refused until a whole update is committed. Needs room for one tensor where the old ones are
-    /// mapped, and for none after that.
+    /// and later ones are refused until a whole update is committed. Needs room for the tensors where the old ones are mapped,
+    /// since the new ones are in memory, and for none after that.
     InPlace,
 }
 
@@ -77,7 +77,7 @@ impl WeightState {
     /// Notes what the model holds by now.
     pub fn note_memory(&mut self, lane: &mut Lane) {
         let mut memory = lane.executor().memory();
-        if self.is_on_gpu {
+        if self.is_on_gpu || self.device.is_none() {
             memory.host = self.weights.as_ref().map_or(0, Weights::bytes_in_memory);
         }
         self.memory = memory;
@@ -155,7 +155,7 @@ impl Model {
     pub fn update(&self, options: &UpdateOptions) -> Result<Update> {
         let options = *options;
         let deadline = deadline(options.timeout);
-        let mut state = self.weights().lock();
+        let state = self.weights().lock();
         let conflict = |text: String| Err(Error::new(ErrorKind::Conflict, text));
         if let Some(expected) = options.expect_version.filter(|v| *v != state.version) {
             return conflict(format!(
@@ -172,34 +172,30 @@ impl Model {
             );
         }
         let in_place = options.storage == Storage::InPlace;
-        let Some(weights) = (if in_place { state.weights.take() } else { state.weights.clone() }) else {
+        let Some(mut weights) = state.weights.clone() else {
             return conflict("another update writes the model's weights in place".into());
         };
-        let device = if in_place { state.device.take() } else { None };
         let held = Memory { adapters: self.stats().adapter_bytes, ..state.memory }.allocated();
         let (version, generation) = (state.version, state.generation);
         let is_based = !state.is_broken;
         drop(state);
         if in_place {
-            let rest = self.quiesce(options.in_flight, deadline, move |lane| {
-                if lane.generation() != generation || lane.holds.updating {
-                    let text = "another update of this model was committed while this one began: begin anew";
+            // Nobody else may hold the tensors that are to be written.
+            drop(weights);
+            let model = self.clone();
+            weights = self.quiesce(options.in_flight, deadline, move |lane| {
+                let mut state = model.weights().lock();
+                let free = lane.generation() == generation && !lane.holds.updating && !state.sleeps.weights;
+                let Some(weights) = state.weights.take_if(|_| free) else {
+                    let text = "another update of this model was committed, or the model went to sleep, while this one began: begin anew";
                     return Err(Error::new(ErrorKind::Conflict, text));
-                }
+                };
+                state.device = None;
                 lane.executor().unload();
                 lane.holds.updating = true;
-                Ok(())
-            });
-            if let Err(error) = rest {
-                let mut state = self.weights().lock();
-                // What was committed meanwhile stays.
-                if state.weights.is_none() {
-                    (state.weights, state.device) = (Some(weights), device);
-                }
-                return Err(error);
-            }
+                Ok(weights)
+            })?;
         }
-        drop(device);
         let rules = StagingRules {
             require_all: options.require == Require::All,
             check_finite: options.check_finite,
@@ -222,11 +218,11 @@ impl Update {
         self.staging.as_mut().ok_or_else(|| Error::new(ErrorKind::Conflict, format!("the update was {end}")))
     }
 
-    /// Makes sure that the memory budget has room for what is to be put.
-    fn room<S: AsRef<str> + std::fmt::Debug>(&mut self, names: &[S]) -> Result<()> {
+    /// Makes sure that the memory budget has room for what is to be put: `over` the model's own memory, where that is allowed.
+    fn room<S: AsRef<str> + std::fmt::Debug>(&mut self, names: &[S], over: bool) -> Result<()> {
         let (held, budget) = (self.held, self.model.memory_budget());
         let staging = self.staging()?;
-        let (staged, more) = (staging.bytes(), names.iter().map(|name| staging.cost(name.as_ref())).sum::<u64>());
+        let (staged, more) = (staging.bytes(), names.iter().map(|name| staging.cost(name.as_ref(), over)).sum::<u64>());
         match budget {
             Some(budget) if held.saturating_add(staged).saturating_add(more) > budget => Err(Error::limit(format!(
                 "{names:?}: the memory budget is {budget} bytes; {held} are held, {staged} staged, and {more} more are needed"
@@ -242,7 +238,7 @@ impl Update {
     /// `Argument` for another number of bytes, `Format` if the checksum differs, `NonFinite`, `Limit` (memory budget) or
     /// `HostMemory`. Nothing of the tensor is taken then, and the update can go on. `Conflict` if it has ended.
     pub fn put(&mut self, tensor: &TensorData) -> Result<()> {
-        self.room(&[tensor.name])?;
+        self.room(&[tensor.name], true)?;
         self.staging()?.put(tensor)
     }
 
@@ -252,7 +248,7 @@ impl Update {
     /// # Errors
     /// As [`Update::put`]; `Shape` for a part that reaches out, `Duplicate` for one that overlaps another.
     pub fn put_slice(&mut self, tensor: &TensorData, start: &[usize]) -> Result<()> {
-        self.room(&[tensor.name])?;
+        self.room(&[tensor.name], false)?;
         self.staging()?.put_slice(tensor, start)
     }
 
@@ -272,7 +268,7 @@ impl Update {
         };
         let names: Vec<String> = headers.tensors().filter(|(n, t)| takes(n, t)).map(|(n, _)| n.to_owned()).collect();
         drop(headers);
-        self.room(&names)?;
+        self.room(&names, true)?;
         self.staging()?.put_files(path, &options)
     }
 
@@ -301,7 +297,7 @@ impl Update {
             return Err(Error::new(ErrorKind::Conflict, text));
         }
         let names: Vec<String> = delta.tensors().map(|t| t.name.to_owned()).collect();
-        self.room(&names)?;
+        self.room(&names, false)?;
         self.staging()?.derive_all(&names, |name, model, out| {
             let declared = delta.tensors().find(|t| t.name == name).and_then(|t| t.layout);
             if let Some((dtype, shape)) = declared.filter(|(d, s)| d != model.dtype().name() || *s != model.shape()) {
@@ -320,7 +316,7 @@ impl Update {
         names: &[String],
         make: impl Fn(&str, &Tensor, &mut [u8]) -> Result<()>,
     ) -> Result<Vec<(String, Tensor)>> {
-        self.room(names)?;
+        self.room(names, false)?;
         let staging = self.staging()?;
         let originals = names.iter().map(|name| Ok((name.clone(), staging.present(name)?.clone())));
         let originals = originals.collect::<Result<_>>()?;
@@ -350,7 +346,7 @@ impl Update {
             return Err(Error::argument(format!("version {version} is the one that the model has now")));
         }
         if in_place {
-            self.commit_in_place(version)?
+            self.commit_in_place(weights, version)?
         } else {
             self.exchange(weights, &changed, version)?
         }
@@ -367,14 +363,13 @@ impl Update {
             version,
             base: self.generation,
             in_flight: self.options.in_flight,
-            deadline: deadline(self.options.timeout),
+            timeout: self.options.timeout,
         })
     }
 
-    fn commit_in_place(&mut self, version: u64) -> Result<()> {
-        let Some(staging) = self.staging.take() else { return Ok(()) };
+    fn commit_in_place(&mut self, weights: Weights, version: u64) -> Result<()> {
+        self.staging = None;
         self.end = "not finished in place";
-        let weights = staging.into_base();
         let result = self.model.revive(weights, Some(version));
         if let Err(error) = &result {
             self.model.invalidate(error);
@@ -398,11 +393,12 @@ impl Update {
         if self.options.storage == Storage::Shadow {
             return;
         }
-        let touched = staging.touched;
-        // In place and unfinished: without a change the old weights come back, else there are none.
-        let revived = if touched {
+        // In place and unfinished: the old weights come back, unless something was written or they were not valid before.
+        let spoilt = staging.touched || !self.is_based;
+        let revived = if spoilt {
             let text = "an update in place was aborted after it had begun to write";
-            self.model.weights().lock().weights = Some(staging.into_base());
+            let mut state = self.model.weights().lock();
+            (state.weights, state.is_broken) = (Some(staging.into_base()), true);
             Err(Error::new(ErrorKind::Conflict, text))
         } else {
             self.model.revive(staging.into_base(), None)
@@ -427,19 +423,27 @@ pub(crate) struct Exchange<'a> {
     /// The generation that it was made from.
     pub base: u64,
     pub in_flight: InFlight,
-    pub deadline: Option<Instant>,
+    /// From when the weights are loaded.
+    pub timeout: Option<Duration>,
 }
 
 impl Model {
     /// Loads weights beside the present ones and takes them over between two steps.
     pub(crate) fn exchange(&self, exchange: Exchange) -> Result<()> {
-        let Exchange { weights, changed, version, base, in_flight, deadline } = exchange;
+        let Exchange { weights, changed, version, base, in_flight, timeout } = exchange;
         let state = self.weights().lock();
-        let (held, allocated) = (state.device.clone(), state.memory.allocated());
+        let (held, allocated, host) = (state.device.clone(), state.memory.allocated(), state.memory.host);
+        // Before the load, and before anybody is cancelled for it; the closure below makes sure.
+        if state.generation != base || state.sleeps.weights || state.weights.is_none() {
+            let text = "the model's weights were changed, put to sleep or begun to be written in place since this began: begin anew";
+            return Err(Error::new(ErrorKind::Conflict, text));
+        }
         drop(state);
         if let Some(DeviceWeights::Gpu(_)) = &held {
             // On the CPU what was put is what will be used, and was counted then.
+            let staged = weights.bytes_in_memory().saturating_sub(host);
             let new = changed.iter().filter_map(|name| weights.find(name)).map(|t| t.bytes().len() as u64).sum::<u64>();
+            let new = new + staged;
             if let Some(budget) = self.memory_budget().filter(|b| allocated.saturating_add(new) > *b) {
                 return Err(Error::limit(format!(
                     "the memory budget is {budget} bytes, {allocated} are held, and {new} more are needed until the old weights go; update in place"
@@ -449,7 +453,7 @@ impl Model {
         let device = self.weights().loader.load(&weights, held.as_ref(), changed)?;
         drop(held);
         let model = self.clone();
-        self.quiesce(in_flight, deadline, move |lane| {
+        self.quiesce(in_flight, deadline(timeout), move |lane| {
             if lane.generation() != base {
                 let text = "another update of this model was committed since this one began: begin anew";
                 return Err(Error::new(ErrorKind::Conflict, text));
@@ -484,7 +488,9 @@ impl Model {
         let device = self.weights().loader.load(&weights, None, &HashSet::new())?;
         let model = self.clone();
         self.quiesce(InFlight::Keep, None, move |lane| {
-            lane.executor().install(device.clone())?;
+            if lane.executor().install(device.clone())? && version.is_none() {
+                lane.restart();
+            }
             let version = match version {
                 Some(version) => {
                     lane.renew(version);
@@ -503,9 +509,13 @@ impl Model {
         let text = format!("the model has no valid weights: {error}; commit an update that brings all of them");
         let error = Error::new(ErrorKind::Conflict, text);
         self.weights().lock().is_broken = true;
+        let model = self.clone();
         // The engine may be gone, and with it the lane.
         let _ = self.quiesce(InFlight::Keep, None, move |lane| {
             lane.holds.updating = false;
+            // Updates that began before, from whole weights, must not be committed on top.
+            lane.spoil();
+            model.weights().lock().generation = lane.generation();
             lane.set_invalid(Some(error));
             Ok(())
         });

@@ -304,11 +304,22 @@ fn a_tied_head_may_come_too_if_it_is_the_embedding() {
     refused(update.put(&head.data()), ErrorKind::Duplicate, &["lm_head.weight"]);
     update.commit(1).unwrap();
     assert_eq!(fingerprint(&model), expected);
-    // Alone it stands for both.
+    // Alone it stands for both, in place too.
     let without: Vec<Owned> = new.iter().filter(|t| t.name != embedding.name).cloned().collect();
-    let mut update = put_all(&model, &UpdateOptions::default(), &without);
-    update.put(&head.data()).unwrap();
-    update.commit(2).unwrap();
+    for (version, storage) in [(2, Storage::Shadow), (4, Storage::InPlace)] {
+        put_all(&model, &UpdateOptions::default(), &tensors(&golden(name))).commit(version + 100).unwrap();
+        let mut update = put_all(&model, &UpdateOptions { storage, ..UpdateOptions::default() }, &without);
+        update.put(&head.data()).unwrap();
+        update.commit(version).unwrap();
+        assert_eq!(fingerprint(&model), expected, "{storage:?}");
+    }
+    // From a trainer's f32 files, both are rounded.
+    let wide: Vec<Owned> = new.iter().chain([&head]).map(|t| t.to(Dtype::F32)).collect();
+    let folder = tempfile::tempdir().unwrap();
+    save(&wide, &golden(name), folder.path());
+    let mut update = model.update(&UpdateOptions { convert: true, ..UpdateOptions::default() }).unwrap();
+    update.put_files(folder.path()).unwrap();
+    update.commit(5).unwrap();
     assert_eq!(fingerprint(&model), expected);
     let other = Owned { name: head.name.clone(), ..trained(std::slice::from_ref(embedding), 8).remove(0) };
     let mut update = put_all(&model, &UpdateOptions::default(), &new);
@@ -329,6 +340,27 @@ fn versions_and_rivals() {
     refused(second.commit(43), ErrorKind::Conflict, &["begin anew"]);
     assert_eq!(fingerprint(&model), fingerprint(&fresh("cpu", &new, name, &small())));
     assert_eq!(model.weights_version(), 42);
+    // What is committed while an update in place waits for rest is not lost: that update begins anew.
+    let long_job = model.sample(&long((0..3).map(prompt).collect())).unwrap();
+    under_way(&long_job);
+    let other = trained(&tensors(&golden(name)), 21);
+    let mut queued = put_all(&model, &UpdateOptions::default(), &other);
+    std::thread::scope(|scope| {
+        let commit = scope.spawn(|| queued.commit(50));
+        std::thread::sleep(Duration::from_millis(20));
+        let late = scope.spawn(|| model.update(&UpdateOptions { storage: Storage::InPlace, ..subset() }).map(drop));
+        std::thread::sleep(Duration::from_millis(20));
+        long_job.cancel();
+        commit.join().unwrap().unwrap();
+        // It came before the commit was done, or after.
+        if let Err(error) = late.join().unwrap() {
+            assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+        }
+    });
+    drop(long_job);
+    assert_eq!(fingerprint(&model), fingerprint(&fresh("cpu", &other, name, &small())));
+    assert_eq!(model.weights_version(), 50);
+    put_all(&model, &UpdateOptions::default(), &new).commit(42).unwrap();
     // In place there is one at a time.
     let in_place = UpdateOptions { storage: Storage::InPlace, ..UpdateOptions::default() };
     let update = model.update(&in_place).unwrap();
@@ -357,6 +389,9 @@ fn an_unfinished_update_in_place_leaves_no_model() {
         refused(job.wait(), ErrorKind::Conflict, &["no valid weights"]);
         refused(model.logprobs(&waiting).unwrap().wait(), ErrorKind::Conflict, &["no valid weights"]);
         refused(model.update(&subset()), ErrorKind::Conflict, &["all tensors"]);
+        // Another one that writes nothing does not make them valid.
+        drop(model.update(&in_place).unwrap());
+        refused(model.logprobs(&waiting).unwrap().wait(), ErrorKind::Conflict, &["no valid weights"]);
         // Whole ones mend it, either way.
         let expected = fingerprint(&fresh(&device, &new, name, &small()));
         put_all(&model, &UpdateOptions::default(), &new).commit(5).unwrap();

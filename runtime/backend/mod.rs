@@ -200,11 +200,11 @@ pub trait Executor: Send {
     /// The weights in use; `None` after [`unload`](Executor::unload).
     fn weights(&self) -> Option<DeviceWeights>;
 
-    /// Computes the next step with these weights. What is in the KV cache is not theirs.
+    /// Computes the next step with these weights. True if the KV cache had to be made anew for them.
     ///
     /// # Errors
     /// As [`Executor::step`]; the weights are as before then.
-    fn install(&mut self, weights: DeviceWeights) -> Result<()>;
+    fn install(&mut self, weights: DeviceWeights) -> Result<bool>;
 
     /// Lets go of the weights. No step may come before [`install`](Executor::install).
     fn unload(&mut self);

@@ -304,10 +304,15 @@ impl Drop for Engine {
 fn run(inbox: Receiver<Command>, shared: &Shared) {
     let mut floor = Floor::default();
     let mut obeyed = 0;
+    let mut tended = Instant::now();
     loop {
         let lanes = &mut floor.lanes;
         let rest = lanes.iter().all(|(_, lane)| lane.rests());
         let command = match rest {
+            // Commands that come all the time must not keep deadlines waiting.
+            true if tended.elapsed() > TEND && lanes.iter().any(|(_, lane)| lane.is_waited_for()) => {
+                Err(TryRecvError::Empty)
+            }
             true if lanes.iter().any(|(_, lane)| lane.is_waited_for()) => {
                 inbox.recv_timeout(TEND).map_err(|e| match e {
                     RecvTimeoutError::Timeout => TryRecvError::Empty,
@@ -334,7 +339,7 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
                     released += obey(&mut floor, command);
                 }
                 Err(_) => {
-                    obeyed = 0;
+                    (obeyed, tended) = (0, Instant::now());
                     floor.lanes.iter_mut().for_each(|(_, lane)| released += lane.advance());
                 }
             }
@@ -350,8 +355,14 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
                 poison(shared, &*panic, &mut floor.lanes, submitted);
                 // Refuse whatever is still on its way, until the runtime is closed.
                 while let Ok(command) = inbox.recv() {
-                    if let (Command::Submit { job, .. }, Some(error)) = (command, shared.poison()) {
-                        job.fail(error);
+                    let Some(error) = shared.poison() else { continue };
+                    match command {
+                        Command::Submit { job, .. } => job.fail(error),
+                        Command::Quiesce { wish, .. } => (wish.then)(Err(error)),
+                        Command::Pause { answer, .. } => {
+                            let _ = answer.send(Err(error));
+                        }
+                        _ => {}
                     }
                 }
                 return;
@@ -373,6 +384,7 @@ fn poison(shared: &Shared, panic: &(dyn Any + Send), lanes: &mut [(u64, Box<Lane
     for (_, lane) in lanes {
         lane.deliver();
         lane.fail_all(&error);
+        lane.refuse_wishes(&error);
     }
     if let Some(job) = submitted {
         job.fail(error);

@@ -81,11 +81,12 @@ impl Staging {
         grown + all.filter(|t| !t.is_mapped()).map(|t| t.bytes().len() as u64).sum::<u64>()
     }
 
-    /// Memory that a tensor of this name will take beside that.
-    pub fn cost(&self, name: &str) -> u64 {
+    /// Memory that a tensor of this name will take beside that; `over`: it may be written over the model's own.
+    pub fn cost(&self, name: &str, over: bool) -> u64 {
         let known = if self.is_head(name) { EMBEDDING } else { name };
         let Some(tensor) = self.base.find(known) else { return 0 };
-        let there = self.partial.contains_key(name) || (self.rules.in_place && tensor.is_in_memory());
+        let writes_over = over && self.rules.in_place && tensor.is_in_memory() && !self.is_head(name);
+        let there = self.partial.contains_key(name) || writes_over;
         if there { 0 } else { tensor.bytes().len() as u64 }
     }
 

@@ -119,6 +119,9 @@ fn copy_part(from: Dtype, source: &[u8], to: Dtype, target: &mut [u8]) {
 
 /// Elements for each thread; one part where there is little.
 fn parts(elements: usize, size: usize) -> Vec<Range<usize>> {
+    if elements.saturating_mul(size) < 2 * BYTES_A_THREAD {
+        return std::iter::once(0..elements).collect();
+    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
     let threads = (elements.saturating_mul(size) / BYTES_A_THREAD).clamp(1, cores);
     let each = elements.div_ceil(threads).next_multiple_of(CHUNK);

@@ -356,10 +356,10 @@ impl Executor for CpuExecutor {
         Some(DeviceWeights::Cpu(self.weights.clone()))
     }
 
-    fn install(&mut self, weights: DeviceWeights) -> Result<()> {
+    fn install(&mut self, weights: DeviceWeights) -> Result<bool> {
         let DeviceWeights::Cpu(weights) = weights else { return Err(Error::internal("weights of another device")) };
         self.weights = weights;
-        Ok(())
+        Ok(false)
     }
 
     fn unload(&mut self) {
@@ -407,6 +407,10 @@ impl Executor for CpuExecutor {
     }
 
     fn limits(&mut self) -> Result<Limits> {
+        if self.weights.matrices.is_empty() {
+            let text = "the model's weights are not there: it sleeps, or an update writes them in place";
+            return Err(Error::new(ErrorKind::Conflict, text));
+        }
         let _turn = cores().take(self.options.pool.threads());
         limits::measure(&self.options, &self.weight(self.plan.first_weight(0)))
     }

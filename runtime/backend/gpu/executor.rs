@@ -381,7 +381,7 @@ impl Executor for GpuExecutor {
         self.resident.clone().map(DeviceWeights::Gpu)
     }
 
-    fn install(&mut self, weights: DeviceWeights) -> Result<()> {
+    fn install(&mut self, weights: DeviceWeights) -> Result<bool> {
         let DeviceWeights::Gpu(resident) = weights else { return Err(Error::internal("weights of another device")) };
         let GpuLoader { gpu, spec, .. } = &self.loader;
         if let (None, Some(error)) = (resident.tile, &self.no_plain_cache) {
@@ -397,10 +397,11 @@ impl Executor for GpuExecutor {
         if let Some(device) = fresh.as_ref().or(self.buffers.as_ref()) {
             self.built = Some(self.bind(&resident, device)?);
         }
+        let lost_cache = fresh.is_some();
         self.buffers = fresh.or(self.buffers.take());
         self.tile = resident.tile;
         self.resident = Some(resident);
-        Ok(())
+        Ok(lost_cache)
     }
 
     fn unload(&mut self) {

@@ -71,11 +71,22 @@ impl Lane {
 
     /// Fulfils the wishes for rest that can be, in their order, and refuses those that are late.
     pub(super) fn settle(&mut self) {
+        // Who stands behind another one need not wait longer for that.
+        let now = Instant::now();
+        let late = |wish: &Quiesce| wish.deadline.is_some_and(|deadline| now >= deadline);
+        let mut place = 1;
+        while place < self.wishes.len() {
+            let wish = &self.wishes[place];
+            if wish.in_flight != InFlight::Keep && late(wish) {
+                self.wishes.remove(place).into_iter().for_each(|wish| self.refuse_late(wish));
+            } else {
+                place += 1;
+            }
+        }
         while let Some(wish) = self.wishes.front() {
             let at_rest = wish.in_flight == InFlight::Keep || !self.is_under_way();
-            let late = wish.deadline.is_some_and(|deadline| Instant::now() >= deadline);
             let stuck = self.holds.any();
-            if !at_rest && !late && !stuck {
+            if !at_rest && !late(wish) && !stuck {
                 return;
             }
             let Some(wish) = self.wishes.pop_front() else { return };
@@ -85,11 +96,27 @@ impl Lane {
                 let text = "sequences are under way and the model is paused, asleep or being updated, so that they cannot finish: choose to keep or to cancel them";
                 (wish.then)(Err(Error::new(ErrorKind::Busy, text)));
             } else {
-                let text =
-                    format!("{} sequences under way did not finish in time; nothing changed", self.running.len());
-                (wish.then)(Err(Error::new(ErrorKind::Timeout, text)));
+                self.refuse_late(wish);
             }
         }
+    }
+
+    fn refuse_late(&self, wish: Quiesce) {
+        let text = format!("{} sequences under way did not finish in time; nothing changed", self.running.len());
+        (wish.then)(Err(Error::new(ErrorKind::Timeout, text)));
+    }
+
+    /// Answers everybody who waits for rest.
+    pub fn refuse_wishes(&mut self, error: &Error) {
+        for wish in std::mem::take(&mut self.wishes) {
+            (wish.then)(Err(error.clone()));
+        }
+    }
+
+    /// The weights are no longer those of their generation.
+    pub fn spoil(&mut self) {
+        self.generation += 1;
+        self.restart();
     }
 
     /// True if a sequence has begun under the weights at hand and is not done.
@@ -121,6 +148,10 @@ impl Lane {
         let mut released = self.drop_stopped();
         self.settle();
         released += std::mem::take(&mut self.freed);
+        if released.jobs > 0 {
+            self.free_adapters();
+            self.publish();
+        }
         released
     }
 
