@@ -39,6 +39,7 @@ mod adapter;
 pub mod backend;
 mod engine;
 mod error;
+mod exchange;
 mod follow;
 mod guide;
 pub mod kernels;

@@ -2,9 +2,10 @@
 
 use crate::adapter::Adapter;
 use crate::error::{Error, ErrorKind, Result};
+use crate::exchange::Exchange;
 use crate::model::Head;
 use crate::runtime::Model;
-use crate::update::{Exchange, Require, Storage, UpdateOptions};
+use crate::update::{Require, Storage, UpdateOptions};
 use crate::weights::{AdapterWeights, LowRank, Tensor};
 
 /// The score head's tensor, which an adapter may replace.

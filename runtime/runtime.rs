@@ -13,6 +13,7 @@ use crate::engine::{
     RuntimeStats,
 };
 use crate::error::{Error, Result};
+use crate::exchange::ModelWeights;
 use crate::guide::{CompiledGuide, Guide, GuideVocabulary};
 use crate::kernels::linear::{Precision, Quantised};
 use crate::kernels::{Isa, KV_BLOCK};
@@ -23,7 +24,6 @@ use crate::request::{
 };
 use crate::score::Rule;
 use crate::text::Tokenizer;
-use crate::update::ModelWeights;
 use crate::weights::{Dtype, LoadOptions, Tensor, WeightFormat, read_bounded};
 
 const MAX_CONFIG: usize = 1 << 20;
