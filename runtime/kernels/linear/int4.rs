@@ -211,7 +211,7 @@ mod tests {
         let stored = Dtype::F32.from_f32(&values);
         let refused = Int4Matrix::quantise(MatrixView::new(Dtype::F32, &stored, 2, 40), &Pool::new(1));
         let error = refused.err().unwrap();
-        assert_eq!(error.kind(), crate::error::ErrorKind::Format);
+        assert_eq!(error.kind(), crate::error::ErrorKind::NonFinite);
         assert!(error.to_string().contains("row 1, column 35 is NaN"), "{error}");
         assert!(error.to_string().contains("to 4 bits"), "{error}");
     }

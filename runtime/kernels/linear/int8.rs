@@ -104,7 +104,7 @@ mod tests {
         let stored = Dtype::F32.from_f32(&values);
         let refused = Int8Matrix::quantise(MatrixView::new(Dtype::F32, &stored, 2, 4), &Pool::new(1));
         let error = refused.err().unwrap();
-        assert_eq!(error.kind(), crate::error::ErrorKind::Format);
+        assert_eq!(error.kind(), crate::error::ErrorKind::NonFinite);
         assert!(error.to_string().contains("row 1, column 1 is inf"), "{error}");
     }
 }
