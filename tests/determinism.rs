@@ -26,7 +26,8 @@ fn cases(device: &str) -> Vec<(&'static str, ModelOptions)> {
         cases = ["llama-wide", "llama-tied", "mistral-window"].map(|name| (name, small())).to_vec();
     }
     if device.ends_with("emulated8") {
-        cases[0].0 = "llama-gqa-9-3";
+        // Heads of 8, which tiles of 16 leave to the other kernel; the products are the same.
+        cases = vec![("llama-gqa-9-3", small())];
     }
     cases
 }

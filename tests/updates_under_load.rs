@@ -64,11 +64,12 @@ fn stress(device: &str, storage: Storage, commits: u64) {
         (0..KINDS as u32).map(|k| if k == 0 { base.clone() } else { trained(&base, k) }).collect();
     let options = ModelOptions { max_batch_tokens: Some(48), ..small() };
     let model = load(&open(device, 2), NAME, &options);
-    let (done, lived) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (done, finished) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let lived = AtomicUsize::new(0);
     type Results = (Vec<(usize, SampledSequence)>, Vec<(usize, SequenceLogprobs)>);
     let results: Vec<Results> = std::thread::scope(|scope| {
         let sampling = |thread: usize| {
-            let (model, done) = (&model, &done);
+            let (model, done, finished, lived) = (&model, &done, &finished, &lived);
             move || {
                 let (mut sampled, mut read) = (Vec::new(), Vec::new());
                 let mut i = thread;
@@ -76,6 +77,8 @@ fn stress(device: &str, storage: Storage, commits: u64) {
                     let texts = LogprobRequest { sequences: vec![prompt(i)], ..LogprobRequest::default() };
                     let texts = model.logprobs(&texts).unwrap();
                     let answers = model.sample(&request(i)).unwrap().wait().unwrap();
+                    lived.fetch_add(answers.iter().filter(|s| s.versions.len() > 1).count(), Ordering::Relaxed);
+                    finished.fetch_add(answers.len(), Ordering::Relaxed);
                     sampled.extend(answers.into_iter().map(|s| (i, s)));
                     read.push((i, texts.wait().unwrap().remove(0)));
                     i += THREADS;
@@ -84,7 +87,9 @@ fn stress(device: &str, storage: Storage, commits: u64) {
             }
         };
         let threads: Vec<_> = (0..THREADS).map(|t| scope.spawn(sampling(t))).collect();
-        for version in 1..=commits {
+        // On a busy machine commits overtake the sequences: some more, until enough of those have lived through one.
+        let enough = || finished.load(Ordering::Relaxed) > 4 * THREADS && lived.load(Ordering::Relaxed) > 0;
+        for version in (1..=100 * commits).take_while(|v| *v <= commits || !enough()) {
             let in_flight = if version % 5 == 0 { InFlight::Wait } else { InFlight::Keep };
             let how = UpdateOptions { storage, in_flight, ..UpdateOptions::default() };
             let mut update = model.update(&how).unwrap();
@@ -106,7 +111,6 @@ fn stress(device: &str, storage: Storage, commits: u64) {
     let mut count = 0;
     for (sampled, read) in &results {
         for (i, got) in sampled {
-            lived.fetch_add(usize::from(got.versions.len() > 1), Ordering::Relaxed);
             replay(&models, &request(*i), got);
             count += 1;
         }
