@@ -60,7 +60,7 @@ int main(int argc, char **argv) {
     rrt_model *model;
     rrt_update *update;
     size_t index, elements;
-    float *ones;
+    float *weight;
 
     if (argc < 3) {
         fprintf(stderr, "usage: %s MODEL_FOLDER NEW_CHECKPOINT [DEVICE]\n", argv[0]);
@@ -87,7 +87,7 @@ int main(int argc, char **argv) {
     rrt_update_free(update);
     if (sample(runtime, model) != 1) return 1;
 
-    /* 2. One tensor from memory: the last norm becomes all ones, given as f32 and rounded to what the model holds. */
+    /* 2. One tensor from memory: the last norm's weight, given as f32 and rounded to what the model holds. */
     memset(&info, 0, sizeof info);
     for (index = 0;; index++) {
         info.struct_size = sizeof info;
@@ -95,9 +95,9 @@ int main(int argc, char **argv) {
         if (info.name_len == 17 && memcmp(info.name, "model.norm.weight", 17) == 0) break;
     }
     elements = (size_t)info.shape[0];
-    ones = malloc(elements * sizeof *ones);
-    if (ones == NULL) return 1;
-    for (index = 0; index < elements; index++) ones[index] = 1.0f;
+    weight = malloc(elements * sizeof *weight);
+    if (weight == NULL) return 1;
+    for (index = 0; index < elements; index++) weight[index] = (float)(index % 5);
     opts.expect_version = 1;
     opts.require = RRT_REQUIRE_SUBSET;
     opts.flags |= RRT_UPDATE_CONVERT;
@@ -107,10 +107,10 @@ int main(int argc, char **argv) {
     desc.dtype = RRT_DTYPE_F32;
     desc.rank = info.rank;
     desc.shape = info.shape;
-    desc.data = ones;
-    desc.bytes = elements * sizeof *ones;
+    desc.data = weight;
+    desc.bytes = elements * sizeof *weight;
     check(rrt_update_tensor(update, &desc, &err), "tensor");
-    free(ones); /* it was copied */
+    free(weight); /* it was copied */
     check(rrt_update_commit(update, 2, &err), "commit");
     rrt_update_free(update);
     if (sample(runtime, model) != 2) return 1;
