@@ -88,13 +88,14 @@ impl Model {
     pub(crate) fn exchange(&self, exchange: Exchange) -> Result<()> {
         let Exchange { weights, changed, version, base, in_flight, timeout } = exchange;
         let state = self.weights().lock();
-        let (held, allocated, host) = (state.device.clone(), state.memory.allocated(), state.memory.host);
+        let (held, host) = (state.device.clone(), state.memory.host);
         // Before the load, and before anybody is cancelled for it; the closure below makes sure.
         if state.generation != base || state.sleeps.weights || state.weights.is_none() {
             let text = "the model's weights were changed, put to sleep or begun to be written in place since this began: begin anew";
             return Err(Error::new(ErrorKind::Conflict, text));
         }
         drop(state);
+        let allocated = self.memory().allocated();
         if let Some(DeviceWeights::Gpu(_)) = &held {
             // On the CPU what was put is what will be used, and was counted then.
             let staged = weights.bytes_in_memory().saturating_sub(host);

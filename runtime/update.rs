@@ -1,10 +1,9 @@
 //! New weights for a model that is in use: all of an update or nothing of it, under a version that results carry.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::backend::Memory;
 use crate::engine::InFlight;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exchange::Exchange;
@@ -116,10 +115,10 @@ impl Model {
         let Some(mut weights) = state.weights.clone() else {
             return conflict("another update writes the model's weights in place".into());
         };
-        let held = Memory { adapters: self.stats().adapter_bytes, ..state.memory }.allocated();
         let (version, generation) = (state.version, state.generation);
         let is_based = !state.is_broken;
         drop(state);
+        let held = self.memory().allocated();
         if in_place {
             // Nobody else may hold the tensors that are to be written.
             drop(weights);
@@ -200,17 +199,19 @@ impl Update {
     /// Those of opening a checkpoint, and those of [`Update::put`], naming the file.
     pub fn put_files(&mut self, path: &Path) -> Result<()> {
         let options = self.model.load_options().clone();
+        let mut checkpoint = Checkpoint::open(path, &LoadOptions { use_mmap: true, ..options.clone() })?;
         // What is mapped and fits as it is takes no memory.
-        let headers = Checkpoint::open(path, &LoadOptions { use_mmap: true, ..options.clone() })?;
         let dtypes: HashMap<String, Dtype> = self.model.tensors().into_iter().map(|(n, d, _)| (n, d)).collect();
         let takes = |name: &str, info: &TensorInfo| {
             let known = dtypes.get(name);
             known.is_some_and(|dtype| !options.use_mmap || dtype.name() != info.dtype)
         };
-        let names: Vec<String> = headers.tensors().filter(|(n, t)| takes(n, t)).map(|(n, _)| n.to_owned()).collect();
-        drop(headers);
+        let names: Vec<&str> = checkpoint.tensors().filter(|(n, t)| takes(n, t)).map(|(n, _)| n).collect();
         self.room(&names, true)?;
-        self.staging()?.put_files(path, &options)
+        if !options.use_mmap {
+            checkpoint = Checkpoint::open(path, &options)?;
+        }
+        self.staging()?.put_checkpoint(path, &checkpoint)
     }
 
     /// Takes the tensors that a delta changes, as they become by it; all others stay as they are, whatever
@@ -237,11 +238,14 @@ impl Update {
             );
             return Err(Error::new(ErrorKind::Conflict, text));
         }
-        let names: Vec<String> = delta.tensors().map(|t| t.name.to_owned()).collect();
+        let layouts: BTreeMap<&str, _> = delta.tensors().map(|t| (t.name, t.layout)).collect();
+        let names: Vec<String> = layouts.keys().map(|name| (*name).to_owned()).collect();
         self.room(&names, false)?;
         self.staging()?.derive_all(&names, |name, model, out| {
-            let declared = delta.tensors().find(|t| t.name == name).and_then(|t| t.layout);
-            if let Some((dtype, shape)) = declared.filter(|(d, s)| d != model.dtype().name() || *s != model.shape()) {
+            let declared = layouts.get(name).and_then(Option::as_ref);
+            if let Some((dtype, shape)) =
+                declared.filter(|(d, s)| d.as_str() != model.dtype().name() || *s != model.shape())
+            {
                 let (ours, kind) = (model.shape(), model.dtype().name());
                 let text = format!("tensor {name:?} is {dtype} {shape:?} in the delta, {kind} {ours:?} in the model");
                 return Err(Error::new(ErrorKind::Shape, text).at(folder.display()));

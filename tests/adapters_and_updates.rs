@@ -155,6 +155,7 @@ fn a_policy_lives_through_an_update_of_its_base() {
         adapter: Some(adapter.clone()),
         ..SampleRequest::default()
     };
+    let mut lived = 0;
     for device in with_matrix_units() {
         let model = load(&open(&device, 2), &base, &small());
         let policy = adapter(&model, name);
@@ -177,5 +178,7 @@ fn a_policy_lives_through_an_update_of_its_base() {
         text.extend(got.tokens[..span.start].iter().map(|t| t.id));
         let rest = fresh.sample(&request(&on_fresh, text, 200 - span.start)).unwrap().wait().unwrap().remove(0);
         assert_eq!(got.tokens[span.start..], rest.tokens[..], "{device} {:?}", got.versions);
+        lived += 1;
     }
+    assert!(lived > 0, "no sequence lived through the update");
 }

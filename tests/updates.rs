@@ -7,12 +7,10 @@ mod common;
 use std::time::Duration;
 
 use common::checkpoints::{Owned, save, tensors, trained};
+use common::updates::{fingerprint, fresh, long, prompt, put_all, refused, subset, under_way};
 use common::{devices, devices_and_matrix_units, golden, load, open, small};
 use rewardrt::weights::{Dtype, TensorData, WeightFormat};
-use rewardrt::{
-    Error, ErrorKind, Finish, InFlight, LogprobRequest, Model, ModelOptions, Require, SampleRequest, ScoreRequest,
-    Storage, Tags, UpdateOptions, VersionSpan,
-};
+use rewardrt::{Error, ErrorKind, LogprobRequest, ModelOptions, Storage, UpdateOptions};
 
 const MODELS: [&str; 7] = [
     "llama-gqa-9-3",
@@ -23,43 +21,6 @@ const MODELS: [&str; 7] = [
     "qwen2-gqa-14-2",
     "llama-labels-3",
 ];
-
-fn prompt(i: usize) -> Vec<u32> {
-    (0..5 + i * 7 % 40).map(|k| (6 + (i * 31 + k * 17) % 90) as u32).collect()
-}
-
-/// What the model says, to the bit: log-probs of texts, or scores.
-fn fingerprint(model: &Model) -> Vec<u32> {
-    let sequences: Vec<Vec<u32>> = (0..5).map(prompt).collect();
-    match model.spec().head {
-        rewardrt::model::Head::LanguageModel { .. } => {
-            let all =
-                model.logprobs(&LogprobRequest { sequences, ..LogprobRequest::default() }).unwrap().wait().unwrap();
-            all.iter().flat_map(|s| s.logprobs.iter().flatten().map(|l| l.to_bits())).collect()
-        }
-        _ => {
-            let all = model.score(&ScoreRequest { sequences, ..ScoreRequest::default() }).unwrap().wait().unwrap();
-            all.iter().map(|s| format!("{:?}", s.score)).flat_map(|s| s.into_bytes()).map(u32::from).collect()
-        }
-    }
-}
-
-fn put_all(model: &Model, options: &UpdateOptions, tensors: &[Owned]) -> rewardrt::Update {
-    let mut update = model.update(options).unwrap();
-    tensors.iter().for_each(|t| update.put(&t.data()).unwrap());
-    update
-}
-
-fn subset() -> UpdateOptions {
-    UpdateOptions { require: Require::Subset, ..UpdateOptions::default() }
-}
-
-/// A model loaded from these tensors.
-fn fresh(device: &str, tensors: &[Owned], like: &str, options: &ModelOptions) -> Model {
-    let folder = tempfile::tempdir().unwrap();
-    save(tensors, &golden(like), folder.path());
-    open(device, 2).load_model(folder.path(), options).unwrap()
-}
 
 #[test]
 fn an_updated_model_equals_a_loaded_one() {
@@ -162,7 +123,7 @@ fn parts_of_a_tensor_add_up() {
 /// A trainer in f32 pushes to a 16-bit model: rounded to nearest, as saving the checkpoint would.
 #[test]
 fn other_dtypes_are_rounded_where_that_is_allowed() {
-    for name in ["llama-tied", "llama-gqa-9-3", "mistral-window"] {
+    for name in ["llama-tied", "llama-gqa-9-3", "llama-head-dim"] {
         let old = tensors(&golden(name));
         let wide: Vec<Owned> = trained(&old.iter().map(|t| t.to(Dtype::F32)).collect::<Vec<_>>(), 5);
         let rounded: Vec<Owned> = wide.iter().zip(&old).map(|(w, o)| w.to(o.dtype)).collect();
@@ -171,15 +132,6 @@ fn other_dtypes_are_rounded_where_that_is_allowed() {
         let how = UpdateOptions { convert: true, check_finite: true, ..UpdateOptions::default() };
         put_all(&model, &how, &wide).commit(1).unwrap();
         assert_eq!(fingerprint(&model), expected, "{name}");
-    }
-}
-
-#[track_caller]
-fn refused<T>(result: rewardrt::Result<T>, kind: ErrorKind, says: &[&str]) {
-    let Err(error) = result else { panic!("it was accepted") };
-    assert_eq!(error.kind(), kind, "{error}");
-    for part in says {
-        assert!(error.to_string().contains(part), "{error}\ndoes not say {part:?}");
     }
 }
 
@@ -272,22 +224,28 @@ fn what_does_not_fit_is_refused_and_the_update_goes_on() {
     }
 }
 
-/// A finite f32 that a 16-bit type has no room for.
+/// A finite f32 that a 16-bit type has no room for; the largest one that it has room for.
 #[test]
 fn overflows_of_a_conversion_are_refused() {
-    for (name, value) in [("llama-wide", f32::MAX), ("mistral-window", 65_520.0)] {
+    let bf16 = (f32::from_bits(0x7f7f_8000), f32::from_bits(0x7f7f_7fff));
+    for (name, dtype, (too_large, fits)) in
+        [("llama-gqa-9-3", Dtype::BF16, bf16), ("llama-head-dim", Dtype::F16, (65_520.0, 65_519.0))]
+    {
         let model = load(&open("cpu", 2), name, &small());
-        let tensor = tensors(&golden(name)).into_iter().find(|t| t.dtype != Dtype::F32).unwrap().to(Dtype::F32);
-        let mut values = tensor.dtype.to_f32(&tensor.bytes);
-        values[3] = if model.spec().architecture.starts_with("Mistral") { value } else { f32::MAX };
-        let bytes = Dtype::F32.from_f32(&values);
+        let stored = tensors(&golden(name)).into_iter().find(|t| t.name == "model.norm.weight").unwrap();
+        assert_eq!(stored.dtype, dtype);
+        let wide = stored.to(Dtype::F32);
         let mut update = model.update(&UpdateOptions { convert: true, ..subset() }).unwrap();
-        let stored = tensors(&golden(name)).into_iter().find(|t| t.name == tensor.name).unwrap().dtype;
-        if stored == Dtype::BF16 && value < 1e30 {
-            continue;
+        let with = |value: f32| {
+            let mut values = Dtype::F32.to_f32(&wide.bytes);
+            values[3] = value;
+            Dtype::F32.from_f32(&values)
+        };
+        for value in [too_large, -too_large] {
+            let bad = TensorData { bytes: &with(value), ..wide.data() };
+            refused(update.put(&bad), ErrorKind::NonFinite, &["element 3", dtype.name()]);
         }
-        let bad = TensorData { bytes: &bytes, ..tensor.data() };
-        refused(update.put(&bad), ErrorKind::NonFinite, &["element 3", stored.name()]);
+        update.put(&TensorData { bytes: &with(fits), ..wide.data() }).unwrap();
     }
 }
 
@@ -452,217 +410,6 @@ fn failing_at_any_step_changes_nothing() {
         assert_eq!(fingerprint(&model), fingerprint(&fresh(&device, &new, name, &options)));
         if device == "cpu" {
             assert_eq!(model.memory().allocated(), held.allocated() + all, "the new tensors are in memory");
-        }
-    }
-}
-
-fn long(prompts: Vec<Vec<u32>>) -> SampleRequest {
-    SampleRequest { prompts, max_tokens: 300, ignore_eos: true, seed: 3, stream: true, ..SampleRequest::default() }
-}
-
-/// Waits until a job has sampled something.
-fn under_way<T>(job: &rewardrt::Job<T>) {
-    assert!(matches!(job.next_chunk(Duration::from_secs(60)), rewardrt::Streamed::Chunk(_)));
-}
-
-fn whole(version: u64) -> Vec<VersionSpan> {
-    vec![VersionSpan { start: 0, end: 300, version }]
-}
-
-#[test]
-fn sequences_under_way_finish_end_or_go_on() {
-    for device in devices() {
-        let name = "llama-gqa-9-3";
-        let new = trained(&tensors(&golden(name)), 12);
-        let request = long((0..3).map(prompt).collect());
-        let old_model = load(&open(&device, 2), name, &small());
-        let new_model = fresh(&device, &new, name, &small());
-        let sampled = |model: &Model| model.sample(&request).unwrap().wait().unwrap();
-        let (old, fresh) = (sampled(&old_model), sampled(&new_model));
-        let mut forced = 0;
-        for in_flight in [InFlight::Wait, InFlight::Cancel, InFlight::Keep] {
-            let model = load(&open(&device, 2), name, &small());
-            let job = model.sample(&request).unwrap();
-            under_way(&job);
-            let how = UpdateOptions { in_flight, ..UpdateOptions::default() };
-            put_all(&model, &how, &new).commit(1).unwrap();
-            let later = sampled(&model);
-            for (a, b) in later.iter().zip(&fresh) {
-                assert_eq!((&a.tokens, &a.versions), (&b.tokens, &whole(1)), "{device} {in_flight:?}");
-            }
-            let first = job.wait().unwrap();
-            for (i, got) in first.iter().enumerate() {
-                match in_flight {
-                    InFlight::Wait => {
-                        assert_eq!((&got.tokens, &got.versions), (&old[i].tokens, &whole(0)), "{device}");
-                        assert_eq!(got.weight_version, 0);
-                    }
-                    InFlight::Cancel => {
-                        assert_eq!(got.finish, Finish::Cancelled);
-                        let n = got.tokens.len();
-                        assert!(n < 300 && got.tokens[..] == old[i].tokens[..n], "{device}: the tokens so far");
-                    }
-                    InFlight::Keep => {
-                        let Some(change) = got.versions.iter().find(|s| s.version == 1) else { continue };
-                        forced += 1;
-                        assert_eq!(got.versions.last(), Some(change));
-                        assert_eq!((change.end, got.weight_version), (300, 1));
-                        assert_eq!(got.tokens[..change.start], old[i].tokens[..change.start], "{device}");
-                        // The rest is what the new weights say after what was sampled.
-                        let mut text = request.prompts[i].clone();
-                        text.extend(got.tokens[..change.start].iter().map(|t| t.id));
-                        let rest = SampleRequest {
-                            prompts: vec![text],
-                            streams: vec![i as u64],
-                            max_tokens: 300 - change.start,
-                            ..request.clone()
-                        };
-                        let replay = new_model.sample(&rest).unwrap().wait().unwrap().remove(0);
-                        assert_eq!(got.tokens[change.start..], replay.tokens[..], "{device}");
-                    }
-                }
-            }
-        }
-        assert!(forced > 0, "no sequence lived through the update");
-    }
-}
-
-/// What is being scored when weights change is of one version.
-#[test]
-fn scores_are_of_one_version() {
-    for in_flight in [InFlight::Wait, InFlight::Keep] {
-        let name = "llama-gqa-9-3";
-        let options = ModelOptions { max_batch_tokens: Some(4), ..small() };
-        let new = trained(&tensors(&golden(name)), 13);
-        let texts =
-            LogprobRequest { sequences: (0..6).map(|i| prompt(i).repeat(9)).collect(), ..LogprobRequest::default() };
-        let read = |model: &Model| model.logprobs(&texts).unwrap().wait().unwrap();
-        let old = read(&load(&open("cpu", 1), name, &options));
-        let fresh = read(&fresh("cpu", &new, name, &options));
-        for delay in 0..6 {
-            let model = load(&open("cpu", 1), name, &options);
-            let mut update = put_all(&model, &UpdateOptions { in_flight, ..UpdateOptions::default() }, &new);
-            let job = model.logprobs(&texts).unwrap();
-            std::thread::sleep(Duration::from_micros(500 * delay));
-            update.commit(1).unwrap();
-            for (i, got) in job.wait().unwrap().iter().enumerate() {
-                let want = if got.weight_version == 0 { &old[i] } else { &fresh[i] };
-                assert_eq!(got.logprobs, want.logprobs, "{in_flight:?}");
-            }
-        }
-    }
-}
-
-#[test]
-fn waiting_ends_after_the_time_given() {
-    let name = "llama-gqa-9-3";
-    let model = load(&open("cpu", 1), name, &ModelOptions { max_batch_tokens: Some(8), ..small() });
-    let new = trained(&tensors(&golden(name)), 14);
-    let job = model.sample(&SampleRequest { n: 64, ..long((0..8).map(prompt).collect()) }).unwrap();
-    under_way(&job);
-    let mut update =
-        put_all(&model, &UpdateOptions { timeout: Some(Duration::ZERO), ..UpdateOptions::default() }, &new);
-    refused(update.commit(1), ErrorKind::Timeout, &["did not finish"]);
-    assert_eq!(model.weights_version(), 0);
-    job.cancel();
-    job.wait().unwrap();
-    update.commit(1).unwrap();
-    assert_eq!(fingerprint(&model), fingerprint(&fresh("cpu", &new, name, &small())));
-}
-
-#[test]
-fn pausing_and_going_on() {
-    for device in devices() {
-        let name = "llama-gqa-9-3";
-        let runtime = open(&device, 2);
-        let model = load(&runtime, name, &small());
-        let request = long((0..3).map(prompt).collect());
-        let expected = model.sample(&request).unwrap().wait().unwrap();
-        for in_flight in [InFlight::Keep, InFlight::Wait, InFlight::Cancel] {
-            let job = model.sample(&request).unwrap();
-            under_way(&job);
-            runtime.pause(in_flight, None).unwrap();
-            // One that comes later waits, and can be cancelled.
-            let (waits, cancelled) = (model.sample(&request).unwrap(), model.sample(&request).unwrap());
-            assert!(!waits.wait_timeout(Duration::from_millis(30)), "{device} {in_flight:?}");
-            cancelled.cancel();
-            assert!(cancelled.wait().unwrap().iter().all(|s| s.finish == Finish::Cancelled && s.tokens.is_empty()));
-            // So does a model that is loaded meanwhile.
-            let other = load(&runtime, name, &small());
-            let on_other = other.sample(&request).unwrap();
-            assert!(!on_other.wait_timeout(Duration::from_millis(30)));
-            assert_eq!(job.is_done(), in_flight != InFlight::Keep);
-            runtime.resume().unwrap();
-            let got = job.wait().unwrap();
-            for later in [waits.wait().unwrap(), on_other.wait().unwrap()] {
-                assert!(later.iter().zip(&expected).all(|(a, b)| a.tokens == b.tokens));
-            }
-            for (got, want) in got.iter().zip(&expected) {
-                let n = got.tokens.len();
-                assert_eq!(got.tokens[..], want.tokens[..n], "{device} {in_flight:?}");
-                assert_eq!(n == 300, in_flight != InFlight::Cancel);
-            }
-        }
-        // What is kept cannot be waited for.
-        let job = model.sample(&request).unwrap();
-        under_way(&job);
-        runtime.pause(InFlight::Keep, None).unwrap();
-        let new = trained(&tensors(&golden(name)), 15);
-        let mut update = put_all(&model, &UpdateOptions::default(), &new);
-        refused(update.commit(1), ErrorKind::Busy, &["paused"]);
-        drop(update);
-        put_all(&model, &UpdateOptions { in_flight: InFlight::Keep, ..UpdateOptions::default() }, &new)
-            .commit(1)
-            .unwrap();
-        runtime.resume().unwrap();
-        let got = job.wait().unwrap();
-        assert!(got.iter().all(|s| s.versions.len() == 2 && s.weight_version == 1), "{device}: {:?}", got[0].versions);
-    }
-}
-
-#[test]
-fn sleeping_gives_memory_back_and_waking_changes_nothing() {
-    for device in devices() {
-        for format in [WeightFormat::Stored, WeightFormat::Int8] {
-            let name = "llama-gqa-9-3";
-            let model = load(&open(&device, 2), name, &ModelOptions { weights: format, ..small() });
-            let new = trained(&tensors(&golden(name)), 16);
-            put_all(&model, &UpdateOptions::default(), &new).commit(1).unwrap();
-            let request = long((0..3).map(prompt).collect());
-            let expected = model.sample(&request).unwrap().wait().unwrap();
-            let (before, held) = (fingerprint(&model), model.memory());
-            let weights = Tags { weights: true, kv_cache: false };
-            let cache = Tags { weights: false, kv_cache: true };
-            for tags in [weights, cache, Tags::ALL] {
-                let job = model.sample(&request).unwrap();
-                under_way(&job);
-                model.sleep(tags, InFlight::Keep, None).unwrap();
-                assert_eq!(model.sleeping(), tags);
-                let asleep = model.memory();
-                assert_eq!(asleep.kv_cache == 0, tags.kv_cache, "{device} {asleep:?}");
-                assert_eq!(asleep.weights == 0, tags.weights, "{device} {asleep:?}");
-                assert!(!job.wait_timeout(Duration::from_millis(20)));
-                if tags.weights {
-                    refused(model.update(&subset()), ErrorKind::Conflict, &["asleep"]);
-                }
-                model.wake(weights).unwrap();
-                if tags.kv_cache {
-                    assert!(!job.is_done());
-                    model.wake(Tags::ALL).unwrap();
-                }
-                assert_eq!((model.sleeping(), model.memory()), (Tags::default(), held));
-                let got = job.wait().unwrap();
-                assert!(got.iter().zip(&expected).all(|(a, b)| a.tokens == b.tokens), "{device} {tags:?}");
-                assert_eq!(fingerprint(&model), before, "{device} {tags:?}");
-            }
-            // Weights may change while the cache is away.
-            model.sleep(cache, InFlight::Wait, None).unwrap();
-            put_all(&model, &UpdateOptions::default(), &tensors(&golden(name))).commit(2).unwrap();
-            model.wake(Tags::ALL).unwrap();
-            assert_eq!(
-                fingerprint(&model),
-                fingerprint(&load(&open(&device, 2), name, &ModelOptions { weights: format, ..small() }))
-            );
         }
     }
 }

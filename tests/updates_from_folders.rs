@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::checkpoints::{Owned, save, tensors, trained};
+use common::updates::{fingerprint, fresh};
 use common::{devices, golden, load, open, small};
 use rewardrt::weights::{DeltaOptions, Encoding, PartialFolder, write_delta};
 use rewardrt::{
@@ -16,13 +17,6 @@ use rewardrt::{
 };
 
 const NAME: &str = "llama-gqa-9-3";
-
-fn fingerprint(model: &Model) -> Vec<u32> {
-    let sequences: Vec<Vec<u32>> =
-        (0..3).map(|i| (0..20).map(|k| (6 + (i * 31 + k * 17) % 90) as u32).collect()).collect();
-    let all = model.logprobs(&LogprobRequest { sequences, ..LogprobRequest::default() }).unwrap().wait().unwrap();
-    all.iter().flat_map(|s| s.logprobs.iter().flatten().map(|l| l.to_bits())).collect()
-}
 
 /// Step n of a training run.
 fn step(n: u64) -> Vec<Owned> {
@@ -44,9 +38,7 @@ fn touched(tensors: &[Owned], salt: usize) -> Vec<Owned> {
 }
 
 fn loaded(device: &str, tensors: &[Owned]) -> Model {
-    let folder = tempfile::tempdir().unwrap();
-    save(tensors, &golden(NAME), folder.path());
-    open(device, 2).load_model(folder.path(), &small()).unwrap()
+    fresh(device, tensors, NAME, &small())
 }
 
 /// A chain of deltas comes to the same bits as the checkpoints it stands for.

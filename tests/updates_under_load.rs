@@ -5,7 +5,8 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use common::checkpoints::{Owned, save, tensors, trained};
+use common::checkpoints::{Owned, tensors, trained};
+use common::updates::fresh;
 use common::{devices, golden, load, open, small};
 use rewardrt::{
     InFlight, LogprobRequest, Model, ModelOptions, SampleRequest, SampledSequence, SequenceLogprobs, Storage,
@@ -100,14 +101,7 @@ fn stress(device: &str, storage: Storage, commits: u64) {
         threads.into_iter().map(|t| t.join().unwrap()).collect()
     });
     // One sequence at a time, each on a model that never changes.
-    let models: Vec<Model> = kinds
-        .iter()
-        .map(|tensors| {
-            let folder = tempfile::tempdir().unwrap();
-            save(tensors, &golden(NAME), folder.path());
-            open(device, 1).load_model(folder.path(), &small()).unwrap()
-        })
-        .collect();
+    let models: Vec<Model> = kinds.iter().map(|tensors| fresh(device, tensors, NAME, &small())).collect();
     let mut count = 0;
     for (sampled, read) in &results {
         for (i, got) in sampled {

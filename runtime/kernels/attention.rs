@@ -140,19 +140,19 @@ pub(crate) fn row_runs(rows: &[RowMeta]) -> Vec<Range<usize>> {
     runs
 }
 
-/// What one attention call reads.
+/// What one attention call reads; queries, keys and values are f32, or f16 for matrix units.
 #[derive(Clone, Copy)]
-pub struct Inputs<'a> {
+pub struct Inputs<'a, T = f32> {
     /// T rows.
     pub rows: &'a [RowMeta],
     /// Block lists.
     pub tables: &'a [u32],
     /// [T, H·E].
-    pub q: &'a [f32],
+    pub q: &'a [T],
     /// [blocks, G, E, P].
-    pub keys: &'a [f32],
+    pub keys: &'a [T],
     /// [blocks, G, P, E].
-    pub values: &'a [f32],
+    pub values: &'a [T],
     /// H.
     pub heads: usize,
     /// G.

@@ -120,28 +120,8 @@ pub fn workgroups(params: &Params, shape: TileShape, tile: usize, tiles: usize) 
     [tiles as u32, heads, params.segments.max(1)]
 }
 
-/// What one call reads.
-#[derive(Clone, Copy)]
-pub struct Inputs<'a> {
-    /// T rows.
-    pub rows: &'a [RowMeta],
-    /// Block lists.
-    pub tables: &'a [u32],
-    /// [T, H·E], multiplied by [`query_scale`].
-    pub q: &'a [f16],
-    /// [blocks, G, E, P].
-    pub keys: &'a [f16],
-    /// [blocks, G, P, E].
-    pub values: &'a [f16],
-    /// H.
-    pub heads: usize,
-    /// G.
-    pub kv_heads: usize,
-    /// E.
-    pub head_dim: usize,
-    /// Keys a query sees, itself included.
-    pub window: Option<usize>,
-}
+/// What one call reads; `q` is multiplied by [`query_scale`].
+pub type Inputs<'a> = super::attention::Inputs<'a, f16>;
 
 /// Keys of a chunk.
 const CHUNK: usize = 64;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use super::transfer::{self, Checks};
-use super::{Checkpoint, Dtype, LoadOptions, Tensor, Weights};
+use super::{Checkpoint, Dtype, Tensor, Weights};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{EMBEDDING, LM_HEAD, carries_no_weight};
 
@@ -83,8 +83,7 @@ impl Staging {
 
     /// Memory that a tensor of this name will take beside that; `over`: it may be written over the model's own.
     pub fn cost(&self, name: &str, over: bool) -> u64 {
-        let known = if self.is_head(name) { EMBEDDING } else { name };
-        let Some(tensor) = self.base.find(known) else { return 0 };
+        let Some(tensor) = self.base.find(self.known(name)) else { return 0 };
         let writes_over = over && self.rules.in_place && tensor.is_in_memory() && !self.is_head(name);
         let there = self.partial.contains_key(name) || writes_over;
         if there { 0 } else { tensor.bytes().len() as u64 }
@@ -102,8 +101,7 @@ impl Staging {
 
     /// The model's tensor that `name` stands for; `None` if it may be ignored.
     fn model_tensor(&self, name: &str) -> Result<Option<&Tensor>> {
-        let known = if self.rules.tied && name == LM_HEAD { EMBEDDING } else { name };
-        match self.base.find(known) {
+        match self.base.find(self.known(name)) {
             Some(tensor) => Ok(Some(tensor)),
             None if carries_no_weight(name) => Ok(None),
             None => Err(Error::new(ErrorKind::NotFound, format!("the model has no tensor {name:?}"))),
@@ -112,6 +110,11 @@ impl Staging {
 
     fn is_head(&self, name: &str) -> bool {
         self.rules.tied && name == LM_HEAD
+    }
+
+    /// The name under which the model knows a tensor.
+    fn known<'a>(&self, name: &'a str) -> &'a str {
+        if self.is_head(name) { EMBEDDING } else { name }
     }
 
     /// What was put already must not come again.
@@ -166,38 +169,33 @@ impl Staging {
         self.check_dtype(name, dtype, model_dtype)?;
         check_bytes(data)?;
         self.check_values(name, dtype, bytes, model_dtype)?;
-        self.fill(name, |_, target| {
-            transfer::copy(dtype, bytes, model_dtype, target);
-            Ok(())
-        })
+        self.fill(name, |target| transfer::copy(dtype, bytes, model_dtype, target))
     }
 
-    /// Has `write` fill the whole of a tensor: it gets what the model has now, and zeros or (in place) the same memory's
-    /// old content to write over.
-    fn fill(&mut self, name: &str, write: impl FnOnce(&[u8], &mut [u8]) -> Result<()>) -> Result<()> {
-        if self.is_head(name) {
-            let Some(model) = self.base.find(EMBEDDING) else { return Ok(()) };
-            let mut tensor = model.blank(name)?;
-            write(model.bytes(), tensor.bytes_mut().ok_or_else(|| not_ours(name))?)?;
-            self.head = Some(tensor);
-            return Ok(());
-        }
-        let in_place = self.rules.in_place;
-        let Some(model) = self.base.find_mut(name) else { return Ok(()) };
-        if in_place && let Some(target) = model.bytes_mut() {
+    /// Has `write` fill the whole of a tensor: zeroed memory, or in place the model's own.
+    fn fill(&mut self, name: &str, write: impl FnOnce(&mut [u8])) -> Result<()> {
+        // A tied head that came under its own name is compared with the embedding before it takes its place.
+        if self.rules.in_place
+            && !self.is_head(name)
+            && let Some(target) = self.base.find_mut(name).and_then(Tensor::bytes_mut)
+        {
             self.touched = true;
-            write(&[], target)?;
+            write(target);
             self.staged.insert(name.to_owned(), None);
             return Ok(());
         }
-        let mut tensor = model.blank(name)?;
-        write(model.bytes(), tensor.bytes_mut().ok_or_else(|| not_ours(name))?)?;
+        let mut tensor = self.base.get(self.known(name))?.blank(name)?;
+        write(tensor.bytes_mut().ok_or_else(|| not_ours(name))?);
         self.stage(name, tensor);
         Ok(())
     }
 
     /// Notes a tensor that is whole and checked.
     fn stage(&mut self, name: &str, tensor: Tensor) {
+        if self.is_head(name) {
+            self.head = Some(tensor);
+            return;
+        }
         let kept = if self.rules.in_place {
             self.touched = true;
             self.base.replace(name, tensor);
@@ -241,7 +239,7 @@ impl Staging {
         let mut partial = match self.partial.remove(name) {
             Some(partial) => partial,
             None => {
-                let tensor = model_blank(&self.base, if self.is_head(name) { EMBEDDING } else { name })?;
+                let tensor = self.base.get(self.known(name))?.blank(name)?;
                 Partial { tensor, boxes: Vec::new(), elements: 0 }
             }
         };
@@ -251,22 +249,18 @@ impl Staging {
         partial.elements += shape.iter().product::<usize>();
         if partial.elements < model_shape.iter().product() {
             self.partial.insert(name.to_owned(), partial);
-        } else if self.is_head(name) {
-            self.head = Some(partial.tensor);
         } else {
             self.stage(name, partial.tensor);
         }
         Ok(())
     }
 
-    /// Takes every tensor of a safetensors file, or of a folder with `model.safetensors` or an index. Where the files are
-    /// mapped and the dtypes agree, nothing is copied.
+    /// Takes every tensor of the checkpoint at `path`. Where its dtype is the model's, nothing is copied.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::open`]; `Shape`, listing every tensor that does not fit; `Duplicate`, `NonFinite` or
-    /// `HostMemory`. Nothing is taken then, except in place.
-    pub fn put_files(&mut self, path: &Path, options: &LoadOptions) -> Result<()> {
-        let checkpoint = Checkpoint::open(path, options)?;
+    /// `Shape`, listing every tensor that does not fit; `Duplicate`, `NonFinite` or `HostMemory`. Nothing is taken then,
+    /// except in place.
+    pub fn put_checkpoint(&mut self, path: &Path, checkpoint: &Checkpoint) -> Result<()> {
         let mut problems = Vec::new();
         let mut tensors = Vec::new();
         for (name, info) in checkpoint.tensors() {
@@ -295,23 +289,30 @@ impl Staging {
             self.check_values(name, tensor.dtype(), tensor.bytes(), *dtype).map_err(|e| e.at(path.display()))?;
         }
         checkpoint.check_unchanged()?;
-        for (i, (name, tensor, dtype)) in tensors.iter().enumerate() {
-            let taken = if tensor.dtype() != *dtype {
-                self.fill(name, |_, target| {
-                    transfer::copy(tensor.dtype(), tensor.bytes(), *dtype, target);
-                    Ok(())
-                })
-            } else if self.is_head(name) {
-                self.head = Some(tensor.clone());
-                Ok(())
-            } else {
-                self.stage(name, tensor.clone());
-                Ok(())
-            };
-            if taken.is_err() && !self.rules.in_place {
-                tensors[..i].iter().for_each(|(name, ..)| self.forget(name));
+        let names: Vec<&String> = tensors.iter().map(|(name, ..)| name).collect();
+        self.all_or_nothing(&names, |staging, i| {
+            let (name, tensor, dtype) = &tensors[i];
+            if tensor.dtype() == *dtype {
+                staging.stage(name, tensor.clone());
+                return Ok(());
             }
-            taken?;
+            staging.fill(name, |target| transfer::copy(tensor.dtype(), tensor.bytes(), *dtype, target))
+        })
+    }
+
+    /// Has `take` take tensors, by their places in `names`; if one fails, none was taken, except in place.
+    fn all_or_nothing(
+        &mut self,
+        names: &[impl AsRef<str>],
+        take: impl Fn(&mut Staging, usize) -> Result<()>,
+    ) -> Result<()> {
+        for i in 0..names.len() {
+            if let Err(error) = take(self, i) {
+                if !self.rules.in_place {
+                    names[..i].iter().for_each(|name| self.forget(name.as_ref()));
+                }
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -326,14 +327,7 @@ impl Staging {
         names: &[String],
         make: impl Fn(&str, &Tensor, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        for (i, name) in names.iter().enumerate() {
-            if let Err(error) = self.derive(name, &make) {
-                if !self.rules.in_place {
-                    names[..i].iter().for_each(|name| self.forget(name));
-                }
-                return Err(error);
-            }
-        }
+        self.all_or_nothing(names, |staging, i| staging.derive(&names[i], &make))?;
         self.rules.require_all = false;
         Ok(())
     }
@@ -351,11 +345,7 @@ impl Staging {
         let mut tensor = model.blank(name)?;
         make(name, model, tensor.bytes_mut().ok_or_else(|| not_ours(name))?)?;
         self.check_values(name, tensor.dtype(), tensor.bytes(), tensor.dtype())?;
-        if self.is_head(name) {
-            self.head = Some(tensor);
-        } else {
-            self.stage(name, tensor);
-        }
+        self.stage(name, tensor);
         Ok(())
     }
 
@@ -400,10 +390,6 @@ impl Staging {
         let text = format!("the update is not complete ({}):\n  {}", problems.len(), problems.join("\n  "));
         Err(Error::new(ErrorKind::Shape, text))
     }
-}
-
-fn model_blank(base: &Weights, name: &str) -> Result<Tensor> {
-    base.get(name)?.blank(name)
 }
 
 fn not_ours(name: &str) -> Error {

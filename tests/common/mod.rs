@@ -7,6 +7,7 @@ pub mod amx_emulator;
 pub mod checkpoints;
 pub mod deltas;
 pub mod expected;
+pub mod updates;
 
 use std::path::{Path, PathBuf};
 use std::sync::Once;
