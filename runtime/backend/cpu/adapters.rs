@@ -13,7 +13,7 @@ use crate::backend::{Cost, NO_ADAPTER};
 use crate::error::{Error, Result, try_vec};
 use crate::kernels::linear::Source;
 use crate::kernels::lora_down::lora_down;
-use crate::kernels::lora_up::{Delta, Place, Up};
+use crate::kernels::lora_up::{Delta, Up};
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::{Isa, SharedMut};
 use crate::model::MatrixId;
@@ -32,8 +32,8 @@ pub(super) struct Adapters {
     groups: Vec<Group>,
     /// The step's rows that have an adapter, group by group.
     rows: Vec<u32>,
-    /// By row of the step; empty in a step without adapters.
-    places: Vec<Place>,
+    /// The group of each row of the step, or [`NO_ADAPTER`]; empty in a step without adapters.
+    group_of: Vec<u32>,
     /// scale · A x of the products at hand: [rows, stride].
     down: Vec<f32>,
     stride: usize,
@@ -55,9 +55,8 @@ struct Task<'a> {
 
 /// What the groups add to some products.
 pub(super) struct Ups<'a> {
-    /// By product, then by group.
-    ups: Vec<Vec<Option<Up<'a>>>>,
-    places: &'a [Place],
+    /// By product.
+    ups: Vec<Vec<Up<'a>>>,
     down: &'a [f32],
     stride: usize,
 }
@@ -65,7 +64,7 @@ pub(super) struct Ups<'a> {
 impl Ups<'_> {
     /// What is added to the i-th product.
     pub fn delta(&self, i: usize) -> Delta<'_> {
-        Delta { places: self.places, ups: &self.ups[i], down: self.down, stride: self.stride }
+        Delta { ups: &self.ups[i], down: self.down, stride: self.stride }
     }
 }
 
@@ -107,21 +106,21 @@ impl Adapters {
     pub fn begin(&mut self, slots: &[u32]) -> Result<()> {
         self.groups.clear();
         self.rows.clear();
-        self.places.clear();
+        self.group_of.clear();
         if slots.is_empty() {
             return Ok(());
         }
         self.rows.extend((0..).zip(slots).filter(|(_, slot)| **slot != NO_ADAPTER).map(|(row, _): (u32, _)| row));
         // A stable sort: rows stay in order.
         self.rows.sort_by_key(|row| slots[*row as usize]);
-        self.places.resize(slots.len(), Place::NONE);
+        self.group_of.resize(slots.len(), NO_ADAPTER);
         let mut start = 0;
         for rows in self.rows.chunk_by(|a, b| slots[*a as usize] == slots[*b as usize]) {
             let slot = slots[rows[0] as usize];
             let adapter = self.loaded.get(slot as usize).and_then(Option::as_ref);
             let adapter = adapter.ok_or_else(|| Error::internal(format!("slot {slot} has no adapter")))?.clone();
-            for (row, at) in rows.iter().zip(start..) {
-                self.places[*row as usize] = Place { group: self.groups.len() as u32, at: at as u32 };
+            for row in rows {
+                self.group_of[*row as usize] = self.groups.len() as u32;
             }
             self.groups.push(Group { adapter, rows: start..start + rows.len() });
             start += rows.len();
@@ -142,25 +141,23 @@ impl Adapters {
 
     /// The score head of a row of the step, where its adapter has one.
     pub fn head(&self, row: u32) -> Option<&[f32]> {
-        let place = self.places.get(row as usize)?;
-        self.groups.get(place.group as usize)?.adapter.head()
+        let group = *self.group_of.get(row as usize)?;
+        self.groups.get(group as usize)?.adapter.head()
     }
 
     /// Computes A x for the products with these weights, which share x: the step's rows. `None` if no adapter of the step
     /// changes any of them; else also what it cost.
     pub fn down(&mut self, isa: Isa, pool: &Pool, weights: &[MatrixId], x: Source) -> Option<(Ups<'_>, Cost)> {
-        let mut ups: Vec<Vec<Option<Up>>> = vec![Vec::new(); weights.len()];
+        let mut ups: Vec<Vec<Up>> = vec![Vec::new(); weights.len()];
         let mut tasks = Vec::new();
         let each = self.rows.len().div_ceil(4 * pool.threads()).clamp(1, MOST_ROWS);
         let (mut multiply_adds, mut bytes) = (0, 0);
         for group in &self.groups {
             let mut first = 0;
             for (weight, ups) in weights.iter().zip(&mut ups) {
-                let Some(module) = group.adapter.get(*weight) else {
-                    ups.push(None);
-                    continue;
-                };
-                ups.push(Some(Up { b: &module.b, rank: module.rank, first }));
+                let Some(module) = group.adapter.get(*weight) else { continue };
+                let (rows, at) = (&self.rows[group.rows.clone()], group.rows.start);
+                ups.push(Up { b: &module.b, rank: module.rank, rows, at, first });
                 for start in group.rows.clone().step_by(each) {
                     tasks.push(Task { rows: start..group.rows.end.min(start + each), module, first });
                 }
@@ -188,7 +185,7 @@ impl Adapters {
             pool.run(tasks.len(), &run);
         }
         let cost = Cost { bytes: (bytes + 4 * rows.len() * x.k) as u64, flops: 2 * multiply_adds as u64 };
-        Some((Ups { ups, places: &self.places, down: &self.down, stride }, cost))
+        Some((Ups { ups, down: &self.down, stride }, cost))
     }
 }
 

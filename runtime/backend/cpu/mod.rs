@@ -9,7 +9,7 @@ mod weights;
 
 use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use adapters::{Adapters, Fixed};
 use cores::Cores;
@@ -63,6 +63,8 @@ pub struct CpuExecutor {
     adapters: Adapters,
     capacity: Capacity,
     profile: Profile,
+    /// Of the call at hand, what has a line of its own in the profile.
+    apart: Duration,
 }
 
 /// A product by its ids: what [`Then`] is with the weights at hand.
@@ -113,6 +115,7 @@ impl CpuExecutor {
             kv,
             capacity,
             profile: Profile::default(),
+            apart: Duration::ZERO,
         })
     }
 
@@ -239,7 +242,8 @@ impl CpuExecutor {
             if let Some((down, cost)) = self.adapters.down(*isa, pool, &ids, source) {
                 ups = Some(down);
                 if self.profile.on {
-                    self.profile.add("lora_down", begin.elapsed(), cost);
+                    self.apart = begin.elapsed();
+                    self.profile.add("lora_down", self.apart, cost);
                 }
             }
         }
@@ -260,7 +264,7 @@ impl CpuExecutor {
 
     /// Adds a kernel's run, which began then, to the profile.
     fn note(&mut self, name: &str, begin: Instant, step: &Step, cost: impl Fn(&Costs) -> Cost) {
-        let time = begin.elapsed();
+        let time = begin.elapsed().saturating_sub(std::mem::take(&mut self.apart));
         let CpuWeights { matrices, quantised, .. } = &*self.weights;
         let weight_bytes = |id: MatrixId| match &quantised[id.0] {
             Some(matrix) => matrix.bytes() as u64,
