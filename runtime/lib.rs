@@ -25,6 +25,7 @@
 //! - [`SampleRequest`], [`LogprobRequest`], [`ScoreRequest`]: what can be asked; each becomes a [`Job`].
 //! - [`Adapter`]: a LoRA adapter of a model, chosen by each request.
 //! - [`Update`]: new weights, all or nothing, while the model is in use; [`Follower`]: from a folder.
+//! - [`RolloutRequest`]: a step of online RL as one job: samples, reference log-probabilities, rewards, advantages.
 //! - [`Session`]: a rollout of several turns. [`Guide`]: what a sampled text must be.
 //! - [`Rule`]: how a sequence becomes a score.
 //! - [`Tokenizer`]: ids from text and from chat messages.
@@ -47,6 +48,7 @@ mod lifecycle;
 mod merge;
 pub mod model;
 mod request;
+mod rollout;
 mod runtime;
 mod score;
 mod session;
@@ -70,6 +72,7 @@ pub use merge::MergedAdapter;
 pub use request::{
     LogprobRequest, MAX_SEQUENCES, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
 };
+pub use rollout::{Advantage, Group, Kl, Reference, Reward, Rollout, RolloutJob, RolloutRequest};
 pub use runtime::{CpuInfo, Model, ModelOptions, Runtime, RuntimeOptions, devices};
 pub use score::{Rule, Score};
 pub use session::Session;

@@ -369,6 +369,19 @@ impl Model {
         self.inner.tokenizer.as_deref().ok_or_else(|| Error::argument("the model folder has no tokenizer.json"))
     }
 
+    /// True if an id means the same text to both, as far as their tokenizers tell.
+    pub(crate) fn shares_vocabulary(&self, other: &Model) -> bool {
+        match (&self.inner.tokenizer, &other.inner.tokenizer) {
+            (Some(own), Some(others)) => Arc::ptr_eq(own, others) || own.vocabulary() == others.vocabulary(),
+            _ => true,
+        }
+    }
+
+    /// How many values the rule gives a sequence.
+    pub(crate) fn rule_labels(&self, rule: &Rule) -> Result<usize> {
+        Ok(rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?.labels().len())
+    }
+
     /// Bytes it holds.
     pub fn memory(&self) -> Memory {
         Memory { adapters: self.stats().adapter_bytes, ..self.inner.weights.lock().memory }
@@ -473,7 +486,7 @@ impl Model {
         Checker { spec: &inner.spec, max_context: inner.max_context, tokenizer: inner.tokenizer.as_ref() }
     }
 
-    fn language_model(&self) -> Result<()> {
+    pub(crate) fn language_model(&self) -> Result<()> {
         match self.inner.spec.head {
             crate::model::Head::LanguageModel { .. } => Ok(()),
             _ => Err(Error::argument(format!("{} has no language-model head", self.inner.spec.architecture))),
@@ -487,7 +500,7 @@ impl Model {
     }
 
     /// The content of a request's adapter.
-    fn adapted(&self, adapter: &Option<Adapter>) -> Result<Option<Arc<AdapterContent>>> {
+    pub(crate) fn adapted(&self, adapter: &Option<Adapter>) -> Result<Option<Arc<AdapterContent>>> {
         adapter.as_ref().map(|a| a.content(self)).transpose()
     }
 

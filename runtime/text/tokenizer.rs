@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::OnceLock;
+
+use xxhash_rust::xxh3::Xxh3;
 
 use super::chat::{ChatTemplate, Message};
 use super::check;
@@ -32,6 +35,7 @@ pub struct Tokenizer {
     /// Special tokens by id.
     special: BTreeMap<u32, String>,
     chat: Option<ChatTemplate>,
+    vocabulary: OnceLock<u128>,
 }
 
 impl Tokenizer {
@@ -87,7 +91,7 @@ impl Tokenizer {
         }
         let mut plain = trusted.clone();
         plain.set_encode_special_tokens(true);
-        Ok(Tokenizer { trusted, plain, special, chat: None })
+        Ok(Tokenizer { trusted, plain, special, chat: None, vocabulary: OnceLock::new() })
     }
 
     /// Encodes text.
@@ -163,6 +167,22 @@ impl Tokenizer {
     /// One more than the largest id.
     pub fn vocab_size(&self) -> usize {
         self.trusted.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1)
+    }
+
+    /// A hash of all tokens with their ids. Where it is the same, an id is the same token.
+    pub(crate) fn vocabulary(&self) -> u128 {
+        *self.vocabulary.get_or_init(|| {
+            let mut tokens: Vec<(u32, String)> =
+                self.trusted.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect();
+            tokens.sort();
+            let mut hash = Xxh3::new();
+            for (id, token) in tokens {
+                hash.update(&id.to_le_bytes());
+                hash.update(&(token.len() as u64).to_le_bytes());
+                hash.update(token.as_bytes());
+            }
+            hash.digest128()
+        })
     }
 
     /// The special tokens and their ids.

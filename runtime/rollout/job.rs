@@ -1,0 +1,342 @@
+//! A rollout under way: a thread that follows the policy's answers, and one for every model that scores them.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::scorer::{Answer, Input, ReferenceScorer, RewardScorer, Scorer};
+use super::{Advantage, Kl, Rollout, RolloutRequest, advantage};
+use crate::engine::{Chunk, Job, JobWatch, Streamed, panic_text};
+use crate::error::{Error, ErrorKind, Result};
+use crate::request::{SampleRequest, SampledSequence, SequenceLogprobs, SequenceScore};
+use crate::runtime::Model;
+
+/// Sequences of a scoring job at most.
+const PER_JOB: usize = 512;
+/// Between two tries to enter a full queue.
+const FULL_WAIT: Duration = Duration::from_millis(5);
+const LONG: Duration = Duration::from_secs(3600);
+
+/// A rollout that was started. Dropping it cancels the work, and waits the step that this takes.
+pub struct RolloutJob {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    inner: Mutex<Inner>,
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct Inner {
+    result: Option<Result<Rollout>>,
+    is_done: bool,
+    is_cancelled: bool,
+    /// Jobs to cancel; those that have ended do not mind.
+    watches: Vec<JobWatch>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Cancels what runs and what will be submitted.
+    fn cancel(&self) {
+        let watches = {
+            let mut inner = self.lock();
+            inner.is_cancelled = true;
+            std::mem::take(&mut inner.watches)
+        };
+        watches.iter().for_each(JobWatch::cancel);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.lock().is_cancelled
+    }
+
+    /// Has the job cancelled with the rollout.
+    fn watch(&self, watch: JobWatch) {
+        let mut inner = self.lock();
+        if inner.is_cancelled {
+            watch.cancel();
+        } else {
+            inner.watches.push(watch);
+        }
+    }
+}
+
+fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "the rollout was cancelled")
+}
+
+impl RolloutJob {
+    pub(super) fn start(policy: &Model, request: &RolloutRequest, rewards: Vec<RewardScorer>) -> Result<Self> {
+        let begun = Instant::now();
+        let shared = Arc::<Shared>::default();
+        let sampling = policy.sample(&SampleRequest { stream: true, ..request.sample.clone() })?;
+        shared.watch(sampling.watch());
+        let reference = request.reference.as_ref().map(|r| ReferenceScorer::new(policy, r, request));
+        let work = Work {
+            shared: shared.clone(),
+            sampling,
+            reference,
+            rewards,
+            parts: request.rewards.iter().map(|r| (r.label, r.weight)).collect(),
+            n: request.sample.n,
+            advantage: request.advantage,
+            clip_reward: request.clip_reward,
+            begun,
+        };
+        let run = {
+            let shared = shared.clone();
+            move || {
+                let result = catch_unwind(AssertUnwindSafe(|| work.run()))
+                    .unwrap_or_else(|panic| Err(Error::internal(panic_text(&*panic))));
+                let mut inner = shared.lock();
+                inner.watches.clear();
+                inner.result = Some(result);
+                inner.is_done = true;
+                shared.done.notify_all();
+            }
+        };
+        let thread = std::thread::Builder::new().name("rewardrt-rollout".into()).spawn(run).map_err(no_thread)?;
+        Ok(RolloutJob { shared, thread: Some(thread) })
+    }
+
+    /// True once [`RolloutJob::wait`] will not block.
+    pub fn is_done(&self) -> bool {
+        self.shared.lock().is_done
+    }
+
+    /// Blocks until the rollout is done, at most for `timeout`. True if it is done.
+    pub fn wait_timeout(&self, timeout: Duration) -> bool {
+        let wait = self.shared.done.wait_timeout_while(self.shared.lock(), timeout, |inner| !inner.is_done);
+        wait.unwrap_or_else(PoisonError::into_inner).0.is_done
+    }
+
+    /// Asks it to stop, within one step; it then fails with `Cancelled`.
+    pub fn cancel(&self) {
+        self.shared.cancel();
+    }
+
+    /// Blocks until the rollout is done and returns its data.
+    ///
+    /// # Errors
+    /// See [`Model::rollout`].
+    pub fn wait(mut self) -> Result<Rollout> {
+        self.join();
+        let result = self.shared.lock().result.take();
+        result.unwrap_or_else(|| Err(Error::internal("a rollout without a result")))
+    }
+
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // Its panics are caught inside.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for RolloutJob {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            self.cancel();
+            self.join();
+        }
+    }
+}
+
+fn no_thread(e: std::io::Error) -> Error {
+    Error::new(ErrorKind::HostMemory, format!("cannot start a thread: {e}"))
+}
+
+/// What the rollout's thread does.
+struct Work {
+    shared: Arc<Shared>,
+    sampling: Job<Vec<SampledSequence>>,
+    reference: Option<ReferenceScorer>,
+    rewards: Vec<RewardScorer>,
+    /// Label and weight of each reward.
+    parts: Vec<(usize, f32)>,
+    n: usize,
+    advantage: Advantage,
+    clip_reward: Option<(f32, f32)>,
+    begun: Instant,
+}
+
+impl Work {
+    fn run(self) -> Result<Rollout> {
+        let Work { shared, sampling, reference, rewards, parts, n, advantage, clip_reward, begun } = self;
+        let reference = reference.map(|scorer| Worker::start(scorer, &shared)).transpose()?;
+        let rewards = rewards.into_iter().map(|s| Worker::start(s, &shared)).collect::<Result<Vec<_>>>()?;
+        follow(&sampling, n, |answer| {
+            rewards.iter().for_each(|worker| worker.send(&answer));
+            reference.iter().for_each(|worker| worker.send(&answer));
+        });
+        let sampled = sampling.wait();
+        let sampled_in = begun.elapsed();
+        if sampled.is_err() {
+            shared.cancel();
+        }
+        // All threads end before the first error is returned: whose failure cancelled the others is asked first.
+        let reference = reference.map(Worker::finish).transpose();
+        let rewards: Vec<_> = rewards.into_iter().map(Worker::finish).collect();
+        let mut errors: Vec<Error> = rewards.iter().filter_map(|r| r.as_ref().err().cloned()).collect();
+        errors.extend(reference.as_ref().err().cloned());
+        errors.extend(sampled.as_ref().err().cloned());
+        errors.sort_by_key(|e| e.kind() == ErrorKind::Cancelled);
+        if let Some(error) = errors.into_iter().next() {
+            return Err(error);
+        }
+        if shared.is_cancelled() {
+            return Err(cancelled());
+        }
+        let (samples, reference) = (sampled?, reference?);
+        let reference: Option<Vec<SequenceLogprobs>> = match reference {
+            Some(scores) => Some(scores.into_iter().collect::<Option<_>>().ok_or_else(unscored)?),
+            None => None,
+        };
+        let read = |(scores, (label, _)): (Result<Vec<Option<SequenceScore>>>, &(usize, f32))| {
+            Ok(scores?.into_iter().map(|s| s.map_or(f32::NAN, |s| s.score.values[*label])).collect())
+        };
+        let rewards: Vec<Vec<f32>> = rewards.into_iter().zip(&parts).map(read).collect::<Result<_>>()?;
+        let weights: Vec<f32> = parts.iter().map(|(_, weight)| *weight).collect();
+        let reward = total(&rewards, &weights, samples.len(), clip_reward);
+        let kl = reference.iter().flatten().zip(&samples).map(|(r, s)| kl(s, r)).collect::<Result<_>>()?;
+        Ok(Rollout {
+            advantages: advantage.of(&reward, n),
+            groups: advantage::groups(&reward, n),
+            samples,
+            reference,
+            kl,
+            rewards,
+            reward,
+            sampled_in,
+            elapsed: begun.elapsed(),
+        })
+    }
+}
+
+/// Hands every answer on when it has ended.
+fn follow(sampling: &Job<Vec<SampledSequence>>, n: usize, mut each: impl FnMut(Answer)) {
+    let mut open: BTreeMap<usize, Answer> = BTreeMap::new();
+    loop {
+        match sampling.next_chunk(LONG) {
+            Streamed::Chunk(Chunk { prompt, sample, tokens, text, finish, .. }) => {
+                let index = prompt * n + sample;
+                let answer = open.entry(index).or_insert_with(|| Answer { index, prompt, ..Answer::default() });
+                answer.ids.extend(tokens.iter().map(|t| t.id));
+                answer.text.push_str(&text);
+                if finish.is_some()
+                    && let Some(answer) = open.remove(&index)
+                {
+                    each(answer);
+                }
+            }
+            Streamed::Pending => {}
+            Streamed::Done => return,
+        }
+    }
+}
+
+fn unscored() -> Error {
+    Error::internal("a sampled token without its reference log-probability")
+}
+
+fn kl(sample: &SampledSequence, reference: &SequenceLogprobs) -> Result<Kl> {
+    let known: Option<Vec<f32>> = reference.logprobs.iter().copied().collect();
+    let known = known.filter(|k| k.len() == sample.tokens.len());
+    let known = known.ok_or_else(unscored)?;
+    Ok(Kl::new(sample.tokens.iter().map(|t| t.model_logprob).zip(known)))
+}
+
+/// The weighted sum of what is not NaN.
+fn total(rewards: &[Vec<f32>], weights: &[f32], sequences: usize, clip: Option<(f32, f32)>) -> Vec<f32> {
+    let of = |i: usize| {
+        let known = || rewards.iter().zip(weights).filter(|(r, _)| !r[i].is_nan());
+        if known().next().is_none() {
+            return f32::NAN;
+        }
+        let sum = known().map(|(r, w)| f64::from(*w) * f64::from(r[i])).sum::<f64>() as f32;
+        clip.map_or(sum, |(low, high)| sum.clamp(low, high))
+    };
+    (0..sequences).map(of).collect()
+}
+
+/// A model that scores answers as they come.
+struct Worker<T> {
+    answers: Sender<Answer>,
+    thread: JoinHandle<Result<Vec<Option<T>>>>,
+}
+
+impl<T: Send + 'static> Worker<T> {
+    fn start(scorer: impl Scorer<Score = T>, shared: &Arc<Shared>) -> Result<Self> {
+        let (answers, waiting) = channel();
+        let shared = shared.clone();
+        let run = move || {
+            let scores = catch_unwind(AssertUnwindSafe(|| score(&scorer, &waiting, &shared)))
+                .unwrap_or_else(|panic| Err(Error::internal(panic_text(&*panic))));
+            if scores.is_err() {
+                shared.cancel();
+            }
+            scores
+        };
+        let thread = std::thread::Builder::new().name("rewardrt-scorer".into()).spawn(run).map_err(no_thread)?;
+        Ok(Worker { answers, thread })
+    }
+
+    fn send(&self, answer: &Answer) {
+        // A worker that has gone has failed, and says so at the end.
+        let _ = self.answers.send(answer.clone());
+    }
+
+    /// The scores in the order of the answers; `None` for what the model does not take.
+    fn finish(self) -> Result<Vec<Option<T>>> {
+        drop(self.answers);
+        self.thread.join().unwrap_or_else(|panic| Err(Error::internal(panic_text(&*panic))))
+    }
+}
+
+/// One job at a time, with all answers that have ended meanwhile: few, large steps where the model is the slower one.
+fn score<T>(scorer: &impl Scorer<Score = T>, waiting: &Receiver<Answer>, shared: &Shared) -> Result<Vec<Option<T>>> {
+    let mut scores: BTreeMap<usize, Option<T>> = BTreeMap::new();
+    while let Ok(first) = waiting.recv() {
+        let mut indices = Vec::new();
+        let mut inputs = Vec::new();
+        for answer in std::iter::once(first).chain(waiting.try_iter()).take(PER_JOB) {
+            match scorer.read(&answer)? {
+                Some(input) => {
+                    indices.push(answer.index);
+                    inputs.push(input);
+                }
+                None => drop(scores.insert(answer.index, None)),
+            }
+        }
+        if inputs.is_empty() {
+            continue;
+        }
+        let job = enter(scorer, &inputs, shared)?;
+        shared.watch(job.watch());
+        scores.extend(indices.into_iter().zip(job.wait()?.into_iter().map(Some)));
+    }
+    Ok(scores.into_values().collect())
+}
+
+/// Submits, when there is room in the queue.
+fn enter<T>(scorer: &impl Scorer<Score = T>, inputs: &[Input], shared: &Shared) -> Result<Job<Vec<T>>> {
+    loop {
+        if shared.is_cancelled() {
+            return Err(cancelled());
+        }
+        match scorer.submit(inputs) {
+            Err(e) if e.kind() == ErrorKind::Full => std::thread::sleep(FULL_WAIT),
+            result => return result,
+        }
+    }
+}
