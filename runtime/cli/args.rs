@@ -1,14 +1,16 @@
 //! Flags.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use rewardrt::weights::{Dtype, WeightFormat};
 use rewardrt::{
-    Adapter, AdapterOptions, Error, ErrorKind, Guide, Model, ModelOptions, Precision, Result, Rule, Runtime,
+    Adapter, AdapterOptions, Advantage, Error, ErrorKind, Model, ModelOptions, Precision, Result, Rule, Runtime,
     RuntimeOptions, Scheduling,
 };
+
+use crate::sampling::Sampling;
 
 /// Samples from language models and scores what was sampled.
 #[derive(Parser)]
@@ -30,6 +32,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Sample answers to prompts.
     Sample(Box<Sample>),
+    /// One step of online RL: sample answers, compare them with a reference, score them, and say what each is worth.
+    Rollout(Box<Rollout>),
     /// Log-probabilities of given texts.
     Logprobs(Logprobs),
     /// Score texts, answers or conversations.
@@ -58,12 +62,19 @@ pub struct Inspect {
     pub json: bool,
 }
 
-/// Flags that every command with a model takes.
+/// A model, and how it is loaded.
 #[derive(ClapArgs)]
 pub struct Common {
     /// The model folder: config.json, safetensors, tokenizer.json.
     #[arg(long)]
     pub model: PathBuf,
+    #[command(flatten)]
+    pub loading: Loading,
+}
+
+/// Flags that every command with models takes.
+#[derive(ClapArgs)]
+pub struct Loading {
     /// auto, cpu, gpu, or gpu:PART of an adapter's name.
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -123,9 +134,11 @@ pub enum WeightsArg {
 impl Common {
     /// Opens the runtime and loads the model.
     pub fn load(&self) -> Result<Model> {
-        self.load_onto(&self.open()?, self.kv_tokens)
+        self.loading.load(&self.loading.open()?, &self.model, self.loading.kv_tokens)
     }
+}
 
+impl Loading {
     /// Opens the runtime alone.
     pub fn open(&self) -> Result<Runtime> {
         Runtime::open(&self.runtime_options())
@@ -138,8 +151,8 @@ impl Common {
         options
     }
 
-    /// Loads the model with this many positions in its KV cache.
-    pub fn load_onto(&self, runtime: &Runtime, kv_tokens: Option<usize>) -> Result<Model> {
+    /// Loads a model with this many positions in its KV cache.
+    pub fn load(&self, runtime: &Runtime, model: &Path, kv_tokens: Option<usize>) -> Result<Model> {
         let mut options = ModelOptions {
             precision: match self.precision {
                 PrecisionArg::Auto => Precision::Auto,
@@ -158,7 +171,7 @@ impl Common {
             ..ModelOptions::default()
         };
         options.load.use_mmap = !self.no_mmap;
-        runtime.load_model(&self.model, &options)
+        runtime.load_model(model, &options)
     }
 }
 
@@ -195,28 +208,8 @@ pub struct Sample {
     /// Draw this many samples of each prompt and return the n with the highest mean model log-probability, best first.
     #[arg(long, value_name = "N")]
     pub best_of: Option<usize>,
-    /// Tokens to generate at most.
-    #[arg(long, default_value_t = 128)]
-    pub max_tokens: usize,
-    /// Until then nothing but a stop string, or a guide that has come to its end, ends an answer.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub min_tokens: usize,
-    /// Key of the random numbers; sample j of prompt i draws from stream (seed, i, j).
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
     #[command(flatten)]
-    pub controls: Controls,
-    #[command(flatten)]
-    pub guide: GuideArgs,
-    /// Text that ends an answer; may be given more than once.
-    #[arg(long, value_name = "TEXT")]
-    pub stop: Vec<String>,
-    /// Token that ends an answer, besides the model's own; may be given more than once.
-    #[arg(long, value_name = "ID")]
-    pub stop_id: Vec<u32>,
-    /// Go on after the model's end-of-sequence token.
-    #[arg(long)]
-    pub ignore_eos: bool,
+    pub sampling: Sampling,
     /// Guess up to K tokens ahead (at most 16) where the text repeats itself; the result is the same.
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub speculate: usize,
@@ -240,81 +233,6 @@ pub struct Sample {
     pub scheduling: SchedulingArgs,
 }
 
-/// What changes the distribution that is sampled from, in the order in which it is applied.
-#[derive(ClapArgs)]
-pub struct Controls {
-    /// Add VALUE to the logit of token ID (-inf bans it); may be given more than once.
-    #[arg(long, value_name = "ID=VALUE", value_parser = bias, allow_hyphen_values = true)]
-    pub logit_bias: Vec<(u32, f32)>,
-    /// Divide (or multiply, if negative) the logits of tokens that occurred.
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
-    pub repetition_penalty: f32,
-    /// Subtract from the logits of tokens that were generated.
-    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
-    pub presence_penalty: f32,
-    /// Subtract from the logits of tokens for each time they were generated.
-    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
-    pub frequency_penalty: f32,
-    /// Tokens that are never drawn.
-    #[arg(long, value_name = "ID,ID…", value_delimiter = ',')]
-    pub ban: Vec<u32>,
-    /// The only tokens that may be drawn.
-    #[arg(long, value_name = "ID,ID…", value_delimiter = ',')]
-    pub allow: Option<Vec<u32>>,
-    /// 0 is greedy.
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
-    pub temperature: f32,
-    /// Keep the K most likely tokens; 0: all.
-    #[arg(long, default_value_t = 0)]
-    pub top_k: usize,
-    /// Keep the most likely tokens that hold this much of the probability.
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
-    pub top_p: f32,
-    /// Keep tokens at least this fraction as likely as the most likely one.
-    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
-    pub min_p: f32,
-    /// Keep the tokens whose surprise is closest to the expected one, as many as hold this much of the probability.
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
-    pub typical_p: f32,
-}
-
-/// What an answer must be.
-#[derive(ClapArgs)]
-#[group(multiple = false)]
-pub struct GuideArgs {
-    /// JSON that satisfies the schema in this file.
-    #[arg(long, value_name = "F.json")]
-    pub json_schema: Option<PathBuf>,
-    /// Text that matches this regular expression as a whole.
-    #[arg(long, value_name = "REGEX")]
-    pub regex: Option<String>,
-    /// Text of the grammar in this file (llguidance's Lark).
-    #[arg(long, value_name = "F.lark")]
-    pub grammar: Option<PathBuf>,
-}
-
-impl GuideArgs {
-    /// Reads the guide, if there is one.
-    pub fn read(&self) -> Result<Option<Guide>> {
-        let text = |path: &PathBuf| {
-            std::fs::read_to_string(path).map_err(|e| {
-                let kind = match e.kind() {
-                    std::io::ErrorKind::NotFound => ErrorKind::NotFound,
-                    std::io::ErrorKind::InvalidData => ErrorKind::Format,
-                    _ => ErrorKind::Io,
-                };
-                Error::new(kind, format!("{}: {e}", path.display()))
-            })
-        };
-        match self {
-            GuideArgs { json_schema: Some(path), .. } => text(path).map(|t| Some(Guide::JsonSchema(t))),
-            GuideArgs { regex: Some(regex), .. } => Ok(Some(Guide::Regex(regex.clone()))),
-            GuideArgs { grammar: Some(path), .. } => text(path).map(|t| Some(Guide::Grammar(t))),
-            _ => Ok(None),
-        }
-    }
-}
-
 /// When the work stops.
 #[derive(ClapArgs)]
 pub struct SchedulingArgs {
@@ -334,9 +252,99 @@ impl SchedulingArgs {
     }
 }
 
-fn bias(text: &str) -> std::result::Result<(u32, f32), String> {
-    let (id, value) = text.split_once('=').ok_or("it must be ID=VALUE")?;
-    Ok((id.parse().map_err(|e| format!("{id:?}: {e}"))?, value.parse().map_err(|e| format!("{value:?}: {e}"))?))
+#[derive(ClapArgs)]
+pub struct Rollout {
+    /// The model that samples: a folder with config.json, safetensors and, for texts, tokenizer.json.
+    #[arg(long, value_name = "MODEL")]
+    pub policy: PathBuf,
+    #[command(flatten)]
+    pub adapter: AdapterArgs,
+    /// Compare with this model's log-probabilities.
+    #[arg(long, value_name = "MODEL")]
+    pub reference: Option<PathBuf>,
+    /// Compare with those of the policy without its adapter.
+    #[arg(long, conflicts_with = "reference", requires = "adapter")]
+    pub reference_base: bool,
+    /// Score with this model, under RULE (sequence, judge:LABEL,LABEL[,…]) or what its head implies; may be given more than
+    /// once. NAME is what results call it [default: the folder's].
+    #[arg(long, value_name = "[NAME=]MODEL[:RULE]", value_parser = reward)]
+    pub reward: Vec<RewardArg>,
+    /// Parts of the rewards in the sum, in the order of --reward [default: 1 each].
+    #[arg(long, value_name = "W,W…", value_delimiter = ',', allow_hyphen_values = true)]
+    pub reward_weights: Vec<f32>,
+    /// What judges are asked: {prompt} and {answer} stand for the texts [default: they read prompt and answer].
+    #[arg(long, value_name = "TEXT")]
+    pub question: Option<String>,
+    /// How rewards become advantages.
+    #[arg(long, value_enum, default_value = "grpo")]
+    pub advantage: AdvantageArg,
+    /// Bring the sum of the rewards into this range.
+    #[arg(long, value_name = "LOW,HIGH", value_parser = range, allow_hyphen_values = true)]
+    pub clip_reward: Option<(f32, f32)>,
+    /// JSON Lines with prompt, prompt_ids or messages: the prompts of one step.
+    #[arg(long, value_name = "F.jsonl")]
+    pub prompts: PathBuf,
+    /// Samples of each prompt.
+    #[arg(short, default_value_t = 8)]
+    pub n: usize,
+    #[command(flatten)]
+    pub sampling: Sampling,
+    #[command(flatten)]
+    pub loading: Loading,
+}
+
+/// A reward model of the command line.
+#[derive(Clone)]
+pub struct RewardArg {
+    pub name: Option<String>,
+    pub model: PathBuf,
+    pub rule: Option<Rule>,
+}
+
+/// The rule begins after the first colon behind which there is one.
+fn reward(text: &str) -> Result<RewardArg> {
+    let (name, model) = match text.split_once('=') {
+        Some((name, model)) if !name.contains(['/', ':']) => (Some(name.to_owned()), model),
+        _ => (None, text),
+    };
+    let parsed = |(at, _): (usize, &str)| Rule::parse(&model[at + 1..]).ok().map(|rule| (&model[..at], Some(rule)));
+    let (model, rule) = model.match_indices(':').find_map(parsed).unwrap_or((model, None));
+    if model.is_empty() || name.as_ref().is_some_and(String::is_empty) {
+        return Err(Error::new(ErrorKind::Argument, format!("{text:?} must be [NAME=]MODEL[:RULE]")));
+    }
+    Ok(RewardArg { name, model: model.into(), rule })
+}
+
+fn range(text: &str) -> std::result::Result<(f32, f32), String> {
+    let (low, high) = text.split_once(',').ok_or("it must be LOW,HIGH")?;
+    let number = |n: &str| n.parse::<f32>().map_err(|e| format!("{n:?}: {e}; it must be LOW,HIGH"));
+    Ok((number(low)?, number(high)?))
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum AdvantageArg {
+    /// (r − mean) / (std + 1e-4) over the answers to a prompt.
+    Grpo,
+    /// r − mean over the answers to a prompt.
+    DrGrpo,
+    /// r − the mean of the other answers to the prompt.
+    Rloo,
+    /// (r − mean) / (std + 1e-4) over all answers.
+    Batch,
+    /// r itself.
+    None,
+}
+
+impl From<AdvantageArg> for Advantage {
+    fn from(advantage: AdvantageArg) -> Self {
+        match advantage {
+            AdvantageArg::Grpo => Advantage::Group,
+            AdvantageArg::DrGrpo => Advantage::Centred,
+            AdvantageArg::Rloo => Advantage::LeaveOneOut,
+            AdvantageArg::Batch => Advantage::Batch,
+            AdvantageArg::None => Advantage::None,
+        }
+    }
 }
 
 #[derive(ClapArgs)]

@@ -244,7 +244,7 @@ fn check(args: &Bench) -> Result<()> {
             return Err(argument(format!("{flag} is {value}, at most {MOST_IDS} tokens are made")));
         }
     }
-    if args.common.out.is_some() && !args.json {
+    if args.common.loading.out.is_some() && !args.json {
         return Err(argument("--out takes JSON: add --json".into()));
     }
     Ok(())
@@ -260,7 +260,7 @@ pub fn run(args: &Bench) -> Result<()> {
     } else {
         vec![Job::Score { sequences, tokens }]
     };
-    let context = args.common.max_context.unwrap_or(spec.context());
+    let context = args.common.loading.max_context.unwrap_or(spec.context());
     for job in &jobs {
         let (flags, needed) = match job {
             Job::Decode { prompt, tokens, .. } => ("--prompt-tokens plus --tokens", prompt.saturating_add(*tokens)),
@@ -271,13 +271,17 @@ pub fn run(args: &Bench) -> Result<()> {
         }
     }
     let needed = jobs.iter().map(|job| job.kv_tokens()).max().unwrap_or(0);
-    let mut options = args.common.runtime_options();
+    let mut options = args.common.loading.runtime_options();
     options.gpu.batch_variant = args.batch_variant;
     let runtime = Runtime::open(&options)?;
-    let model = args.common.load_onto(&runtime, args.common.kv_tokens.or(Some(needed.max(256))))?;
+    let model = args.common.loading.load(
+        &runtime,
+        &args.common.model,
+        args.common.loading.kv_tokens.or(Some(needed.max(256))),
+    )?;
     let device = runtime.device_name();
     let limits = if args.profile { limits(&model)? } else { None };
-    let mut sink = args.json.then(|| Sink::open(args.common.out.as_deref())).transpose()?;
+    let mut sink = args.json.then(|| Sink::open(args.common.loading.out.as_deref())).transpose()?;
     if sink.is_none() {
         print_line(&format!("{} on {device}", args.common.model.display()))?;
         if let Some(l) = limits {
@@ -364,11 +368,11 @@ fn line<'a>(
         profile_seconds,
         kernels: kernels.unwrap_or_default().into_iter().map(kernel).collect(),
         limits: limits.map(|l| LimitsLine { bytes_per_second: l.bytes_per_second, flops: l.flops }),
-        precision: match args.common.precision {
+        precision: match args.common.loading.precision {
             PrecisionArg::Auto => "auto",
             PrecisionArg::F32 => "f32",
         },
-        weights: match args.common.weights {
+        weights: match args.common.loading.weights {
             WeightsArg::Stored => "stored",
             WeightsArg::Int8 => "int8",
             WeightsArg::Int4 => "int4",

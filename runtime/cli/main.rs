@@ -8,7 +8,9 @@ mod inspect;
 mod jobs;
 mod logprobs;
 mod record;
+mod rollout;
 mod sample;
+mod sampling;
 mod score;
 mod sink;
 mod synth;
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
         args::Command::Devices(a) => devices::run(a),
         args::Command::Inspect(a) => inspect::run(a),
         args::Command::Sample(a) => sample::run(a),
+        args::Command::Rollout(a) => rollout::run(a),
         args::Command::Logprobs(a) => logprobs::run(a),
         args::Command::Score(a) => score::run(a),
         args::Command::Synth(a) => synth::run(a),

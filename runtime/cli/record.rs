@@ -73,6 +73,11 @@ impl Record {
         Err(missing("prompt_ids, prompt or messages"))
     }
 
+    /// The messages, where they are what the prompt is made of.
+    pub fn conversation(&self) -> Option<Vec<Message>> {
+        self.messages.clone().filter(|_| self.prompt_ids.is_none() && self.prompt.is_none())
+    }
+
     fn has_prompt(&self) -> bool {
         self.prompt_ids.is_some() || self.prompt.is_some() || self.messages.is_some()
     }

@@ -75,49 +75,30 @@ pub fn run(args: &Sample) -> Result<()> {
         (Some(path), _) => read(path)?,
         (None, text) => vec![("--prompt".to_owned(), Record { prompt: text.clone(), ..Record::default() })],
     };
-    let guide = args.guide.read()?;
     let scheduling = args.scheduling.scheduling()?;
+    let base = args.sampling.request(args.n)?;
     let model = args.common.load()?;
     let adapter = args.adapter.load(&model)?;
     let mut prompts = Vec::new();
     for (i, (place, record)) in records.iter().enumerate() {
         prompts.push((id_of(record, i), record.prompt(&model).map_err(|e| e.at(place))?));
     }
-    let controls = &args.controls;
     let request = |first: usize, chunk: &[(Value, Vec<u32>)]| SampleRequest {
         prompts: chunk.iter().map(|(_, ids)| ids.clone()).collect(),
-        n: args.n,
         best_of: args.best_of,
-        max_tokens: args.max_tokens,
-        min_tokens: args.min_tokens,
-        temperature: controls.temperature,
-        top_k: controls.top_k,
-        top_p: controls.top_p,
-        min_p: controls.min_p,
-        typical_p: controls.typical_p,
-        repetition_penalty: controls.repetition_penalty,
-        presence_penalty: controls.presence_penalty,
-        frequency_penalty: controls.frequency_penalty,
-        logit_bias: controls.logit_bias.clone(),
-        banned_ids: controls.ban.clone(),
-        allowed_ids: controls.allow.clone(),
-        guide: guide.clone(),
-        seed: args.seed,
         streams: (first as u64..).take(chunk.len()).collect(),
-        stop: args.stop.clone(),
-        stop_ids: args.stop_id.clone(),
-        ignore_eos: args.ignore_eos,
         top_logprobs: args.logprobs,
         kept_ids: args.kept.unwrap_or(0),
         speculate: args.speculate,
         stream: args.stream,
         adapter: adapter.clone(),
         scheduling,
+        ..base.clone()
     };
     if args.stream {
         return stream(args, &model, &prompts, &request(0, &prompts));
     }
-    let mut sink = Sink::open(args.common.out.as_deref())?;
+    let mut sink = Sink::open(args.common.loading.out.as_deref())?;
     jobs::run(
         &prompts,
         args.n,
@@ -135,7 +116,7 @@ pub fn run(args: &Sample) -> Result<()> {
 /// Prints texts as they grow, one answer after the other: those whose turn has not come are kept until then.
 fn stream(args: &Sample, model: &Model, prompts: &[(Value, Vec<u32>)], request: &SampleRequest) -> Result<()> {
     model.tokenizer()?;
-    let mut sink = args.common.out.as_deref().map(|path| Sink::open(Some(path))).transpose()?;
+    let mut sink = args.common.loading.out.as_deref().map(|path| Sink::open(Some(path))).transpose()?;
     let per_prompt = args.best_of.unwrap_or(args.n);
     let job = model.sample(request)?;
     print_chunks(&job, per_prompt, prompts.len() * per_prompt)?;

@@ -24,6 +24,7 @@ const LONG: Duration = Duration::from_secs(3600);
 pub struct RolloutJob {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    answers: usize,
 }
 
 #[derive(Default)]
@@ -37,6 +38,8 @@ struct Inner {
     result: Option<Result<Rollout>>,
     is_done: bool,
     is_cancelled: bool,
+    /// Answers that have ended.
+    ended: usize,
     /// Jobs to cancel; those that have ended do not mind.
     watches: Vec<JobWatch>,
 }
@@ -81,6 +84,7 @@ impl RolloutJob {
         let shared = Arc::<Shared>::default();
         let sampling = policy.sample(&SampleRequest { stream: true, ..request.sample.clone() })?;
         shared.watch(sampling.watch());
+        let answers = request.sample.prompts.len() * request.sample.n;
         let reference = request.reference.as_ref().map(|r| ReferenceScorer::new(policy, r, request));
         let work = Work {
             shared: shared.clone(),
@@ -106,12 +110,17 @@ impl RolloutJob {
             }
         };
         let thread = std::thread::Builder::new().name("rewardrt-rollout".into()).spawn(run).map_err(no_thread)?;
-        Ok(RolloutJob { shared, thread: Some(thread) })
+        Ok(RolloutJob { shared, thread: Some(thread), answers })
     }
 
     /// True once [`RolloutJob::wait`] will not block.
     pub fn is_done(&self) -> bool {
         self.shared.lock().is_done
+    }
+
+    /// Answers that have ended so far, and answers in all.
+    pub fn progress(&self) -> (usize, usize) {
+        (self.shared.lock().ended, self.answers)
     }
 
     /// Blocks until the rollout is done, at most for `timeout`. True if it is done.
@@ -176,6 +185,7 @@ impl Work {
         let reference = reference.map(|scorer| Worker::start(scorer, &shared)).transpose()?;
         let rewards = rewards.into_iter().map(|s| Worker::start(s, &shared)).collect::<Result<Vec<_>>>()?;
         follow(&sampling, n, |answer| {
+            shared.lock().ended += 1;
             rewards.iter().for_each(|worker| worker.send(&answer));
             reference.iter().for_each(|worker| worker.send(&answer));
         });

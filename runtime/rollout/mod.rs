@@ -34,8 +34,8 @@ pub struct RolloutRequest {
     pub rewards: Vec<Reward>,
     /// How rewards become advantages.
     pub advantage: Advantage,
-    /// What each prompt is as a conversation, for reward models of another tokenizer and for questions; empty: prompts
-    /// are plain texts.
+    /// What each prompt is as a conversation, for reward models of another tokenizer and for questions; one without messages:
+    /// the prompt is a plain text. Empty: all are.
     pub conversations: Vec<Vec<Message>>,
     /// The weighted sum of the rewards is brought into this range, smallest and largest value, before the advantages.
     pub clip_reward: Option<(f32, f32)>,

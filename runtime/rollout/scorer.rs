@@ -126,7 +126,7 @@ impl RewardScorer {
             return Err(Error::argument("it is asked a question and has no chat template"));
         }
         let form = |(i, ids): (usize, &Vec<u32>)| {
-            let messages = request.conversations.get(i);
+            let messages = request.conversations.get(i).filter(|m| !m.is_empty());
             let text = || match messages.and_then(|m| m.last()) {
                 Some(message) => Ok(message.content.clone()),
                 None => policy.tokenizer()?.decode(ids, true),
