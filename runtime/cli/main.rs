@@ -1,5 +1,6 @@
 //! The `rewardrt` command. Results on stdout or `--out`, logs on stderr; exit 0 ok, 1 failed, 2 bad input or usage.
 
+mod answer;
 mod args;
 mod bench;
 mod devices;

@@ -10,24 +10,15 @@ use rewardrt::{
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use crate::answer::Answer;
 use crate::args;
 use crate::record::{id_of, read};
 use crate::sink::Sink;
 
 #[derive(Serialize)]
 struct Line<'a> {
-    id: &'a Value,
-    sample: usize,
-    prompt_ids: &'a [u32],
-    completion_ids: Vec<u32>,
-    text: &'a Option<String>,
-    logprobs: Vec<f32>,
-    model_logprobs: Vec<f32>,
-    entropy: Vec<f32>,
-    finish: &'static str,
-    weight_version: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    adapter_version: Option<u64>,
+    #[serde(flatten)]
+    answer: Answer<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
     ref_logprobs: Option<&'a [Option<f32>]>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -54,21 +45,9 @@ fn group(group: &Group, index: usize) -> Value {
 
 fn line<'a>(prompts: &'a [(Value, Vec<u32>)], names: &[String], rollout: &'a Rollout, index: usize) -> Line<'a> {
     let answer: &SampledSequence = &rollout.samples[index];
-    let (id, prompt_ids) = &prompts[answer.prompt];
-    let tokens = &answer.tokens;
     let kl = rollout.kl.get(index);
     Line {
-        id,
-        sample: answer.sample,
-        prompt_ids,
-        completion_ids: tokens.iter().map(|t| t.id).collect(),
-        text: &answer.text,
-        logprobs: tokens.iter().map(|t| t.logprob).collect(),
-        model_logprobs: tokens.iter().map(|t| t.model_logprob).collect(),
-        entropy: tokens.iter().map(|t| t.entropy).collect(),
-        finish: answer.finish.name(),
-        weight_version: answer.weight_version,
-        adapter_version: answer.adapter_version,
+        answer: Answer::new(&prompts[answer.prompt], answer, true),
         ref_logprobs: rollout.reference.as_ref().map(|r| r[index].logprobs.as_slice()),
         kl: kl.map(|kl| json!({"k1": kl.k1, "k2": kl.k2, "k3": kl.k3})),
         rewards: names.iter().cloned().zip(rollout.rewards.iter().map(|r| number(r[index]))).collect(),

@@ -8,6 +8,7 @@ use rewardrt::{Chunk, Error, ErrorKind, Job, Model, Result, SampleRequest, Sampl
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::answer::Answer;
 use crate::args::Sample;
 use crate::jobs;
 use crate::record::{Record, id_of, read};
@@ -15,28 +16,17 @@ use crate::sink::Sink;
 
 #[derive(Serialize)]
 struct Line<'a> {
-    id: &'a Value,
-    sample: usize,
-    prompt_ids: &'a [u32],
-    completion_ids: Vec<u32>,
-    text: Option<String>,
-    logprobs: Vec<f32>,
-    model_logprobs: Vec<f32>,
+    #[serde(flatten)]
+    answer: Answer<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    entropy: Option<Vec<f32>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    top: Option<Vec<Vec<(u32, f32)>>>,
+    top: Option<Vec<&'a [(u32, f32)]>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     kept: Option<Vec<Value>>,
-    finish: &'static str,
-    weight_version: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    adapter_version: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     timing: Option<Value>,
 }
 
-fn line<'a>(args: &Sample, id: &'a Value, prompt_ids: &'a [u32], answer: SampledSequence) -> Line<'a> {
+fn line<'a>(args: &Sample, prompt: &'a (Value, Vec<u32>), answer: &'a SampledSequence) -> Line<'a> {
     let tokens = &answer.tokens;
     // Infinities, which JSON has not, mean no limit.
     let limit = |v: f32| if v.is_finite() { json!(v) } else { Value::Null };
@@ -53,20 +43,10 @@ fn line<'a>(args: &Sample, id: &'a Value, prompt_ids: &'a [u32], answer: Sampled
         json!({"queued": seconds(t.queued), "prefill": seconds(t.prefill), "decode": seconds(t.decode)})
     };
     Line {
-        id,
-        sample: answer.sample,
-        prompt_ids,
-        completion_ids: tokens.iter().map(|t| t.id).collect(),
-        logprobs: tokens.iter().map(|t| t.logprob).collect(),
-        model_logprobs: tokens.iter().map(|t| t.model_logprob).collect(),
-        entropy: args.entropy.then(|| tokens.iter().map(|t| t.entropy).collect()),
-        top: (args.logprobs > 0).then(|| tokens.iter().map(|t| t.top.clone()).collect()),
+        top: (args.logprobs > 0).then(|| tokens.iter().map(|t| t.top.as_slice()).collect()),
         kept: args.kept.map(kept),
-        finish: answer.finish.name(),
-        weight_version: answer.weight_version,
-        adapter_version: answer.adapter_version,
         timing: args.timing.then(timing),
-        text: answer.text,
+        answer: Answer::new(prompt, answer, args.entropy),
     }
 }
 
@@ -104,10 +84,7 @@ pub fn run(args: &Sample) -> Result<()> {
         args.n,
         args.best_of.unwrap_or(args.n),
         |first, chunk| model.sample(&request(first, chunk)),
-        |number, answer| {
-            let (id, prompt_ids) = &prompts[number / args.n.max(1)];
-            sink.write(&line(args, id, prompt_ids, answer))
-        },
+        |number, answer| sink.write(&line(args, &prompts[number / args.n.max(1)], &answer)),
     )?;
     report(&model);
     sink.finish()
@@ -121,9 +98,8 @@ fn stream(args: &Sample, model: &Model, prompts: &[(Value, Vec<u32>)], request: 
     let job = model.sample(request)?;
     print_chunks(&job, per_prompt, prompts.len() * per_prompt)?;
     for answer in job.wait()? {
-        let (id, prompt_ids) = &prompts[answer.prompt];
         if let Some(sink) = &mut sink {
-            sink.write(&line(args, id, prompt_ids, answer))?;
+            sink.write(&line(args, &prompts[answer.prompt], &answer))?;
         }
     }
     report(model);
