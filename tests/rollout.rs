@@ -5,6 +5,7 @@ mod common;
 
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use common::checkpoints::{save, tensors, trained};
 use common::updates::refused;
@@ -192,15 +193,13 @@ fn judges_read_ids_or_are_asked() {
 
 /// A folder with SmolLM2's weights and a tokenizer in which two tokens have changed places.
 fn other_vocabulary(smollm2: &Path) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
+    // Beside it, so that the weights need no copy.
+    let folder = tempfile::tempdir_in(smollm2).unwrap();
     for entry in std::fs::read_dir(smollm2).unwrap() {
         let path = entry.unwrap().path();
-        if path.file_name().unwrap() != "tokenizer.json" {
-            std::os::unix::fs::symlink(
-                std::fs::canonicalize(&path).unwrap(),
-                folder.path().join(path.file_name().unwrap()),
-            )
-            .unwrap();
+        let name = path.file_name().unwrap();
+        if path.is_file() && name != "tokenizer.json" {
+            std::fs::hard_link(&path, folder.path().join(name)).unwrap();
         }
     }
     let text = std::fs::read(smollm2.join("tokenizer.json")).unwrap();
@@ -305,8 +304,13 @@ fn a_rollout_can_be_cancelled_or_dropped() {
         job.cancel();
         refused(job.wait(), ErrorKind::Cancelled, &["cancelled"]);
         drop(policy.rollout(&request).unwrap());
-        let idle = |model: &Model| (model.stats().jobs, model.stats().kv_used);
-        assert_eq!((idle(&policy), idle(&scorer)), ((0, 0), (0, 0)), "{device}");
+        // The engine gives the blocks back after it has told the job.
+        let begin = Instant::now();
+        let idle = |model: &Model| model.stats().jobs == 0 && model.stats().kv_used == 0;
+        while !(idle(&policy) && idle(&scorer)) {
+            assert!(begin.elapsed() < Duration::from_secs(20), "{device}: {:?}", policy.stats());
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 
