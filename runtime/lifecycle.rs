@@ -32,7 +32,8 @@ impl Runtime {
     /// work on. Weights may be updated meanwhile, for sequences that are kept with [`InFlight::Keep`].
     ///
     /// # Errors
-    /// `Timeout` if sequences did not finish in time, `Busy` if they cannot (the model sleeps); everything goes on then.
+    /// `Timeout` if sequences did not finish in time, `Busy` if they cannot (a model sleeps, or the runtime is paused with
+    /// sequences kept); everything goes on then, or stays paused if it was.
     pub fn pause(&self, in_flight: InFlight, timeout: Option<Duration>) -> Result<()> {
         self.engine().pause(in_flight, deadline(timeout))
     }

@@ -159,6 +159,11 @@ fn pausing_and_going_on() {
         let mut update = put_all(&model, &UpdateOptions::default(), &new);
         refused(update.commit(1), ErrorKind::Busy, &["paused"]);
         drop(update);
+        // A second pause that fails leaves the first one in force.
+        refused(runtime.pause(InFlight::Wait, None), ErrorKind::Busy, &["paused"]);
+        let waits = model.sample(&request).unwrap();
+        assert!(!waits.wait_timeout(Duration::from_millis(30)) && !job.is_done(), "{device}");
+        drop(waits);
         put_all(&model, &UpdateOptions { in_flight: InFlight::Keep, ..UpdateOptions::default() }, &new)
             .commit(1)
             .unwrap();

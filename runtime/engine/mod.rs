@@ -14,7 +14,7 @@ mod stats;
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -53,7 +53,8 @@ enum Command {
     Submit { model: u64, job: Arc<JobState>, sequences: Vec<NewSequence>, positions: usize },
     Visit { model: u64, visit: Visit },
     Quiesce { model: u64, wish: Quiesce },
-    Pause { in_flight: InFlight, deadline: Option<Instant>, answer: Sender<Result<()>> },
+    /// `earlier` is set if the engine was paused already.
+    Pause { in_flight: InFlight, deadline: Option<Instant>, answer: Sender<Result<()>>, earlier: Arc<AtomicBool> },
     Resume,
     AddAdapter { model: u64, adapter: NewAdapter, answer: Sender<Result<()>> },
     FreeAdapters { model: u64 },
@@ -203,10 +204,11 @@ impl Engine {
     /// Brings every lane to rest and keeps it there.
     ///
     /// # Errors
-    /// `Timeout` or `Busy` if one does not come to rest; all of them go on then.
+    /// `Timeout` or `Busy` if one does not come to rest; all of them go on then, unless they were paused before.
     pub(crate) fn pause(&self, in_flight: InFlight, deadline: Option<Instant>) -> Result<()> {
         let (answer, answers) = channel();
-        self.send(Command::Pause { in_flight, deadline, answer })?;
+        let earlier = Arc::new(AtomicBool::new(false));
+        self.send(Command::Pause { in_flight, deadline, answer, earlier: earlier.clone() })?;
         // Every lane answers, then nobody holds the other end.
         let failed = answers.iter().filter_map(Result::err).next();
         if let Some(error) = self.shared.poison() {
@@ -215,7 +217,9 @@ impl Engine {
         match failed {
             None => Ok(()),
             Some(error) => {
-                self.resume()?;
+                if !earlier.load(Ordering::Relaxed) {
+                    self.resume()?;
+                }
                 Err(error)
             }
         }
@@ -439,7 +443,8 @@ fn obey(floor: &mut Floor, command: Command) -> Released {
             Some((_, lane)) => lane.quiesce(wish),
             None => Released::default(),
         },
-        Command::Pause { in_flight, deadline, answer } => {
+        Command::Pause { in_flight, deadline, answer, earlier } => {
+            earlier.store(floor.paused, Ordering::Relaxed);
             floor.paused = true;
             let mut released = Released::default();
             for (_, lane) in lanes {
