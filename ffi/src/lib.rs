@@ -8,12 +8,19 @@ compile_error!("rewardrt-ffi turns panics into RRT_E_PANIC, which needs panic = 
 
 mod adapter;
 mod boundary;
+mod events;
+mod follow;
 mod job;
 mod log_callback;
 mod model;
+mod numbers;
+mod poll;
+mod request;
 mod result;
 mod runtime;
+mod session;
 mod status;
+mod stream;
 mod structs;
 mod tokenizer;
 mod update;
