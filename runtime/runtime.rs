@@ -431,9 +431,12 @@ impl Model {
         }
     }
 
-    /// How many values the rule gives a sequence.
-    pub(crate) fn rule_labels(&self, rule: &Rule) -> Result<usize> {
-        Ok(rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?.labels().len())
+    /// What the values are called that the rule gives a sequence, in their order.
+    ///
+    /// # Errors
+    /// `Argument` for a rule that does not fit the model.
+    pub fn rule_labels(&self, rule: &Rule) -> Result<Vec<String>> {
+        Ok(rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?.labels().to_vec())
     }
 
     /// Bytes it holds.

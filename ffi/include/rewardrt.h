@@ -308,7 +308,7 @@ typedef struct rrt_message {
  * special tokens count in the template and not in the messages. */
 rrt_status rrt_chat_encode(const rrt_tokenizer *tokenizer, const rrt_message *messages, size_t count, size_t stride,
                            uint32_t flags, uint32_t *ids, size_t capacity, size_t *need, rrt_error *err);
-/* The same as text. No NUL is added. */
+/* What the template writes, to look at: encoded by rrt_encode, control tokens in messages would count. No NUL is added. */
 rrt_status rrt_chat_render(const rrt_tokenizer *tokenizer, const rrt_message *messages, size_t count, size_t stride,
                            uint32_t flags, char *text, size_t capacity, size_t *need, rrt_error *err);
 
@@ -430,42 +430,50 @@ rrt_status rrt_submit_score(rrt_runtime *runtime, const rrt_score_req *req, uint
 typedef struct rrt_reward {
     uint32_t struct_size;
     uint32_t flags;              /* 0 */
-    const rrt_model *model;      /* of the same runtime */
-    const char *name;            /* for messages */
+    const rrt_model *model;      /* of this runtime or of another one */
+    const char *name;            /* for messages, no two the same; NULL: "reward" and its number */
     size_t name_len;
     const char *rule;            /* as in rrt_score_req */
     size_t rule_len;
     const rrt_adapter *adapter;  /* of that model; NULL: the model as it is */
-    float weight;                /* in the sum that is a sequence's reward */
+    float weight;                /* in the sum that is a sequence's reward; finite */
     uint32_t label;              /* which of the rule's labels is the reward, from 0 */
+    const char *question;        /* what a judge is asked: a user message in which {prompt} and {answer} stand for the texts.
+                                    NULL: the model reads prompt and answer, as ids if it has the policy's vocabulary, else
+                                    as text: `messages` through its own chat template, or the texts one after the other */
+    size_t question_len;
 } rrt_reward;
-#define RRT_REWARD_INIT { sizeof(rrt_reward), 0, NULL, NULL, 0, NULL, 0, NULL, 1.0f, 0 }
+#define RRT_REWARD_INIT { sizeof(rrt_reward), 0, NULL, NULL, 0, NULL, 0, NULL, 1.0f, 0, NULL, 0 }
 void rrt_reward_init(rrt_reward *reward);
 
-/* How a prompt's rewards become advantages. */
+/* How rewards r become advantages. Standard deviations are with n − 1; a sequence without a reward gets 0. */
 enum {
-    RRT_ADVANTAGE_GROUP = 0,     /* (r − mean) / (std + 1e-4) over the prompt's samples, as TRL's GRPO does */
-    RRT_ADVANTAGE_LEAVE_ONE_OUT = 1, /* r − mean of the prompt's other samples: RLOO */
+    RRT_ADVANTAGE_GROUP = 0,     /* (r − mean) / (std + 1e-4) over the samples of the prompt, as TRL's GRPO does */
+    RRT_ADVANTAGE_LEAVE_ONE_OUT = 1, /* r − mean of the prompt's other samples: RLOO; at least two */
     RRT_ADVANTAGE_BATCH = 2,     /* (r − mean) / (std + 1e-4) over all samples */
-    RRT_ADVANTAGE_NONE = 3
+    RRT_ADVANTAGE_NONE = 3,      /* r */
+    RRT_ADVANTAGE_CENTRED = 4    /* r − mean over the samples of the prompt: Dr. GRPO */
 };
 
 enum {
     RRT_ROLLOUT_BASE_REFERENCE = 1u, /* the reference is the policy without its adapter */
-    RRT_ROLLOUT_CLIP_REWARD = 2u     /* clip rewards to [clip_low, clip_high] */
+    RRT_ROLLOUT_CLIP_REWARD = 2u     /* the weighted sum is brought into [clip_low, clip_high] */
 };
 
 typedef struct rrt_rollout_req {
     uint32_t struct_size;
     uint32_t flags;              /* RRT_ROLLOUT_… */
-    const rrt_sample_req *sample; /* the policy, its adapter, the prompts and how they are sampled; without STREAM */
-    const rrt_model *reference;  /* whose log-probs the KL is against; NULL: none, or see flags */
+    const rrt_sample_req *sample; /* the policy, its adapter, the prompts and how they are sampled; without
+                                    RRT_SAMPLE_STREAM and best_of */
+    const rrt_model *reference;  /* whose log-probs the KL is against, with the policy's vocabulary; of this runtime or of
+                                    another one; NULL: none, or see flags */
     const rrt_reward *rewards;
     size_t reward_count;
     size_t reward_stride;        /* sizeof(rrt_reward) */
-    const rrt_message *messages; /* the prompts as conversations, for reward models with another tokenizer, which render
-                                    them with the answer through their own chat template; NULL: rewards see the ids */
-    const size_t *message_offsets; /* [prompts + 1]: messages of prompt i are messages[message_offsets[i]] … */
+    const rrt_message *messages; /* the prompts as conversations, for reward models of another tokenizer and for questions;
+                                    NULL: they are plain texts */
+    const size_t *message_offsets; /* [prompts + 1]: messages of prompt i are messages[message_offsets[i]] …; one without
+                                    messages is a plain text */
     size_t message_stride;       /* sizeof(rrt_message) */
     int32_t advantage;           /* RRT_ADVANTAGE_… */
     float clip_low;
@@ -477,7 +485,8 @@ typedef struct rrt_rollout_req {
 void rrt_rollout_req_init(rrt_rollout_req *req);
 
 /* The data of one step of RL as one job: samples, log-probs of the reference and the KL to it, rewards, advantages. The
- * models' work overlaps. Read by rrt_result_sequences and rrt_result_rollout. */
+ * models' work overlaps. Read by rrt_result_sequences, rrt_result_rollout, rrt_result_topk and, for the sampling,
+ * rrt_result_timing. A deadline ends the sampling; cancelling fails the job. */
 rrt_status rrt_rollout(rrt_runtime *runtime, const rrt_rollout_req *req, uint64_t *job, rrt_error *err);
 
 /* ---- following jobs ----------------------------------------------------------------------------------------------
@@ -513,7 +522,7 @@ typedef struct rrt_event {
                                     may turn out to belong to a stop string */
 } rrt_event;
 
-/* Takes what has happened since the last call, at most `capacity` events, oldest job first; *count: how many. Never blocks.
+/* Takes what has happened since the last call, at most `capacity` events; *count: how many. Never blocks.
  * Each job has one last event that is no CHUNK; after it the job waits for rrt_job_take or rrt_job_drop. */
 rrt_status rrt_poll(rrt_runtime *runtime, rrt_event *out, size_t capacity, size_t stride, size_t *count, rrt_error *err);
 
@@ -637,16 +646,16 @@ typedef struct rrt_rollout_view {
     const float *kl2;               /* [tokens] k2 = k1² / 2 */
     const float *kl3;               /* [tokens] k3 = exp(−k1) − 1 + k1: unbiased, never negative */
     size_t reward_count;            /* reward models */
-    const float *rewards;           /* [reward_count × count], all sequences of one reward model after the other; NaN where it
-                                       could not score */
-    const float *reward;            /* [count] their weighted sum */
+    const float *rewards;           /* [reward_count × count], all sequences of one reward model after the other; NaN for a
+                                       sequence that is longer than the model takes */
+    const float *reward;            /* [count] the weighted sum of those that are not NaN; NaN if there is none */
     const float *advantage;         /* [count] */
     size_t group_count;             /* prompts */
-    const float *group_mean;        /* [group_count] of reward */
+    const float *group_mean;        /* [group_count] of the rewards that are not NaN */
     const float *group_std;         /* [group_count] */
-    const uint32_t *group_zero_variance; /* [group_count] 1: all rewards are equal, there is nothing to learn */
-    const uint32_t *group_best;     /* [group_count] the sequence with the highest reward */
-    const uint32_t *group_worst;    /* [group_count] and the one with the lowest */
+    const uint32_t *group_zero_variance; /* [group_count] 1: no two rewards differ, there is nothing to learn */
+    const uint32_t *group_best;     /* [group_count] the sequence with the largest reward … */
+    const uint32_t *group_worst;    /* … and the one with the smallest: the pair for DPO; UINT32_MAX with zero_variance */
 } rrt_rollout_view;
 
 /* What a job has cost. A row is one position of one sequence going through the model once. */

@@ -3,9 +3,8 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use runtime::{Job, JobWatch, Model, SampleRequest, SampledSequence, SequenceLogprobs, SequenceScore};
+use runtime::{Job, Model, RolloutJob, SampleRequest, SampledSequence, SequenceLogprobs, SequenceScore};
 
 use crate::boundary::{Outcome, enter, input, output};
 use crate::events::Ready;
@@ -16,12 +15,29 @@ use crate::runtime::{Child, Shared, open_runtime, rrt_runtime};
 use crate::status::{E_ARG, E_NOT_FOUND, Failure, PENDING, rrt_error};
 use crate::stream::Flow;
 use crate::structs::{rrt_sample_req, rrt_score_req};
+use crate::watch::Watch;
 
 /// A job that nobody has taken yet, and what its result has to say.
 pub enum Pending {
-    Sample { job: Job<Vec<SampledSequence>>, reports: Reports },
-    Logprobs { job: Job<Vec<SequenceLogprobs>>, reports: Reports },
-    Score { job: Job<Vec<SequenceScore>>, label: usize, steps: bool },
+    Sample {
+        job: Job<Vec<SampledSequence>>,
+        reports: Reports,
+    },
+    Logprobs {
+        job: Job<Vec<SequenceLogprobs>>,
+        reports: Reports,
+    },
+    Score {
+        job: Job<Vec<SequenceScore>>,
+        label: usize,
+        steps: bool,
+    },
+    /// With what it uses of other runtimes, which must not be closed meanwhile.
+    Rollout {
+        job: RolloutJob,
+        reports: Reports,
+        others: Vec<Child>,
+    },
 }
 
 /// What a request asked for beside the usual.
@@ -38,11 +54,12 @@ impl Reports {
 }
 
 impl Pending {
-    pub fn watch(&self) -> JobWatch {
+    fn watch(&self) -> Watch {
         match self {
-            Pending::Sample { job, .. } => job.watch(),
-            Pending::Logprobs { job, .. } => job.watch(),
-            Pending::Score { job, .. } => job.watch(),
+            Pending::Sample { job, .. } => Watch::Job(job.watch()),
+            Pending::Logprobs { job, .. } => Watch::Job(job.watch()),
+            Pending::Score { job, .. } => Watch::Job(job.watch()),
+            Pending::Rollout { job, .. } => Watch::Rollout(job.watch()),
         }
     }
 }
@@ -51,7 +68,7 @@ impl Pending {
 pub struct Entry {
     /// `None` once it was taken or dropped.
     pending: Mutex<Option<Pending>>,
-    pub watch: JobWatch,
+    pub watch: Watch,
     pub tag: u64,
     /// Of a job that streams.
     pub flow: Option<Flow>,
@@ -206,7 +223,7 @@ pub unsafe extern "C" fn rrt_job_take(
         // SAFETY: the header's condition on handles.
         let runtime = unsafe { open_runtime(runtime) }?;
         output(out, "out")?;
-        let is_done = |entry: &Entry| match entry.watch.wait_timeout(Duration::ZERO) {
+        let is_done = |entry: &Entry| match entry.watch.is_done() {
             true => Ok(()),
             false => Err(Failure::new(PENDING, "the job is not done")),
         };

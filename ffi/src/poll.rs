@@ -43,13 +43,11 @@ pub unsafe extern "C" fn rrt_wait(
         let start = Instant::now();
         let limit = (timeout_ns != u64::MAX).then(|| Duration::from_nanos(timeout_ns));
         let left = || limit.map_or(Duration::from_secs(3600), |l| l.saturating_sub(start.elapsed()));
-        let is_done = |entry: &&Arc<Entry>| entry.watch.wait_timeout(Duration::ZERO);
         let any = flags & WAIT_ANY != 0 && entries.len() > 1;
         loop {
             let marks = known.ready.marks();
-            let first_pending = entries.iter().find(|entry| !is_done(entry));
-            let Some(pending) = first_pending else { return Ok(()) };
-            if any && entries.iter().any(|entry| is_done(&entry)) {
+            let Some(pending) = entries.iter().find(|entry| !entry.watch.is_done()) else { return Ok(()) };
+            if any && entries.iter().any(|entry| entry.watch.is_done()) {
                 return Ok(());
             }
             if left().is_zero() {

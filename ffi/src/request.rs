@@ -179,7 +179,7 @@ pub unsafe fn scoring(req: &rrt_score_req, model: &Model) -> Outcome<Scoring> {
         Some(rule) => rule,
         None => Rule::for_model(model.spec())?,
     };
-    let (label, labels) = (req.label as usize, rule.labels(model.spec()));
+    let (label, labels) = (req.label as usize, model.rule_labels(&rule)?);
     if label >= labels.len() {
         return Err(bad(format!("label is {label}, the rule has {} labels: {labels:?}", labels.len())));
     }

@@ -1,6 +1,6 @@
-//! rrt_result_sequences, rrt_result_scores, rrt_result_topk, rrt_result_timing, rrt_result_free
+//! rrt_result_sequences, rrt_result_scores, rrt_result_topk, rrt_result_rollout, rrt_result_timing, rrt_result_free
 
-use runtime::{JobStats, SampledSequence, SequenceLogprobs, SequenceScore};
+use runtime::{Group, JobStats, Rollout, SampledSequence, SequenceLogprobs, SequenceScore};
 
 use crate::boundary::{Outcome, Sized32, enter, quietly, reference, write};
 use crate::job::{Pending, Reports};
@@ -8,7 +8,7 @@ use crate::numbers::nanoseconds;
 use crate::runtime::Child;
 use crate::status::{E_ARG, Failure, rrt_error};
 use crate::stream::finish_number;
-use crate::structs::{rrt_job_timing, rrt_scores_view, rrt_sequences_view, rrt_topk_view};
+use crate::structs::{rrt_job_timing, rrt_rollout_view, rrt_scores_view, rrt_sequences_view, rrt_topk_view};
 
 #[allow(non_camel_case_types)]
 pub struct rrt_result {
@@ -21,6 +21,16 @@ pub struct rrt_result {
 enum Data {
     Sequences(Box<Sequences>),
     Scores(Box<Scores>),
+    Rollout(Box<Sequences>, Box<Rewards>),
+}
+
+impl Data {
+    fn sequences(&self) -> Option<&Sequences> {
+        match self {
+            Data::Sequences(sequences) | Data::Rollout(sequences, _) => Some(sequences),
+            Data::Scores(_) => None,
+        }
+    }
 }
 
 /// Lists of different lengths, end to end.
@@ -76,6 +86,49 @@ struct Scores {
     entropy: Option<Vec<f32>>,
 }
 
+/// What a rollout adds to its sequences.
+struct Rewards {
+    reference: Option<Vec<f32>>,
+    kl1: Vec<f32>,
+    kl2: Vec<f32>,
+    kl3: Vec<f32>,
+    reward_count: usize,
+    rewards: Vec<f32>,
+    reward: Vec<f32>,
+    advantage: Vec<f32>,
+    mean: Vec<f32>,
+    std: Vec<f32>,
+    zero_variance: Vec<u32>,
+    best: Vec<u32>,
+    worst: Vec<u32>,
+}
+
+impl Rewards {
+    fn new(rollout: &Rollout) -> Self {
+        let number = |l: &Option<f32>| l.unwrap_or(f32::NAN);
+        let reference =
+            |list: &Vec<SequenceLogprobs>| list.iter().flat_map(|s| s.logprobs.iter().map(number)).collect();
+        let groups = &rollout.groups;
+        // Places of sequences are below the request's limits.
+        let pair = |g: &Group| g.best_and_worst.map_or((u32::MAX, u32::MAX), |(b, w)| (b as u32, w as u32));
+        Rewards {
+            reference: rollout.reference.as_ref().map(reference),
+            kl1: rollout.kl.iter().flat_map(|kl| &kl.k1).copied().collect(),
+            kl2: rollout.kl.iter().flat_map(|kl| &kl.k2).copied().collect(),
+            kl3: rollout.kl.iter().flat_map(|kl| &kl.k3).copied().collect(),
+            reward_count: rollout.rewards.len(),
+            rewards: rollout.rewards.concat(),
+            reward: rollout.reward.clone(),
+            advantage: rollout.advantages.clone(),
+            mean: groups.iter().map(|g| g.mean).collect(),
+            std: groups.iter().map(|g| g.std).collect(),
+            zero_variance: groups.iter().map(|g| g.zero_variance.into()).collect(),
+            best: groups.iter().map(|g| pair(g).0).collect(),
+            worst: groups.iter().map(|g| pair(g).1).collect(),
+        }
+    }
+}
+
 /// The most likely tokens of each place.
 #[derive(Default)]
 struct Top {
@@ -91,6 +144,10 @@ impl Top {
             all.logprob.extend(place.iter().map(|(_, logprob)| *logprob));
         }
         all
+    }
+
+    fn of_samples(list: &[SampledSequence], reports: Reports) -> Option<Self> {
+        reports.top.then(|| Top::new(list.iter().flat_map(|s| s.tokens.iter().map(|t| &t.top))))
     }
 }
 
@@ -166,20 +223,27 @@ impl Scores {
 impl rrt_result {
     /// Reads a job that is done.
     pub fn read(job: Pending, child: Child) -> Outcome<Self> {
-        let cost = job.watch().stats();
-        let (data, top) = match job {
+        let (data, top, cost) = match job {
             Pending::Sample { job, reports } => {
-                let list = job.wait()?;
-                let top = reports.top.then(|| Top::new(list.iter().flat_map(|s| s.tokens.iter().map(|t| &t.top))));
-                (Data::Sequences(Box::new(Sequences::new(&list, reports))), top)
+                let (cost, list) = (job.stats(), job.wait()?);
+                (Data::Sequences(Box::new(Sequences::new(&list, reports))), Top::of_samples(&list, reports), cost)
             }
             Pending::Logprobs { job, reports } => {
-                let list = job.wait()?;
+                let (cost, list) = (job.stats(), job.wait()?);
                 let top = reports.top.then(|| Top::new(list.iter().flat_map(|s| s.top.iter())));
-                (Data::Scores(Box::new(Scores::of_logprobs(&list))), top)
+                (Data::Scores(Box::new(Scores::of_logprobs(&list))), top, cost)
             }
             Pending::Score { job, label, steps } => {
-                (Data::Scores(Box::new(Scores::of_rewards(&job.wait()?, label, steps))), None)
+                let (cost, list) = (job.stats(), job.wait()?);
+                (Data::Scores(Box::new(Scores::of_rewards(&list, label, steps))), None, cost)
+            }
+            Pending::Rollout { job, reports, others } => {
+                let rollout = job.wait()?;
+                drop(others);
+                let sequences = Box::new(Sequences::new(&rollout.samples, reports));
+                let cost = JobStats { elapsed: rollout.elapsed, ..rollout.sampling };
+                let top = Top::of_samples(&rollout.samples, reports);
+                (Data::Rollout(sequences, Box::new(Rewards::new(&rollout))), top, cost)
             }
         };
         Ok(rrt_result { data, top, cost, child })
@@ -207,7 +271,7 @@ pub unsafe extern "C" fn rrt_result_sequences(
 ) -> i32 {
     let body = || {
         // SAFETY: the header's condition on handles.
-        let Data::Sequences(s) = &unsafe { live_result(result) }?.data else {
+        let Some(s) = unsafe { live_result(result) }?.data.sequences() else {
             return Err(Failure::new(E_ARG, "the result is that of a scoring job"));
         };
         let view = rrt_sequences_view {
@@ -299,6 +363,43 @@ pub unsafe extern "C" fn rrt_result_topk(
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_result_rollout(
+    result: *const rrt_result,
+    out: *mut rrt_rollout_view,
+    err: *mut rrt_error,
+) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        let Data::Rollout(_, r) = &unsafe { live_result(result) }?.data else {
+            return Err(Failure::new(E_ARG, "the result is not that of a rollout"));
+        };
+        let with_reference = |list| pointer(r.reference.as_ref().map(|_| list));
+        let view = rrt_rollout_view {
+            count: r.reward.len(),
+            ref_logprob: pointer(r.reference.as_ref()),
+            kl1: with_reference(&r.kl1),
+            kl2: with_reference(&r.kl2),
+            kl3: with_reference(&r.kl3),
+            reward_count: r.reward_count,
+            rewards: r.rewards.as_ptr(),
+            reward: r.reward.as_ptr(),
+            advantage: r.advantage.as_ptr(),
+            group_count: r.mean.len(),
+            group_mean: r.mean.as_ptr(),
+            group_std: r.std.as_ptr(),
+            group_zero_variance: r.zero_variance.as_ptr(),
+            group_best: r.best.as_ptr(),
+            group_worst: r.worst.as_ptr(),
+            ..rrt_rollout_view::initial()
+        };
+        // SAFETY: the header's condition on structs.
+        unsafe { write(out, &view) }
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn rrt_result_timing(
     result: *const rrt_result,
     out: *mut rrt_job_timing,
@@ -321,7 +422,7 @@ pub unsafe extern "C" fn rrt_result_timing(
             preemptions: cost.preemptions,
             ..rrt_job_timing::initial()
         };
-        if let Data::Sequences(s) = &result.data {
+        if let Some(s) = result.data.sequences() {
             view.count = s.queued.len();
             view.sequence_queued_ns = s.queued.as_ptr();
             view.sequence_prefill_ns = s.prefill.as_ptr();

@@ -3,14 +3,14 @@
 use std::collections::VecDeque;
 use std::ffi::c_char;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use runtime::{Chunk, Finish, JobWatch, Streamed};
+use runtime::{Chunk, Finish, Streamed};
 
 use crate::boundary::{Outcome, enter, null, output};
 use crate::job::unknown;
 use crate::runtime::{open_runtime, rrt_runtime};
 use crate::status::{E_ARG, E_RANGE, Failure, rrt_error};
+use crate::watch::Watch;
 
 /// The number of a [`Finish`] in the header.
 pub fn finish_number(finish: Finish) -> i32 {
@@ -62,9 +62,9 @@ impl Flow {
     }
 
     /// Takes in what the job has handed out by now.
-    fn drain(&self, watch: &JobWatch) -> MutexGuard<'_, Answers> {
+    fn drain(&self, watch: &Watch) -> MutexGuard<'_, Answers> {
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Streamed::Chunk(chunk) = watch.next_chunk(Duration::ZERO) {
+        while let Streamed::Chunk(chunk) = watch.next_chunk() {
             let place = chunk.prompt * self.samples_a_prompt + chunk.sample;
             answers.add(place, chunk);
         }
@@ -72,7 +72,7 @@ impl Flow {
     }
 
     /// The next thing to tell.
-    pub fn news(&self, watch: &JobWatch) -> Option<News> {
+    pub fn news(&self, watch: &Watch) -> Option<News> {
         let mut answers = self.drain(watch);
         let place = answers.untold.pop_front()?;
         let answer = answers.list.get_mut(place)?;

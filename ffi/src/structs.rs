@@ -239,6 +239,8 @@ structs! {
         adapter: *const rrt_adapter = null(),
         weight: f32 = 1.0,
         label: u32 = 0,
+        question: *const c_char = null(),
+        question_len: usize = 0,
     }
     struct rrt_rollout_req {
         struct_size: u32 = size_of::<rrt_rollout_req>() as u32,

@@ -62,14 +62,6 @@ impl Rule {
         }
     }
 
-    /// Names of the values that it gives, in their order.
-    pub fn labels(&self, spec: &ModelSpec) -> Vec<String> {
-        match (self, &spec.head) {
-            (Rule::Sequence, Head::SequenceClassification { labels }) | (Rule::Judge { labels }, _) => labels.clone(),
-            (Rule::Sequence, Head::LanguageModel { .. }) => Vec::new(),
-        }
-    }
-
     /// Binds the rule to a model: labels become tokens.
     ///
     /// # Errors
