@@ -74,11 +74,7 @@ fn compile(source: impl AsRef<Path>, target: &Path, flags: &[&str]) {
 /// The same with the address and the undefined-behaviour sanitizer.
 fn compile_sanitized(source: impl AsRef<Path>, target: &Path) {
     let standard = if source.as_ref().extension().is_some_and(|e| e == "cpp") { "-std=c++17" } else { "-std=c99" };
-    compile(
-        source,
-        target,
-        &[standard, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GNU_SOURCE"],
-    );
+    compile(source, target, &[standard, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-D_GNU_SOURCE"]);
     // That the sanitizers are really in the program, not just asked for.
     let symbols = text(&run(Command::new("nm").arg(target)).stdout);
     for symbol in ["__asan_init", "__ubsan_handle"] {

@@ -22,6 +22,9 @@ mod runtime;
 mod session;
 mod status;
 mod stream;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod stress;
 mod structs;
 mod tokenizer;
 mod update;

@@ -82,7 +82,8 @@ fn cmake(prefix: &Path, folder: &Path) {
     run(&mut configure("1.0"));
     run(Command::new("cmake").arg("--build").arg(folder.join("1.0")).args(["--parallel", "2"]));
     for program in ["serve_rewardrt", "serve_static"] {
-        let output = run(without_vulkan(&folder.join("1.0").join(program)).arg(golden("llama-gqa-9-3")).args(["cpu", "3"]));
+        let output =
+            run(without_vulkan(&folder.join("1.0").join(program)).arg(golden("llama-gqa-9-3")).args(["cpu", "3"]));
         assert_eq!(text(&output.stdout).lines().count(), 3);
     }
     for wanted in ["1.9", "2.0", "0.9"] {

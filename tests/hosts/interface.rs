@@ -92,7 +92,8 @@ fn the_header_keeps_its_own_rules() {
             let last = f.parameters.last().unwrap();
             assert_eq!((last.kind.as_str(), last.name.as_str()), ("rrt_error*", "err"), "{}", f.name);
         }
-        let by_value = f.parameters.iter().find(|p| !p.is_pointer() && p.kind.starts_with("rrt_") && p.kind != "rrt_status");
+        let by_value =
+            f.parameters.iter().find(|p| !p.is_pointer() && p.kind.starts_with("rrt_") && p.kind != "rrt_status");
         assert!(by_value.is_none(), "{} takes a struct by value", f.name);
         assert!(f.parameters.iter().all(|p| p.kind != "int" && p.kind != "long" && p.kind != "bool"), "{}", f.name);
     }

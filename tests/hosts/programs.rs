@@ -28,8 +28,7 @@ fn every_function_does_what_the_header_says() {
     save(&trained(&tensors(&model), 1), &model, &next);
     let followed = folder.path().join("followed");
     std::fs::create_dir(&followed).unwrap();
-    let printed =
-        host("tests/hosts/features.c", &[&model, &golden("llama-labels-3"), &next, &followed]);
+    let printed = host("tests/hosts/features.c", &[&model, &golden("llama-labels-3"), &next, &followed]);
     assert_eq!(printed, "ok\n");
 }
 

@@ -11,9 +11,8 @@ fn a_planted_leak_is_found() {
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("leak");
     compile_sanitized("tests/hosts/leak.c", &program);
-    let leak = |arguments: &[&str]| {
-        without_vulkan(&program).arg(golden("llama-gqa-9-3")).args(arguments).output().unwrap()
-    };
+    let leak =
+        |arguments: &[&str]| without_vulkan(&program).arg(golden("llama-gqa-9-3")).args(arguments).output().unwrap();
     let clean = leak(&["clean"]);
     assert!(clean.status.success(), "{}", text(&clean.stderr));
     let leaking = leak(&[]);

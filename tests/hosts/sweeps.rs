@@ -167,13 +167,19 @@ fn given(f: &Function, p: &Parameter, place: usize) -> String {
         "const uint64_t*" => "some_numbers".into(),
         "const rrt_message*" => "(const rrt_message *)zeros".into(),
         kind if is_input(p) => format!("({kind})input"),
-        kind if kind.ends_with('*') && ["char", "uint32_t", "uint64_t", "int32_t", "size_t", "float", "rrt_event"].contains(&p.target()) => {
+        kind if kind.ends_with('*')
+            && ["char", "uint32_t", "uint64_t", "int32_t", "size_t", "float", "rrt_event"].contains(&p.target()) =>
+        {
             format!("({kind})space[{place}]")
         }
         kind if is_output(p) => format!("({kind})space[{place}]"),
         kind if kind.ends_with('*') => {
             let name = p.target().strip_prefix("rrt_").unwrap();
-            assert!(["runtime", "model", "tokenizer", "adapter", "session", "update", "follower", "result"].contains(&name), "{}: {kind}", f.name);
+            assert!(
+                ["runtime", "model", "tokenizer", "adapter", "session", "update", "follower", "result"].contains(&name),
+                "{}: {kind}",
+                f.name
+            );
             handle(name)
         }
         "size_t" if p.name == "stride" => "1024".into(),
@@ -187,7 +193,8 @@ fn given(f: &Function, p: &Parameter, place: usize) -> String {
 fn fill_input(c: &mut String, f: &Function) {
     if let Some(p) = f.parameters.iter().find(|p| is_input(p)) {
         let (kind, init) = (p.target(), initialisers().into_iter().find(|(_, k)| k == p.target()).unwrap().0);
-        writeln!(c, "    {{ {kind} x = {init}; memset(input, 0, sizeof input); memcpy(input, &x, sizeof x); }}").unwrap();
+        writeln!(c, "    {{ {kind} x = {init}; memset(input, 0, sizeof input); memcpy(input, &x, sizeof x); }}")
+            .unwrap();
     }
 }
 
@@ -301,7 +308,8 @@ fn a_wrong_size_is_an_error_everywhere() {
                 writeln!(c, "    {bytes}[sizeof({kind}) + 7] = {beyond};\n    status = {call};").unwrap();
                 let condition = if is_wrong { "==" } else { "!=" };
                 writeln!(c, "    expect(status {condition} RRT_E_ABI, status, \"{what}\");").unwrap();
-                writeln!(c, "    expect({bytes}[sizeof({kind}) + 7] == {beyond}, status, \"{what}: beyond\");").unwrap();
+                writeln!(c, "    expect({bytes}[sizeof({kind}) + 7] == {beyond}, status, \"{what}: beyond\");")
+                    .unwrap();
                 expected += 2;
                 if !is_wrong && is_output(p) && f.name != "rrt_list_devices" {
                     writeln!(c, "    expect(status == RRT_OK, status, \"{what}\");").unwrap();
