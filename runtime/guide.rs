@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::text::Tokenizer;
 
 /// Longest text of a guide, in bytes.
-const MAX_SOURCE: usize = 1 << 20;
+pub(crate) const MAX_SOURCE: usize = 1 << 20;
 /// Lexer states of one sequence, 1 to 2 KiB each: a sequence cannot take the host's memory.
 const MAX_LEXER_STATES: usize = 50_000;
 /// Longest message of the compiler that is passed on, in bytes.
@@ -58,6 +58,18 @@ pub enum Guide {
 }
 
 impl Guide {
+    /// Text that is one of these.
+    ///
+    /// # Errors
+    /// `Argument` if there are none.
+    pub fn choices<T: AsRef<str>>(choices: &[T]) -> Result<Self> {
+        if choices.is_empty() {
+            return Err(Error::argument("a guide needs at least one choice"));
+        }
+        let escaped: Vec<_> = choices.iter().map(|choice| fancy_regex::escape(choice.as_ref())).collect();
+        Ok(Guide::Regex(format!("(?:{})", escaped.join("|"))))
+    }
+
     fn name_and_source(&self) -> (&'static str, &str) {
         match self {
             Guide::JsonSchema(source) => ("JSON schema", source),
@@ -452,6 +464,21 @@ mod tests {
                 );
                 assert!(text.chars().count() - letters.len() <= 1, "{text}");
             }
+        }
+    }
+
+    #[test]
+    fn choices_are_taken_literally() {
+        let choices = ["yes", "no (never)", "a.b*", r"\d+", "[x]", "50% & #1\n", "ja|nein", "é"];
+        assert!(Guide::choices::<&str>(&[]).is_err());
+        for case in cases() {
+            let compiled = case.vocabulary.compile(&Guide::choices(&choices).unwrap()).unwrap();
+            let mut random = Random(6);
+            let mut seen = std::collections::BTreeSet::new();
+            for _ in 0..400 {
+                seen.insert(case.follow_with_rare(&mut compiled.start(), &mut random, |_| false));
+            }
+            assert_eq!(seen, choices.iter().map(|c| (*c).to_owned()).collect());
         }
     }
 

@@ -60,7 +60,7 @@ pub use adapter::{Adapter, AdapterOptions};
 pub use backend::gpu::{DeviceInfo, DeviceType};
 pub use backend::{KernelTime, Limits};
 pub use engine::{
-    Chunk, Finish, InFlight, Job, JobStats, JobWatch, ModelStats, Rows, RuntimeStats, SampledToken, Scheduling,
+    Chunk, Ending, Finish, InFlight, Job, JobStats, JobWatch, ModelStats, Rows, RuntimeStats, SampledToken, Scheduling,
     Streamed, Timing, VersionSpan,
 };
 pub use error::{Error, ErrorKind, Result};
@@ -70,11 +70,12 @@ pub use kernels::linear::Precision;
 pub use lifecycle::Tags;
 pub use merge::MergedAdapter;
 pub use request::{
-    LogprobRequest, MAX_SEQUENCES, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs, SequenceScore,
+    LogprobRequest, MAX_SEQUENCES, RequestLimits, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs,
+    SequenceScore,
 };
-pub use rollout::{Advantage, Group, Kl, Reference, Reward, Rollout, RolloutJob, RolloutRequest};
-pub use runtime::{CpuInfo, Model, ModelOptions, Runtime, RuntimeOptions, devices};
-pub use score::{Rule, Score};
+pub use rollout::{Advantage, Group, Kl, Reference, Reward, Rollout, RolloutJob, RolloutRequest, RolloutWatch};
+pub use runtime::{CpuInfo, MAX_THREADS, Model, ModelOptions, Runtime, RuntimeOptions, RuntimeState, devices};
+pub use score::{Rule, Score, Step, Steps};
 pub use session::Session;
 pub use text::{ChatTemplate, EncodeOptions, Message, Tokenizer};
 pub use update::{Require, Storage, Update, UpdateOptions};

@@ -127,6 +127,28 @@ impl Model {
         })
     }
 
+    /// Gives the memory of the KV cache back to the system and takes it anew, which forgets every prefix that is kept. Does
+    /// nothing while the model has jobs, is paused, asleep or being updated.
+    ///
+    /// # Errors
+    /// `DeviceMemory`, `HostMemory` or an error of the device: the model sleeps then, see [`Model::wake`].
+    pub fn trim(&self) -> Result<()> {
+        let model = self.clone();
+        self.quiesce(InFlight::Keep, None, move |lane| {
+            if !lane.is_idle() {
+                return Ok(());
+            }
+            let mut state = model.weights().lock();
+            lane.restart();
+            lane.executor().free_cache();
+            let restored = lane.executor().restore_cache();
+            state.sleeps.kv_cache = restored.is_err();
+            lane.holds.asleep = state.sleeps.any();
+            state.note_memory(lane);
+            restored
+        })
+    }
+
     /// What the model has given back.
     pub fn sleeping(&self) -> Tags {
         self.weights().lock().sleeps

@@ -1,7 +1,7 @@
 //! The runtime and its models.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use crate::adapter::Adapter;
@@ -22,7 +22,7 @@ use crate::request::{
     Checker, LogprobRequest, Prompt, SampleRequest, SampledSequence, Samples, ScoreRequest, SequenceLogprobs,
     SequenceScore, read_logprobs, read_samples, read_scores,
 };
-use crate::score::Rule;
+use crate::score::{Rule, Steps};
 use crate::text::Tokenizer;
 use crate::weights::{Dtype, LoadOptions, Tensor, WeightFormat, read_bounded};
 
@@ -34,6 +34,9 @@ const DEFAULT_KV_BYTES_CPU: u64 = 4 << 30;
 const DEFAULT_KV_BYTES_GPU: u64 = 1 << 30;
 /// Scratch grows with it; the products are at full speed well below.
 const DEFAULT_MAX_BATCH_TOKENS: usize = 1024;
+
+/// Threads of the CPU backend.
+pub const MAX_THREADS: usize = 1024;
 
 /// How a runtime is opened.
 #[derive(Clone, Debug)]
@@ -126,6 +129,26 @@ pub struct Runtime {
 struct RuntimeInner {
     device: Device,
     engine: Engine,
+    models: Mutex<Vec<Weak<ModelInner>>>,
+}
+
+impl RuntimeInner {
+    fn models(&self) -> MutexGuard<'_, Vec<Weak<ModelInner>>> {
+        self.models.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a runtime can do at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RuntimeState {
+    /// It works.
+    Running,
+    /// By [`Runtime::pause`].
+    Paused,
+    /// Its device is lost: it must be opened anew.
+    Lost,
+    /// A bug stopped its engine: see [`ErrorKind::Internal`](crate::ErrorKind::Internal).
+    Poisoned,
 }
 
 impl Runtime {
@@ -137,7 +160,9 @@ impl Runtime {
     pub fn open(options: &RuntimeOptions) -> Result<Self> {
         let threads = match options.threads {
             Some(0) => return Err(Error::argument("threads is 0, it must be at least 1")),
-            Some(n) if n > 1024 => return Err(Error::argument(format!("threads is {n}, at most 1024 are allowed"))),
+            Some(n) if n > MAX_THREADS => {
+                return Err(Error::argument(format!("threads is {n}, at most {MAX_THREADS} are allowed")));
+            }
             Some(n) => n,
             None => default_threads(),
         };
@@ -146,7 +171,9 @@ impl Runtime {
             None => Device::Cpu { isa: Isa::detect()?.permitted(), pool: Arc::new(Pool::new(threads)) },
         };
         let limits = QueueLimits { jobs: options.max_jobs, tokens: options.max_queued_tokens };
-        Ok(Runtime { inner: Arc::new(RuntimeInner { device, engine: Engine::start(limits)? }) })
+        Ok(Runtime {
+            inner: Arc::new(RuntimeInner { device, engine: Engine::start(limits)?, models: Mutex::default() }),
+        })
     }
 
     pub(crate) fn engine(&self) -> &Engine {
@@ -156,6 +183,30 @@ impl Runtime {
     /// What waits and runs.
     pub fn stats(&self) -> RuntimeStats {
         self.inner.engine.stats()
+    }
+
+    /// What it can do at the moment.
+    pub fn state(&self) -> RuntimeState {
+        match &self.inner.device {
+            _ if self.inner.engine.is_poisoned() => RuntimeState::Poisoned,
+            Device::Gpu(gpu) if gpu.is_lost() => RuntimeState::Lost,
+            _ if self.inner.engine.is_paused() => RuntimeState::Paused,
+            _ => RuntimeState::Running,
+        }
+    }
+
+    /// The models that are loaded.
+    pub fn models(&self) -> Vec<Model> {
+        self.inner.models().iter().filter_map(Weak::upgrade).map(|inner| Model { inner }).collect()
+    }
+
+    /// Counts from here, in [`Runtime::stats`] and in [`Model::stats`] of every model. What is going on stays.
+    ///
+    /// # Errors
+    /// `Poisoned` if the engine has stopped.
+    pub fn reset_stats(&self) -> Result<()> {
+        self.inner.engine.reset_stats();
+        self.models().iter().try_for_each(Model::reset_stats)
     }
 
     /// The device's name, for logs: `cpu (avx2, 2 threads)` or the adapter's name.
@@ -228,23 +279,26 @@ impl Runtime {
             capacity.kv_blocks * KV_BLOCK
         );
         let runtime = self.inner.clone();
-        Ok(Model {
-            inner: Arc::new(ModelInner {
-                runtime,
-                id,
-                spec,
-                plan,
-                tokenizer,
-                max_context,
-                capacity,
-                budget: options.memory,
-                load: options.load.clone(),
-                weights: held,
-                tensors,
-                guides: OnceLock::new(),
-                stats,
-            }),
-        })
+        let inner = Arc::new(ModelInner {
+            runtime,
+            id,
+            spec,
+            plan,
+            tokenizer,
+            max_context,
+            capacity,
+            budget: options.memory,
+            load: options.load.clone(),
+            weights: held,
+            tensors,
+            guides: OnceLock::new(),
+            stats,
+        });
+        let mut models = self.inner.models();
+        models.retain(|model| model.strong_count() > 0);
+        models.push(Arc::downgrade(&inner));
+        drop(models);
+        Ok(Model { inner })
     }
 
     /// Sizes for a model under its options; states what does not fit.
@@ -377,9 +431,12 @@ impl Model {
         }
     }
 
-    /// How many values the rule gives a sequence.
-    pub(crate) fn rule_labels(&self, rule: &Rule) -> Result<usize> {
-        Ok(rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?.labels().len())
+    /// What the values are called that the rule gives a sequence, in their order.
+    ///
+    /// # Errors
+    /// `Argument` for a rule that does not fit the model.
+    pub fn rule_labels(&self, rule: &Rule) -> Result<Vec<String>> {
+        Ok(rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?.labels().to_vec())
     }
 
     /// Bytes it holds.
@@ -406,7 +463,7 @@ impl Model {
     }
 
     /// True for a clone of the same model.
-    pub(crate) fn is(&self, other: &Model) -> bool {
+    pub fn is(&self, other: &Model) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
 
@@ -434,7 +491,8 @@ impl Model {
         &self.inner.weights
     }
 
-    pub(crate) fn memory_budget(&self) -> Option<u64> {
+    /// Bytes that it may allocate; `None`: no bound.
+    pub fn memory_budget(&self) -> Option<u64> {
         self.inner.budget
     }
 
@@ -455,6 +513,17 @@ impl Model {
     /// What it has done, and what it is doing.
     pub fn stats(&self) -> ModelStats {
         *self.inner.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts from here in [`Model::stats`]. What is going on stays.
+    ///
+    /// # Errors
+    /// `Poisoned` if the engine has stopped.
+    pub fn reset_stats(&self) -> Result<()> {
+        self.quiesce(InFlight::Keep, None, |lane| {
+            lane.reset_stats();
+            Ok(())
+        })
     }
 
     /// Times every kernel from the next step on, or no longer. It costs a little, on a GPU more.
@@ -575,8 +644,14 @@ impl Model {
         let bound = rule.bind(&self.inner.spec, self.inner.tokenizer.as_deref())?;
         let adapter = self.adapted(&request.adapter)?;
         let sequences = self.checker().score(request, &bound)?;
+        let places_of = |steps: &Steps| {
+            request.sequences.iter().enumerate().map(|(i, tokens)| steps.places(i, tokens)).collect::<Vec<_>>()
+        };
+        let places = request.steps.as_ref().map(places_of);
         let version = adapter.as_ref().map(|a| a.version);
         let options = JobOptions { scheduling: request.scheduling, ..JobOptions::default() };
-        self.submit(sequences, adapter, options, move |finished| read_scores(&bound, version, finished))
+        self.submit(sequences, adapter, options, move |finished| {
+            read_scores(&bound, places.as_deref(), version, finished)
+        })
     }
 }

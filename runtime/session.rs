@@ -80,6 +80,11 @@ impl Session {
         Ok(state)
     }
 
+    /// The model that it is of.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
     /// All tokens so far, sampled ones included.
     pub fn tokens(&self) -> Vec<u32> {
         lock(&self.state).tokens.clone()

@@ -8,13 +8,25 @@ compile_error!("rewardrt-ffi turns panics into RRT_E_PANIC, which needs panic = 
 
 mod adapter;
 mod boundary;
+mod events;
+mod follow;
 mod job;
 mod log_callback;
 mod model;
+mod numbers;
+mod poll;
+mod request;
 mod result;
+mod rollout;
 mod runtime;
+mod session;
 mod status;
+mod stream;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod stress;
 mod structs;
 mod tokenizer;
 mod update;
 mod version;
+mod watch;

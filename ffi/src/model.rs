@@ -1,16 +1,18 @@
-//! rrt_model_load, rrt_model_free, rrt_get_model_info
+//! rrt_model_load, rrt_model_retain, rrt_model_free, rrt_get_model_info
 
 use std::path::Path;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use runtime::model::Head;
 use runtime::weights::{Dtype, WeightFormat};
 use runtime::{Model, ModelOptions, Precision};
 
-use crate::boundary::{Outcome, enter, input, output, quietly, reference, text, write};
-use crate::runtime::{Child, open_runtime, rrt_runtime};
+use crate::boundary::{Outcome, Sized32, enter, input, only, output, quietly, reference, text, write};
+use crate::runtime::{Child, open_runtime, rrt_runtime, size};
 use crate::status::{E_ARG, Failure, rrt_error};
 use crate::structs::{rrt_model_info, rrt_model_opts};
+use crate::update::tags_number;
 
 const NO_MMAP: u32 = 1;
 
@@ -18,6 +20,8 @@ const NO_MMAP: u32 = 1;
 pub struct rrt_model {
     pub model: Model,
     pub child: Child,
+    /// How often it still has to be freed.
+    owners: AtomicUsize,
     /// Names, dtypes and shapes, in name order; names are borrowed by hosts.
     tensors: OnceLock<Vec<(String, Dtype, Vec<usize>)>>,
 }
@@ -37,14 +41,6 @@ pub unsafe fn live_model<'a>(p: *const rrt_model) -> Outcome<&'a rrt_model> {
     Ok(model)
 }
 
-fn size(value: u64, what: &str) -> Outcome<Option<usize>> {
-    match usize::try_from(value) {
-        Ok(0) => Ok(None),
-        Ok(n) => Ok(Some(n)),
-        Err(_) => Err(Failure::new(E_ARG, format!("{what} is {value}, which does not fit this machine"))),
-    }
-}
-
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rrt_model_load(
     runtime: *mut rrt_runtime,
@@ -59,12 +55,7 @@ pub unsafe extern "C" fn rrt_model_load(
         let opts = unsafe { input(opts) }?;
         output(out, "out")?;
         runtime.shared.owner.check()?;
-        if opts.flags & !NO_MMAP != 0 {
-            return Err(Failure::new(E_ARG, format!("rrt_model_opts: unknown flags {:#x}", opts.flags)));
-        }
-        if opts.reserved != 0 {
-            return Err(Failure::new(E_ARG, format!("rrt_model_opts: reserved is {}, it must be 0", opts.reserved)));
-        }
+        only(opts.flags, NO_MMAP, "rrt_model_opts")?;
         // SAFETY: the header's condition on strings.
         let path = unsafe { text(opts.path, opts.path_len, "path") }?;
         let mut options = ModelOptions {
@@ -83,12 +74,14 @@ pub unsafe extern "C" fn rrt_model_load(
             kv_tokens: size(opts.kv_tokens, "kv_tokens")?,
             memory: (opts.memory > 0).then_some(opts.memory),
             max_context: size(opts.max_context, "max_context")?,
+            steps_at_once: size(opts.steps_at_once.into(), "steps_at_once")?,
             weights_version: opts.weights_version,
             ..ModelOptions::default()
         };
         options.load.use_mmap = opts.flags & NO_MMAP == 0;
         let model = runtime.runtime.load_model(Path::new(path), &options)?;
-        let handle = rrt_model { model, child: Child::of(&runtime.shared), tensors: OnceLock::new() };
+        let (child, owners) = (Child::of(&runtime.shared), AtomicUsize::new(1));
+        let handle = rrt_model { model, child, owners, tensors: OnceLock::new() };
         // SAFETY: not NULL.
         unsafe { out.write(Box::into_raw(Box::new(handle))) };
         Ok(())
@@ -98,9 +91,22 @@ pub unsafe extern "C" fn rrt_model_load(
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_model_retain(model: *mut rrt_model, err: *mut rrt_error) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        unsafe { live_model(model) }?.owners.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn rrt_model_free(model: *mut rrt_model) {
-    if !model.is_null() {
-        // SAFETY: made by rrt_model_load, freed once.
+    // SAFETY: NULL, or made by rrt_model_load and freed as often as it was retained, and once more.
+    let is_last = unsafe { model.as_ref() }.is_some_and(|m| m.owners.fetch_sub(1, Ordering::SeqCst) == 1);
+    if is_last {
+        // SAFETY: as above; nobody has it any more.
         quietly(|| drop(unsafe { Box::from_raw(model) }));
     }
 }
@@ -136,6 +142,12 @@ pub unsafe extern "C" fn rrt_get_model_info(
             bytes_allocated: memory.allocated(),
             bytes_mapped: memory.mapped,
             weights_version: model.weights_version(),
+            asleep: tags_number(model.sleeping()),
+            pad_id: spec.pad_token_id.map_or(-1, i64::from),
+            eos_ids: spec.eos_token_ids.as_ptr(),
+            eos_count: spec.eos_token_ids.len(),
+            architecture: spec.architecture.as_ptr().cast(),
+            architecture_len: spec.architecture.len(),
             ..rrt_model_info::initial()
         };
         // SAFETY: the header's condition on structs.

@@ -1,99 +1,220 @@
-//! rrt_result_sequences, rrt_result_scores, rrt_result_free
+//! rrt_result_sequences, rrt_result_scores, rrt_result_topk, rrt_result_rollout, rrt_result_timing, rrt_result_free
 
-use runtime::{Finish, SampledSequence, SequenceLogprobs};
+use runtime::{Group, JobStats, Rollout, SampledSequence, SequenceLogprobs, SequenceScore};
 
-use crate::boundary::{Outcome, enter, quietly, reference, write};
-use crate::job::Pending;
+use crate::boundary::{Outcome, Sized32, enter, quietly, reference, write};
+use crate::job::{Pending, Reports};
+use crate::numbers::nanoseconds;
 use crate::runtime::Child;
 use crate::status::{E_ARG, Failure, rrt_error};
-use crate::structs::{rrt_scores_view, rrt_sequences_view};
+use crate::stream::finish_number;
+use crate::structs::{rrt_job_timing, rrt_rollout_view, rrt_scores_view, rrt_sequences_view, rrt_topk_view};
 
 #[allow(non_camel_case_types)]
 pub struct rrt_result {
     data: Data,
+    top: Option<Top>,
+    cost: JobStats,
     child: Child,
 }
 
 enum Data {
     Sequences(Box<Sequences>),
-    Scores(Scores),
+    Scores(Box<Scores>),
+    Rollout(Box<Sequences>, Box<Rewards>),
+}
+
+impl Data {
+    fn sequences(&self) -> Option<&Sequences> {
+        match self {
+            Data::Sequences(sequences) | Data::Rollout(sequences, _) => Some(sequences),
+            Data::Scores(_) => None,
+        }
+    }
+}
+
+/// Lists of different lengths, end to end.
+struct Lists<T> {
+    offsets: Vec<usize>,
+    items: Vec<T>,
+}
+
+impl<T> Default for Lists<T> {
+    fn default() -> Self {
+        Lists { offsets: vec![0], items: Vec::new() }
+    }
+}
+
+impl<T> Lists<T> {
+    fn push(&mut self, list: impl IntoIterator<Item = T>) {
+        self.items.extend(list);
+        self.offsets.push(self.items.len());
+    }
 }
 
 #[derive(Default)]
 struct Sequences {
-    offsets: Vec<usize>,
-    ids: Vec<u32>,
+    ids: Lists<u32>,
     logprob: Vec<f32>,
     sample_logprob: Vec<f32>,
     entropy: Vec<f32>,
     kept: Vec<u32>,
     threshold: Vec<f32>,
+    ceiling: Vec<f32>,
+    kept_ids: Option<Lists<u32>>,
     finish: Vec<i32>,
     prompt_index: Vec<u32>,
     sample_index: Vec<u32>,
     version: Vec<u64>,
-    text_offsets: Vec<usize>,
-    text: String,
-    span_offsets: Vec<usize>,
-    span_end: Vec<u32>,
+    text: Lists<u8>,
+    span_end: Lists<u32>,
     span_version: Vec<u64>,
     adapter_version: Vec<u64>,
+    queued: Vec<u64>,
+    prefill: Vec<u64>,
+    decode: Vec<u64>,
 }
 
 #[derive(Default)]
 struct Scores {
-    offsets: Vec<usize>,
-    values: Vec<f32>,
+    values: Lists<f32>,
     version: Vec<u64>,
     adapter_version: Vec<u64>,
+    score: Vec<f32>,
+    labels: Lists<u8>,
+    position: Option<Vec<u32>>,
+    entropy: Option<Vec<f32>>,
+}
+
+/// What a rollout adds to its sequences.
+struct Rewards {
+    reference: Option<Vec<f32>>,
+    kl1: Vec<f32>,
+    kl2: Vec<f32>,
+    kl3: Vec<f32>,
+    reward_count: usize,
+    rewards: Vec<f32>,
+    reward: Vec<f32>,
+    advantage: Vec<f32>,
+    mean: Vec<f32>,
+    std: Vec<f32>,
+    zero_variance: Vec<u32>,
+    best: Vec<u32>,
+    worst: Vec<u32>,
+}
+
+impl Rewards {
+    fn new(rollout: &Rollout) -> Self {
+        let number = |l: &Option<f32>| l.unwrap_or(f32::NAN);
+        let reference =
+            |list: &Vec<SequenceLogprobs>| list.iter().flat_map(|s| s.logprobs.iter().map(number)).collect();
+        let groups = &rollout.groups;
+        // Places of sequences are below the request's limits.
+        let pair = |g: &Group| g.best_and_worst.map_or((u32::MAX, u32::MAX), |(b, w)| (b as u32, w as u32));
+        Rewards {
+            reference: rollout.reference.as_ref().map(reference),
+            kl1: rollout.kl.iter().flat_map(|kl| &kl.k1).copied().collect(),
+            kl2: rollout.kl.iter().flat_map(|kl| &kl.k2).copied().collect(),
+            kl3: rollout.kl.iter().flat_map(|kl| &kl.k3).copied().collect(),
+            reward_count: rollout.rewards.len(),
+            rewards: rollout.rewards.concat(),
+            reward: rollout.reward.clone(),
+            advantage: rollout.advantages.clone(),
+            mean: groups.iter().map(|g| g.mean).collect(),
+            std: groups.iter().map(|g| g.std).collect(),
+            zero_variance: groups.iter().map(|g| g.zero_variance.into()).collect(),
+            best: groups.iter().map(|g| pair(g).0).collect(),
+            worst: groups.iter().map(|g| pair(g).1).collect(),
+        }
+    }
+}
+
+/// The most likely tokens of each place.
+#[derive(Default)]
+struct Top {
+    ids: Lists<u32>,
+    logprob: Vec<f32>,
+}
+
+impl Top {
+    fn new<'a>(places: impl Iterator<Item = &'a Vec<(u32, f32)>>) -> Self {
+        let mut all = Top::default();
+        for place in places {
+            all.ids.push(place.iter().map(|(id, _)| *id));
+            all.logprob.extend(place.iter().map(|(_, logprob)| *logprob));
+        }
+        all
+    }
+
+    fn of_samples(list: &[SampledSequence], reports: Reports) -> Option<Self> {
+        reports.top.then(|| Top::new(list.iter().flat_map(|s| s.tokens.iter().map(|t| &t.top))))
+    }
 }
 
 impl Sequences {
-    fn new(list: Vec<SampledSequence>) -> Self {
-        let mut all =
-            Sequences { offsets: vec![0], text_offsets: vec![0], span_offsets: vec![0], ..Sequences::default() };
+    fn new(list: &[SampledSequence], reports: Reports) -> Self {
+        let mut all = Sequences { kept_ids: reports.kept.then(Lists::default), ..Sequences::default() };
         for sequence in list {
-            for token in &sequence.tokens {
-                all.ids.push(token.id);
-                all.logprob.push(token.model_logprob);
-                all.sample_logprob.push(token.logprob);
-                all.entropy.push(token.entropy);
-                all.kept.push(token.kept);
-                all.threshold.push(token.threshold);
+            let tokens = &sequence.tokens;
+            all.ids.push(tokens.iter().map(|t| t.id));
+            all.logprob.extend(tokens.iter().map(|t| t.model_logprob));
+            all.sample_logprob.extend(tokens.iter().map(|t| t.logprob));
+            all.entropy.extend(tokens.iter().map(|t| t.entropy));
+            all.kept.extend(tokens.iter().map(|t| t.kept));
+            all.threshold.extend(tokens.iter().map(|t| t.threshold));
+            all.ceiling.extend(tokens.iter().map(|t| t.ceiling));
+            if let Some(kept_ids) = &mut all.kept_ids {
+                tokens.iter().for_each(|t| kept_ids.push(t.kept_ids.iter().copied()));
             }
-            all.offsets.push(all.ids.len());
-            all.finish.push(match sequence.finish {
-                Finish::Stop => 0,
-                Finish::Length => 1,
-                Finish::Cancelled => 2,
-                Finish::Blocked => 3,
-            });
+            all.finish.push(finish_number(sequence.finish));
             // Both are below the request's limits.
             all.prompt_index.push(sequence.prompt as u32);
             all.sample_index.push(sequence.sample as u32);
             all.version.push(sequence.weight_version);
-            all.text.push_str(sequence.text.as_deref().unwrap_or_default());
-            all.text_offsets.push(all.text.len());
-            for span in &sequence.versions {
-                // Below max_new_tokens.
-                all.span_end.push(span.end as u32);
-                all.span_version.push(span.version);
-            }
-            all.span_offsets.push(all.span_end.len());
+            all.text.push(sequence.text.as_deref().unwrap_or_default().bytes());
+            // Below max_new_tokens.
+            all.span_end.push(sequence.versions.iter().map(|span| span.end as u32));
+            all.span_version.extend(sequence.versions.iter().map(|span| span.version));
             all.adapter_version.push(sequence.adapter_version.unwrap_or(0));
+            all.queued.push(nanoseconds(sequence.timing.queued));
+            all.prefill.push(nanoseconds(sequence.timing.prefill));
+            all.decode.push(nanoseconds(sequence.timing.decode));
         }
         all
     }
 }
 
 impl Scores {
-    fn new(rows: impl Iterator<Item = (Vec<f32>, u64, Option<u64>)>) -> Self {
-        let mut all = Scores { offsets: vec![0], ..Scores::default() };
-        for (values, version, adapter_version) in rows {
-            all.values.extend(values);
-            all.offsets.push(all.values.len());
-            all.version.push(version);
-            all.adapter_version.push(adapter_version.unwrap_or(0));
+    fn of_logprobs(list: &[SequenceLogprobs]) -> Self {
+        let number = |l: &Option<f32>| l.unwrap_or(f32::NAN);
+        let mut all = Scores::default();
+        for sequence in list {
+            all.values.push(sequence.logprobs.iter().map(number));
+            all.version.push(sequence.weight_version);
+            all.adapter_version.push(sequence.adapter_version.unwrap_or(0));
+            all.score.push(sequence.sum() as f32);
+        }
+        all.entropy = Some(list.iter().flat_map(|s| s.entropies.iter().map(number)).collect());
+        all
+    }
+
+    fn of_rewards(list: &[SequenceScore], label: usize, steps: bool) -> Self {
+        let mut all = Scores::default();
+        for sequence in list {
+            let values = &sequence.score.values;
+            if steps {
+                all.values.push(sequence.steps.iter().flat_map(|step| step.score.values.iter().copied()));
+            } else {
+                all.values.push(values.iter().copied());
+            }
+            all.version.push(sequence.weight_version);
+            all.adapter_version.push(sequence.adapter_version.unwrap_or(0));
+            all.score.push(values.get(label).copied().unwrap_or(f32::NAN));
+        }
+        let positions = list.iter().flat_map(|s| s.steps.iter().map(|step| step.position as u32));
+        all.position = steps.then(|| positions.collect());
+        for name in list.first().into_iter().flat_map(|s| s.labels.iter()) {
+            all.labels.push(name.bytes());
         }
         all
     }
@@ -102,23 +223,44 @@ impl Scores {
 impl rrt_result {
     /// Reads a job that is done.
     pub fn read(job: Pending, child: Child) -> Outcome<Self> {
-        let data = match job {
-            Pending::Sample(job) => Data::Sequences(Box::new(Sequences::new(job.wait()?))),
-            Pending::Logprobs(job) => {
-                let value = |l: Option<f32>| l.unwrap_or(f32::NAN);
-                let rows = job.wait()?.into_iter();
-                let row = |r: SequenceLogprobs| {
-                    (r.logprobs.into_iter().map(value).collect(), r.weight_version, r.adapter_version)
-                };
-                Data::Scores(Scores::new(rows.map(row)))
+        let (data, top, cost) = match job {
+            Pending::Sample { job, reports } => {
+                let (cost, list) = (job.stats(), job.wait()?);
+                (Data::Sequences(Box::new(Sequences::new(&list, reports))), Top::of_samples(&list, reports), cost)
             }
-            Pending::Score(job) => {
-                let rows = job.wait()?.into_iter();
-                Data::Scores(Scores::new(rows.map(|r| (r.score.values, r.weight_version, r.adapter_version))))
+            Pending::Logprobs { job, reports } => {
+                let (cost, list) = (job.stats(), job.wait()?);
+                let top = reports.top.then(|| Top::new(list.iter().flat_map(|s| s.top.iter())));
+                (Data::Scores(Box::new(Scores::of_logprobs(&list))), top, cost)
+            }
+            Pending::Score { job, label, steps } => {
+                let (cost, list) = (job.stats(), job.wait()?);
+                (Data::Scores(Box::new(Scores::of_rewards(&list, label, steps))), None, cost)
+            }
+            Pending::Rollout { job, reports, others } => {
+                let rollout = job.wait()?;
+                drop(others);
+                let sequences = Box::new(Sequences::new(&rollout.samples, reports));
+                let cost = JobStats { elapsed: rollout.elapsed, ..rollout.sampling };
+                let top = Top::of_samples(&rollout.samples, reports);
+                (Data::Rollout(sequences, Box::new(Rewards::new(&rollout))), top, cost)
             }
         };
-        Ok(rrt_result { data, child })
+        Ok(rrt_result { data, top, cost, child })
     }
+}
+
+/// # Safety
+/// `p` is NULL or a live result.
+unsafe fn live_result<'a>(p: *const rrt_result) -> Outcome<&'a rrt_result> {
+    // SAFETY: the caller's promise.
+    let result = unsafe { reference(p, "result") }?;
+    result.child.0.owner.check_process()?;
+    Ok(result)
+}
+
+fn pointer<T>(list: Option<&Vec<T>>) -> *const T {
+    list.map_or(std::ptr::null(), Vec::as_ptr)
 }
 
 #[unsafe(no_mangle)]
@@ -129,15 +271,13 @@ pub unsafe extern "C" fn rrt_result_sequences(
 ) -> i32 {
     let body = || {
         // SAFETY: the header's condition on handles.
-        let result = unsafe { reference(result, "result") }?;
-        result.child.0.owner.check_process()?;
-        let Data::Sequences(s) = &result.data else {
+        let Some(s) = unsafe { live_result(result) }?.data.sequences() else {
             return Err(Failure::new(E_ARG, "the result is that of a scoring job"));
         };
         let view = rrt_sequences_view {
             count: s.finish.len(),
-            offsets: s.offsets.as_ptr(),
-            ids: s.ids.as_ptr(),
+            offsets: s.ids.offsets.as_ptr(),
+            ids: s.ids.items.as_ptr(),
             logprob: s.logprob.as_ptr(),
             sample_logprob: s.sample_logprob.as_ptr(),
             entropy: s.entropy.as_ptr(),
@@ -147,12 +287,15 @@ pub unsafe extern "C" fn rrt_result_sequences(
             prompt_index: s.prompt_index.as_ptr(),
             sample_index: s.sample_index.as_ptr(),
             version: s.version.as_ptr(),
-            text_offsets: s.text_offsets.as_ptr(),
-            text: s.text.as_ptr().cast(),
-            span_offsets: s.span_offsets.as_ptr(),
-            span_end: s.span_end.as_ptr(),
+            text_offsets: s.text.offsets.as_ptr(),
+            text: s.text.items.as_ptr().cast(),
+            span_offsets: s.span_end.offsets.as_ptr(),
+            span_end: s.span_end.items.as_ptr(),
             span_version: s.span_version.as_ptr(),
             adapter_version: s.adapter_version.as_ptr(),
+            ceiling: s.ceiling.as_ptr(),
+            kept_offsets: pointer(s.kept_ids.as_ref().map(|k| &k.offsets)),
+            kept_ids: pointer(s.kept_ids.as_ref().map(|k| &k.items)),
             ..rrt_sequences_view::initial()
         };
         // SAFETY: the header's condition on structs.
@@ -170,19 +313,121 @@ pub unsafe extern "C" fn rrt_result_scores(
 ) -> i32 {
     let body = || {
         // SAFETY: the header's condition on handles.
-        let result = unsafe { reference(result, "result") }?;
-        result.child.0.owner.check_process()?;
-        let Data::Scores(s) = &result.data else {
+        let Data::Scores(s) = &unsafe { live_result(result) }?.data else {
             return Err(Failure::new(E_ARG, "the result is that of a sampling job"));
         };
         let view = rrt_scores_view {
             count: s.version.len(),
-            offsets: s.offsets.as_ptr(),
-            values: s.values.as_ptr(),
+            offsets: s.values.offsets.as_ptr(),
+            values: s.values.items.as_ptr(),
             version: s.version.as_ptr(),
             adapter_version: s.adapter_version.as_ptr(),
+            score: s.score.as_ptr(),
+            label_count: s.labels.offsets.len() - 1,
+            label_offsets: s.labels.offsets.as_ptr(),
+            label_text: s.labels.items.as_ptr().cast(),
+            position: pointer(s.position.as_ref()),
+            entropy: pointer(s.entropy.as_ref()),
             ..rrt_scores_view::initial()
         };
+        // SAFETY: the header's condition on structs.
+        unsafe { write(out, &view) }
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_result_topk(
+    result: *const rrt_result,
+    out: *mut rrt_topk_view,
+    err: *mut rrt_error,
+) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        let Some(top) = &unsafe { live_result(result) }?.top else {
+            return Err(Failure::new(E_ARG, "the request did not ask for top_logprobs"));
+        };
+        let view = rrt_topk_view {
+            count: top.ids.offsets.len() - 1,
+            offsets: top.ids.offsets.as_ptr(),
+            ids: top.ids.items.as_ptr(),
+            logprob: top.logprob.as_ptr(),
+            ..rrt_topk_view::initial()
+        };
+        // SAFETY: the header's condition on structs.
+        unsafe { write(out, &view) }
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_result_rollout(
+    result: *const rrt_result,
+    out: *mut rrt_rollout_view,
+    err: *mut rrt_error,
+) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        let Data::Rollout(_, r) = &unsafe { live_result(result) }?.data else {
+            return Err(Failure::new(E_ARG, "the result is not that of a rollout"));
+        };
+        let with_reference = |list| pointer(r.reference.as_ref().map(|_| list));
+        let view = rrt_rollout_view {
+            count: r.reward.len(),
+            ref_logprob: pointer(r.reference.as_ref()),
+            kl1: with_reference(&r.kl1),
+            kl2: with_reference(&r.kl2),
+            kl3: with_reference(&r.kl3),
+            reward_count: r.reward_count,
+            rewards: r.rewards.as_ptr(),
+            reward: r.reward.as_ptr(),
+            advantage: r.advantage.as_ptr(),
+            group_count: r.mean.len(),
+            group_mean: r.mean.as_ptr(),
+            group_std: r.std.as_ptr(),
+            group_zero_variance: r.zero_variance.as_ptr(),
+            group_best: r.best.as_ptr(),
+            group_worst: r.worst.as_ptr(),
+            ..rrt_rollout_view::initial()
+        };
+        // SAFETY: the header's condition on structs.
+        unsafe { write(out, &view) }
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_result_timing(
+    result: *const rrt_result,
+    out: *mut rrt_job_timing,
+    err: *mut rrt_error,
+) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        let result = unsafe { live_result(result) }?;
+        let cost = &result.cost;
+        let mut view = rrt_job_timing {
+            queued_ns: nanoseconds(cost.queued),
+            elapsed_ns: nanoseconds(cost.elapsed),
+            prefill_rows: cost.rows.prefill,
+            decode_rows: cost.rows.decode,
+            drafted_rows: cost.rows.drafted,
+            accepted_rows: cost.rows.accepted,
+            recomputed_rows: cost.rows.recomputed,
+            cached_rows: cost.rows.cached,
+            sampled_tokens: cost.sampled_tokens,
+            preemptions: cost.preemptions,
+            ..rrt_job_timing::initial()
+        };
+        if let Some(s) = result.data.sequences() {
+            view.count = s.queued.len();
+            view.sequence_queued_ns = s.queued.as_ptr();
+            view.sequence_prefill_ns = s.prefill.as_ptr();
+            view.sequence_decode_ns = s.decode.as_ptr();
+        }
         // SAFETY: the header's condition on structs.
         unsafe { write(out, &view) }
     };

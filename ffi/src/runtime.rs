@@ -1,26 +1,33 @@
-//! rrt_list_devices, rrt_open, rrt_close, and what models, jobs and results share of a runtime.
+//! rrt_list_devices, rrt_open, rrt_close, rrt_runtime_state, rrt_runtime_device, and what models, jobs and results share of a
+//! runtime.
 
-use std::collections::HashMap;
 use std::ffi::c_char;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use runtime::{DeviceType, Runtime, RuntimeOptions};
+use runtime::{DeviceType, Runtime, RuntimeOptions, RuntimeState};
 
-use crate::boundary::{Outcome, Owner, enter, input, null, output, reference, text, write};
-use crate::job::Pending;
+use crate::boundary::{
+    Outcome, Owner, Sized32, enter, fill, input, null, only, output, reference, reserved, text, write,
+};
+use crate::job::Jobs;
 use crate::status::{E_ARG, E_BUSY, E_SHORT_BUFFER, Failure, TIMEOUT, rrt_error};
 use crate::structs::{rrt_device_info, rrt_open_opts};
 
-/// What outlives the runtime's handle as long as models, adapters, updates and results do.
+/// RRT_STATE_POISONED
+const POISONED: i32 = 3;
+
+/// What models, adapters and the other children of a runtime share with it.
 pub struct Shared {
     pub owner: Owner,
-    /// Models, adapters, updates and results alive.
+    /// Those alive.
     pub children: AtomicUsize,
+    pub jobs: Jobs,
 }
 
-/// Counts a model, an adapter, an update or a result for as long as it lives.
+/// Counts a model, an adapter, a session, an update, a follower or a result for as long as it lives.
 pub struct Child(pub Arc<Shared>);
 
 impl Child {
@@ -40,13 +47,6 @@ impl Drop for Child {
 pub struct rrt_runtime {
     pub runtime: Runtime,
     pub shared: Arc<Shared>,
-    jobs: Mutex<HashMap<u64, Pending>>,
-}
-
-impl rrt_runtime {
-    pub fn jobs(&self) -> MutexGuard<'_, HashMap<u64, Pending>> {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// # Safety
@@ -56,6 +56,15 @@ pub unsafe fn open_runtime<'a>(p: *const rrt_runtime) -> Outcome<&'a rrt_runtime
     let runtime = unsafe { reference(p, "runtime") }?;
     runtime.shared.owner.check_process()?;
     Ok(runtime)
+}
+
+/// A number of the caller's, of which 0 means the default.
+pub fn size(value: u64, what: &str) -> Outcome<Option<usize>> {
+    match usize::try_from(value) {
+        Ok(0) => Ok(None),
+        Ok(n) => Ok(Some(n)),
+        Err(_) => Err(Failure::new(E_ARG, format!("{what} is {value}, which does not fit this machine"))),
+    }
 }
 
 fn put(text: &str, out: &mut [c_char]) {
@@ -112,10 +121,11 @@ pub unsafe extern "C" fn rrt_list_devices(
             ));
         }
         for (i, info) in list.iter().enumerate() {
-            let offset = i.checked_mul(stride).filter(|_| stride >= 8);
-            let offset = offset.ok_or_else(|| Failure::new(E_ARG, format!("stride is {stride}")))?;
-            // SAFETY: the caller's array of `capacity` structs, `stride` bytes apart.
-            unsafe { write(out.byte_add(offset), info) }?;
+            if stride < rrt_device_info::FIRST_SIZE {
+                return Err(Failure::new(E_ARG, format!("stride is {stride}, that is no rrt_device_info")));
+            }
+            // SAFETY: the caller's array of `capacity` structs, `stride` bytes apart, of which this is one.
+            unsafe { write(out.byte_add(i * stride), info) }?;
         }
         Ok(())
     };
@@ -130,17 +140,25 @@ pub unsafe extern "C" fn rrt_open(opts: *const rrt_open_opts, out: *mut *mut rrt
         let opts = unsafe { input(opts) }?;
         output(out, "out")?;
         Owner::current().check()?;
-        if opts.flags != 0 || opts.reserved != 0 {
-            return Err(Failure::new(E_ARG, "rrt_open_opts: flags and reserved must be 0"));
-        }
+        only(opts.flags, 0, "rrt_open_opts")?;
+        reserved(opts.reserved, "rrt_open_opts")?;
         let mut options = RuntimeOptions::default();
         if !opts.device.is_null() {
             // SAFETY: the header's condition on strings.
             options.device = unsafe { text(opts.device, opts.device_len, "device") }?.to_owned();
         }
         options.threads = (opts.threads > 0).then_some(opts.threads as usize);
-        let shared = Arc::new(Shared { owner: Owner::current(), children: AtomicUsize::new(0) });
-        let runtime = rrt_runtime { runtime: Runtime::open(&options)?, shared, jobs: Mutex::default() };
+        options.max_jobs = size(opts.max_jobs, "max_jobs")?.unwrap_or(options.max_jobs);
+        options.max_queued_tokens =
+            size(opts.max_queued_tokens, "max_queued_tokens")?.unwrap_or(options.max_queued_tokens);
+        if !opts.shader_cache.is_null() {
+            // SAFETY: the header's condition on strings.
+            let folder = unsafe { text(opts.shader_cache, opts.shader_cache_len, "shader_cache") }?;
+            options.gpu.shader_cache = Some(PathBuf::from(folder));
+        }
+        let (children, jobs) = (AtomicUsize::new(0), Jobs::default());
+        let shared = Arc::new(Shared { owner: Owner::current(), children, jobs });
+        let runtime = rrt_runtime { runtime: Runtime::open(&options)?, shared };
         // SAFETY: not NULL.
         unsafe { out.write(Box::into_raw(Box::new(runtime))) };
         Ok(())
@@ -163,15 +181,17 @@ pub unsafe extern "C" fn rrt_close(runtime: *mut rrt_runtime, timeout_ns: u64, e
             if children > 0 {
                 return Err(Failure::new(
                     E_BUSY,
-                    format!("{children} models, adapters, updates or results are still alive; free them first"),
+                    format!(
+                        "{children} models, adapters, sessions, updates, followers or results are still alive; free them first"
+                    ),
                 ));
             }
-            let jobs: Vec<_> = handle.jobs().values().map(Pending::watch).collect();
-            jobs.iter().for_each(runtime::JobWatch::cancel);
+            let jobs = handle.shared.jobs.all();
+            jobs.iter().for_each(|job| job.watch.cancel());
             let start = Instant::now();
             for job in &jobs {
                 let left = Duration::from_nanos(timeout_ns).saturating_sub(start.elapsed());
-                if !job.wait_timeout(left) {
+                if !job.watch.wait_timeout(left) {
                     return Err(Failure::new(TIMEOUT, "jobs did not end in time; the runtime is still open"));
                 }
             }
@@ -179,6 +199,45 @@ pub unsafe extern "C" fn rrt_close(runtime: *mut rrt_runtime, timeout_ns: u64, e
         // SAFETY: made by rrt_open, and the header forbids further use.
         drop(unsafe { Box::from_raw(runtime) });
         Ok(())
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_runtime_state(runtime: *const rrt_runtime, state: *mut i32, err: *mut rrt_error) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        let runtime = unsafe { open_runtime(runtime) }?;
+        output(state, "state")?;
+        let number = match runtime.runtime.state() {
+            _ if Owner::current().check().is_err() => POISONED,
+            RuntimeState::Running => 0,
+            RuntimeState::Paused => 1,
+            RuntimeState::Lost => 2,
+            RuntimeState::Poisoned => POISONED,
+        };
+        // SAFETY: not NULL.
+        unsafe { state.write(number) };
+        Ok(())
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_runtime_device(
+    runtime: *const rrt_runtime,
+    out: *mut c_char,
+    capacity: usize,
+    need: *mut usize,
+    err: *mut rrt_error,
+) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        let runtime = unsafe { open_runtime(runtime) }?;
+        // SAFETY: the header's condition on buffers.
+        unsafe { fill(runtime.runtime.device_name().as_bytes(), out.cast::<u8>(), capacity, need) }
     };
     // SAFETY: the header's condition on err.
     unsafe { enter(err, body) }

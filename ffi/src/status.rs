@@ -45,33 +45,37 @@ impl Failure {
     }
 }
 
+/// The status of a kind of error.
+pub fn of_kind(kind: ErrorKind) -> i32 {
+    match kind {
+        ErrorKind::Argument => E_ARG,
+        ErrorKind::Io => E_IO,
+        ErrorKind::Format => E_FORMAT,
+        ErrorKind::Unsupported => E_UNSUPPORTED,
+        ErrorKind::Shape => E_SHAPE,
+        ErrorKind::Limit => E_LIMIT,
+        ErrorKind::Template => E_TEMPLATE,
+        ErrorKind::Full => E_FULL,
+        ErrorKind::Cancelled => E_CANCELLED,
+        ErrorKind::NotFound => E_NOT_FOUND,
+        ErrorKind::Busy => E_BUSY,
+        ErrorKind::Conflict => E_CONFLICT,
+        ErrorKind::Duplicate => E_DUPLICATE,
+        ErrorKind::Timeout => TIMEOUT,
+        ErrorKind::NoDevice => E_NO_DEVICE,
+        ErrorKind::DeviceMemory => E_OOM_DEVICE,
+        ErrorKind::HostMemory => E_OOM_HOST,
+        ErrorKind::DeviceLost => E_DEVICE_LOST,
+        ErrorKind::Gpu => E_GPU,
+        ErrorKind::NonFinite => E_NONFINITE,
+        ErrorKind::Poisoned => E_POISONED,
+        _ => E_PANIC,
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        let status = match error.kind() {
-            ErrorKind::Argument => E_ARG,
-            ErrorKind::Io => E_IO,
-            ErrorKind::Format => E_FORMAT,
-            ErrorKind::Unsupported => E_UNSUPPORTED,
-            ErrorKind::Shape => E_SHAPE,
-            ErrorKind::Limit => E_LIMIT,
-            ErrorKind::Template => E_TEMPLATE,
-            ErrorKind::Full => E_FULL,
-            ErrorKind::Cancelled => E_CANCELLED,
-            ErrorKind::NotFound => E_NOT_FOUND,
-            ErrorKind::Busy => E_BUSY,
-            ErrorKind::Conflict => E_CONFLICT,
-            ErrorKind::Duplicate => E_DUPLICATE,
-            ErrorKind::Timeout => TIMEOUT,
-            ErrorKind::NoDevice => E_NO_DEVICE,
-            ErrorKind::DeviceMemory => E_OOM_DEVICE,
-            ErrorKind::HostMemory => E_OOM_HOST,
-            ErrorKind::DeviceLost => E_DEVICE_LOST,
-            ErrorKind::Gpu => E_GPU,
-            ErrorKind::NonFinite => E_NONFINITE,
-            ErrorKind::Poisoned => E_POISONED,
-            _ => E_PANIC,
-        };
-        Failure::new(status, error.to_string())
+        Failure::new(of_kind(error.kind()), error.to_string())
     }
 }
 

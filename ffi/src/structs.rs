@@ -6,6 +6,8 @@ use std::ptr::null;
 use crate::adapter::rrt_adapter;
 use crate::boundary::Sized32;
 use crate::model::rrt_model;
+#[cfg(test)]
+use crate::status::rrt_error;
 
 macro_rules! structs {
     ($($(#[$meta:meta])* struct $name:ident { $($field:ident: $ty:ty = $default:expr,)* })*) => {
@@ -15,28 +17,52 @@ macro_rules! structs {
             #[derive(Clone, Copy)]
             pub struct $name { $(pub $field: $ty,)* }
 
-            // SAFETY: repr(C), begins with struct_size, plain data.
+            // SAFETY: repr(C), begins with struct_size; integers, floats and pointers.
             unsafe impl Sized32 for $name {
                 const NAME: &'static str = stringify!($name);
-            }
+                const FIRST_SIZE: usize = size_of::<$name>();
 
-            impl $name {
-                pub fn initial() -> Self {
+                fn initial() -> Self {
                     $name { $($field: $default,)* }
                 }
             }
         )*
 
-        /// (struct, size, [(field, offset)]), for the test that compares with the C compiler.
+        /// For the test that compares with the C compiler.
         #[cfg(test)]
-        pub fn layout() -> Vec<(&'static str, usize, Vec<(&'static str, usize)>)> {
-            vec![$((
-                stringify!($name),
-                size_of::<$name>(),
-                vec![$((stringify!($field), std::mem::offset_of!($name, $field)),)*],
-            ),)*]
+        pub fn layout() -> Vec<Layout> {
+            vec![$(layout_of!($name: $($field)*),)*]
         }
     };
+}
+
+/// (struct, size, alignment, [(field, offset)])
+#[cfg(test)]
+type Layout = (&'static str, usize, usize, Vec<(&'static str, usize)>);
+
+#[cfg(test)]
+macro_rules! layout_of {
+    ($name:ident: $($field:ident)*) => {(
+        stringify!($name),
+        size_of::<$name>(),
+        align_of::<$name>(),
+        vec![$((stringify!($field), std::mem::offset_of!($name, $field)),)*],
+    )};
+}
+
+/// An element of the caller's array, whose stride says how large it is.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct rrt_event {
+    pub kind: i32,
+    pub status: i32,
+    pub job: u64,
+    pub user_tag: u64,
+    pub sequence: u32,
+    pub first: u32,
+    pub count: u32,
+    pub finish: i32,
+    pub text_len: u64,
 }
 
 #[repr(C)]
@@ -78,6 +104,26 @@ structs! {
         device_len: usize = 0,
         threads: u32 = 0,
         reserved: u32 = 0,
+        max_jobs: u64 = 0,
+        max_queued_tokens: u64 = 0,
+        shader_cache: *const c_char = null(),
+        shader_cache_len: usize = 0,
+    }
+    struct rrt_limits {
+        struct_size: u32 = size_of::<rrt_limits>() as u32,
+        reserved: u32 = 0,
+        max_sequences: u64 = 0,
+        max_tokens: u64 = 0,
+        max_alternatives: u64 = 0,
+        max_stops: u32 = 0,
+        max_biases: u32 = 0,
+        max_top_logprobs: u32 = 0,
+        max_kept_ids: u32 = 0,
+        max_speculate: u32 = 0,
+        max_rank: u32 = 0,
+        max_guide_bytes: u64 = 0,
+        max_messages: u64 = 0,
+        max_threads: u64 = 0,
     }
     struct rrt_model_opts {
         struct_size: u32 = size_of::<rrt_model_opts>() as u32,
@@ -91,7 +137,7 @@ structs! {
         max_context: u64 = 0,
         weights_version: u64 = 0,
         weights: i32 = 0,
-        reserved: u32 = 0,
+        steps_at_once: u32 = 0,
     }
     struct rrt_model_info {
         struct_size: u32 = size_of::<rrt_model_info>() as u32,
@@ -105,12 +151,17 @@ structs! {
         labels: u32 = 0,
         has_tokenizer: u32 = 0,
         has_chat_template: u32 = 0,
-        reserved: u32 = 0,
+        asleep: u32 = 0,
         max_context: u64 = 0,
         kv_tokens: u64 = 0,
         bytes_allocated: u64 = 0,
         bytes_mapped: u64 = 0,
         weights_version: u64 = 0,
+        pad_id: i64 = -1,
+        eos_ids: *const u32 = null(),
+        eos_count: usize = 0,
+        architecture: *const c_char = null(),
+        architecture_len: usize = 0,
     }
     struct rrt_sample_req {
         struct_size: u32 = size_of::<rrt_sample_req>() as u32,
@@ -133,18 +184,85 @@ structs! {
         stop_offsets: *const usize = null(),
         stop_count: usize = 0,
         adapter: *const rrt_adapter = null(),
+        typical_p: f32 = 1.0,
+        presence_penalty: f32 = 0.0,
+        frequency_penalty: f32 = 0.0,
+        min_new_tokens: u32 = 0,
+        best_of: u32 = 0,
+        top_logprobs: u32 = 0,
+        kept_ids: u32 = 0,
+        speculate: u32 = 0,
+        bias_ids: *const u32 = null(),
+        bias: *const f32 = null(),
+        bias_count: usize = 0,
+        banned_ids: *const u32 = null(),
+        banned_count: usize = 0,
+        allowed_ids: *const u32 = null(),
+        allowed_count: usize = 0,
+        guide_kind: i32 = 0,
+        priority: i32 = 0,
+        guide: *const c_char = null(),
+        guide_len: usize = 0,
+        choice_offsets: *const usize = null(),
+        choice_count: usize = 0,
+        deadline_ns: u64 = 0,
+        user_tag: u64 = 0,
     }
     struct rrt_score_req {
         struct_size: u32 = size_of::<rrt_score_req>() as u32,
         flags: u32 = 0,
         model: *const rrt_model = null(),
         kind: i32 = 1,
-        reserved: u32 = 0,
+        label: u32 = 0,
         sequences: rrt_sequences = NO_SEQUENCES,
         prompt_lens: *const usize = null(),
         rule: *const c_char = null(),
         rule_len: usize = 0,
         adapter: *const rrt_adapter = null(),
+        positions: *const usize = null(),
+        position_offsets: *const usize = null(),
+        step_id: u32 = 0,
+        top_logprobs: u32 = 0,
+        priority: i32 = 0,
+        reserved: u32 = 0,
+        deadline_ns: u64 = 0,
+        user_tag: u64 = 0,
+    }
+    struct rrt_reward {
+        struct_size: u32 = size_of::<rrt_reward>() as u32,
+        flags: u32 = 0,
+        model: *const rrt_model = null(),
+        name: *const c_char = null(),
+        name_len: usize = 0,
+        rule: *const c_char = null(),
+        rule_len: usize = 0,
+        adapter: *const rrt_adapter = null(),
+        weight: f32 = 1.0,
+        label: u32 = 0,
+        question: *const c_char = null(),
+        question_len: usize = 0,
+    }
+    struct rrt_rollout_req {
+        struct_size: u32 = size_of::<rrt_rollout_req>() as u32,
+        flags: u32 = 0,
+        sample: *const rrt_sample_req = null(),
+        reference: *const rrt_model = null(),
+        rewards: *const rrt_reward = null(),
+        reward_count: usize = 0,
+        reward_stride: usize = size_of::<rrt_reward>(),
+        messages: *const rrt_message = null(),
+        message_offsets: *const usize = null(),
+        message_stride: usize = size_of::<rrt_message>(),
+        advantage: i32 = 0,
+        clip_low: f32 = 0.0,
+        clip_high: f32 = 0.0,
+        reserved: u32 = 0,
+    }
+    struct rrt_follow_opts {
+        struct_size: u32 = size_of::<rrt_follow_opts>() as u32,
+        flags: u32 = 0,
+        interval_ns: u64 = 200_000_000,
+        update: *const rrt_update_opts = null(),
     }
     struct rrt_adapter_opts {
         struct_size: u32 = size_of::<rrt_adapter_opts>() as u32,
@@ -206,6 +324,9 @@ structs! {
         span_end: *const u32 = null(),
         span_version: *const u64 = null(),
         adapter_version: *const u64 = null(),
+        ceiling: *const f32 = null(),
+        kept_offsets: *const usize = null(),
+        kept_ids: *const u32 = null(),
     }
     struct rrt_scores_view {
         struct_size: u32 = size_of::<rrt_scores_view>() as u32,
@@ -215,6 +336,95 @@ structs! {
         values: *const f32 = null(),
         version: *const u64 = null(),
         adapter_version: *const u64 = null(),
+        score: *const f32 = null(),
+        label_count: usize = 0,
+        label_offsets: *const usize = null(),
+        label_text: *const c_char = null(),
+        position: *const u32 = null(),
+        entropy: *const f32 = null(),
+    }
+    struct rrt_topk_view {
+        struct_size: u32 = size_of::<rrt_topk_view>() as u32,
+        reserved: u32 = 0,
+        count: usize = 0,
+        offsets: *const usize = null(),
+        ids: *const u32 = null(),
+        logprob: *const f32 = null(),
+    }
+    struct rrt_rollout_view {
+        struct_size: u32 = size_of::<rrt_rollout_view>() as u32,
+        reserved: u32 = 0,
+        count: usize = 0,
+        ref_logprob: *const f32 = null(),
+        kl1: *const f32 = null(),
+        kl2: *const f32 = null(),
+        kl3: *const f32 = null(),
+        reward_count: usize = 0,
+        rewards: *const f32 = null(),
+        reward: *const f32 = null(),
+        advantage: *const f32 = null(),
+        group_count: usize = 0,
+        group_mean: *const f32 = null(),
+        group_std: *const f32 = null(),
+        group_zero_variance: *const u32 = null(),
+        group_best: *const u32 = null(),
+        group_worst: *const u32 = null(),
+    }
+    struct rrt_job_timing {
+        struct_size: u32 = size_of::<rrt_job_timing>() as u32,
+        reserved: u32 = 0,
+        queued_ns: u64 = 0,
+        elapsed_ns: u64 = 0,
+        prefill_rows: u64 = 0,
+        decode_rows: u64 = 0,
+        drafted_rows: u64 = 0,
+        accepted_rows: u64 = 0,
+        recomputed_rows: u64 = 0,
+        cached_rows: u64 = 0,
+        sampled_tokens: u64 = 0,
+        preemptions: u64 = 0,
+        count: usize = 0,
+        sequence_queued_ns: *const u64 = null(),
+        sequence_prefill_ns: *const u64 = null(),
+        sequence_decode_ns: *const u64 = null(),
+    }
+    struct rrt_memory {
+        struct_size: u32 = size_of::<rrt_memory>() as u32,
+        models: u32 = 0,
+        allocated: u64 = 0,
+        mapped: u64 = 0,
+        weights: u64 = 0,
+        kv_cache: u64 = 0,
+        scratch: u64 = 0,
+        host: u64 = 0,
+        adapters: u64 = 0,
+        budget: u64 = 0,
+    }
+    struct rrt_timing {
+        struct_size: u32 = size_of::<rrt_timing>() as u32,
+        reserved: u32 = 0,
+        steps: u64 = 0,
+        step_ns: u64 = 0,
+        prefill_rows: u64 = 0,
+        decode_rows: u64 = 0,
+        drafted_rows: u64 = 0,
+        accepted_rows: u64 = 0,
+        recomputed_rows: u64 = 0,
+        cached_rows: u64 = 0,
+        sampled_tokens: u64 = 0,
+        preemptions: u64 = 0,
+        longest_wait_ns: u64 = 0,
+        kv_evictions: u64 = 0,
+        kv_copies: u64 = 0,
+        submitted: u64 = 0,
+        refused: u64 = 0,
+        jobs: u64 = 0,
+        running: u64 = 0,
+        waiting: u64 = 0,
+        queued_tokens: u64 = 0,
+        kv_blocks: u64 = 0,
+        kv_used: u64 = 0,
+        kv_cached: u64 = 0,
     }
 }
 
@@ -235,6 +445,9 @@ inits! {
     rrt_model_opts_init => rrt_model_opts;
     rrt_sample_req_init => rrt_sample_req;
     rrt_score_req_init => rrt_score_req;
+    rrt_reward_init => rrt_reward;
+    rrt_rollout_req_init => rrt_rollout_req;
+    rrt_follow_opts_init => rrt_follow_opts;
     rrt_adapter_opts_init => rrt_adapter_opts;
     rrt_update_opts_init => rrt_update_opts;
     rrt_tensor_desc_init => rrt_tensor_desc;
@@ -251,16 +464,22 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut c =
             "#include \"rewardrt.h\"\n#define SAME(a, b) _Static_assert((a) == (b), #a \" is not \" #b)\n".to_owned();
-        for (name, size, fields) in super::layout() {
-            c += &format!("SAME(sizeof({name}), {size});\n");
+        use super::{rrt_error, rrt_event, rrt_message, rrt_sequences};
+        let mut all = super::layout();
+        all.push(layout_of!(rrt_error: code len text));
+        all.push(layout_of!(rrt_event: kind status job user_tag sequence first count finish text_len));
+        all.push(layout_of!(rrt_message: role role_len content content_len));
+        all.push(layout_of!(rrt_sequences: ids offsets count));
+        let header = include_str!("../include/rewardrt.h");
+        let defined = header.lines().filter(|line| line.starts_with("typedef struct") && line.ends_with('{')).count();
+        assert_eq!(all.len(), defined, "a struct of the header is not compared");
+        for (name, size, align, fields) in all {
+            c += &format!("SAME(sizeof({name}), {size});\nSAME(_Alignof({name}), {align});\n");
             for (field, offset) in fields {
                 c += &format!("SAME(offsetof({name}, {}), {offset});\n", field.trim_start_matches("r#"));
             }
         }
-        c += &format!(
-            "SAME(sizeof(rrt_error), 512);\nSAME(sizeof(rrt_message), {});\n",
-            size_of::<super::rrt_message>()
-        );
+        c += "SAME(sizeof(rrt_error), 512);\n";
         let file = folder.path().join("layout.c");
         std::fs::write(&file, c).unwrap();
         let include = concat!(env!("CARGO_MANIFEST_DIR"), "/include");

@@ -1,30 +1,23 @@
-//! rrt_tokenizer_load, rrt_tokenizer_free, rrt_encode, rrt_decode, rrt_chat_encode
+//! rrt_tokenizer_load, rrt_tokenizer_free, rrt_encode, rrt_decode, rrt_chat_encode, rrt_chat_render
 
 use std::ffi::c_char;
 use std::path::Path;
 
 use runtime::{EncodeOptions, Message, Tokenizer};
 
-use crate::boundary::{Outcome, elements, enter, fill, null, output, quietly, reference, text};
-use crate::status::{E_ARG, E_NOT_FOUND, Failure, rrt_error};
+use crate::boundary::{Outcome, elements, enter, fill, null, only, output, quietly, reference, text};
+use crate::status::{E_ABI, E_ARG, E_NOT_FOUND, E_TEMPLATE, Failure, rrt_error};
 use crate::structs::rrt_message;
 
 const ADD_SPECIAL: u32 = 1;
 const PARSE_SPECIAL: u32 = 2;
 const SKIP_SPECIAL: u32 = 4;
 const ADD_GENERATION_PROMPT: u32 = 8;
-const MAX_MESSAGES: usize = 1 << 16;
+pub const MAX_MESSAGES: usize = 1 << 16;
 
 #[allow(non_camel_case_types)]
 pub struct rrt_tokenizer {
     tokenizer: Tokenizer,
-}
-
-fn only(flags: u32, known: u32) -> Outcome<()> {
-    if flags & !known == 0 {
-        return Ok(());
-    }
-    Err(Failure::new(E_ARG, format!("unknown flags {:#x}; {known:#x} are known here", flags & !known)))
 }
 
 #[unsafe(no_mangle)]
@@ -75,7 +68,7 @@ pub unsafe extern "C" fn rrt_encode(
         let tokenizer = &unsafe { reference(tokenizer, "tokenizer") }?.tokenizer;
         // SAFETY: the header's condition on strings.
         let string = unsafe { text(string, len, "text") }?;
-        only(flags, ADD_SPECIAL | PARSE_SPECIAL)?;
+        only(flags, ADD_SPECIAL | PARSE_SPECIAL, "rrt_encode")?;
         let options =
             EncodeOptions { add_special: flags & ADD_SPECIAL != 0, parse_special: flags & PARSE_SPECIAL != 0 };
         // SAFETY: the header's condition on buffers.
@@ -101,13 +94,40 @@ pub unsafe extern "C" fn rrt_decode(
         let tokenizer = &unsafe { reference(tokenizer, "tokenizer") }?.tokenizer;
         // SAFETY: the header's condition on arrays.
         let ids = unsafe { elements(ids, count, "ids") }?;
-        only(flags, SKIP_SPECIAL)?;
+        only(flags, SKIP_SPECIAL, "rrt_decode")?;
         let string = tokenizer.decode(ids, flags & SKIP_SPECIAL != 0)?;
         // SAFETY: the header's condition on buffers.
         unsafe { fill(string.as_bytes(), out.cast::<u8>(), capacity, need) }
     };
     // SAFETY: the header's condition on err.
     unsafe { enter(err, body) }
+}
+
+/// Messages of the caller's, `stride` bytes apart.
+///
+/// # Safety
+/// `messages` points to `count` of them.
+pub unsafe fn conversation(messages: *const rrt_message, count: usize, stride: usize) -> Outcome<Vec<Message>> {
+    if messages.is_null() {
+        return Err(null("messages"));
+    }
+    if count > MAX_MESSAGES {
+        return Err(Failure::new(E_ARG, format!("{count} messages, at most {MAX_MESSAGES} are allowed")));
+    }
+    if stride < size_of::<rrt_message>() {
+        let text = format!("stride is {stride}, an rrt_message has {} bytes", size_of::<rrt_message>());
+        return Err(Failure::new(E_ABI, text));
+    }
+    let mut list = Vec::with_capacity(count);
+    for i in 0..count {
+        // SAFETY: the caller's promise.
+        let m = unsafe { messages.byte_add(i * stride).read_unaligned() };
+        // SAFETY: the header's condition on strings.
+        let (role, content) =
+            unsafe { (text(m.role, m.role_len, "role")?, text(m.content, m.content_len, "content")?) };
+        list.push(Message { role: role.to_owned(), content: content.to_owned() });
+    }
+    Ok(list)
 }
 
 #[unsafe(no_mangle)]
@@ -125,31 +145,40 @@ pub unsafe extern "C" fn rrt_chat_encode(
     let body = || {
         // SAFETY: the header's condition on handles.
         let tokenizer = &unsafe { reference(tokenizer, "tokenizer") }?.tokenizer;
-        only(flags, ADD_GENERATION_PROMPT)?;
-        if messages.is_null() {
-            return Err(null("messages"));
-        }
-        if count > MAX_MESSAGES || stride < size_of::<rrt_message>() {
-            return Err(Failure::new(
-                E_ARG,
-                format!(
-                    "{count} messages {stride} bytes apart; at most {MAX_MESSAGES}, at least {}",
-                    size_of::<rrt_message>()
-                ),
-            ));
-        }
-        let mut conversation = Vec::with_capacity(count);
-        for i in 0..count {
-            // SAFETY: the caller's array of `count` structs, `stride` bytes apart.
-            let m = unsafe { messages.byte_add(i * stride).read_unaligned() };
-            // SAFETY: the header's condition on strings.
-            let (role, content) =
-                unsafe { (text(m.role, m.role_len, "role")?, text(m.content, m.content_len, "content")?) };
-            conversation.push(Message { role: role.to_owned(), content: content.to_owned() });
-        }
-        let encoded = tokenizer.encode_chat(&conversation, flags & ADD_GENERATION_PROMPT != 0)?;
+        only(flags, ADD_GENERATION_PROMPT, "rrt_chat_encode")?;
+        // SAFETY: the header's condition on arrays.
+        let messages = unsafe { conversation(messages, count, stride) }?;
+        let encoded = tokenizer.encode_chat(&messages, flags & ADD_GENERATION_PROMPT != 0)?;
         // SAFETY: the header's condition on buffers.
         unsafe { fill(&encoded, ids, capacity, need) }
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_chat_render(
+    tokenizer: *const rrt_tokenizer,
+    messages: *const rrt_message,
+    count: usize,
+    stride: usize,
+    flags: u32,
+    out: *mut c_char,
+    capacity: usize,
+    need: *mut usize,
+    err: *mut rrt_error,
+) -> i32 {
+    let body = || {
+        // SAFETY: the header's condition on handles.
+        let tokenizer = &unsafe { reference(tokenizer, "tokenizer") }?.tokenizer;
+        only(flags, ADD_GENERATION_PROMPT, "rrt_chat_render")?;
+        // SAFETY: the header's condition on arrays.
+        let messages = unsafe { conversation(messages, count, stride) }?;
+        let template =
+            tokenizer.chat_template().ok_or_else(|| Failure::new(E_TEMPLATE, "the tokenizer has no chat template"))?;
+        let rendered = template.render(&messages, flags & ADD_GENERATION_PROMPT != 0)?;
+        // SAFETY: the header's condition on buffers.
+        unsafe { fill(rendered.as_bytes(), out.cast::<u8>(), capacity, need) }
     };
     // SAFETY: the header's condition on err.
     unsafe { enter(err, body) }

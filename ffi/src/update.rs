@@ -7,7 +7,7 @@ use std::time::Duration;
 use runtime::weights::{Dtype, TensorData};
 use runtime::{InFlight, Require, Storage, Tags, Update, UpdateOptions};
 
-use crate::boundary::{Outcome, elements, enter, input, output, quietly, reference, text, write};
+use crate::boundary::{Outcome, Sized32, elements, enter, input, output, quietly, reference, text, write};
 use crate::model::{live_model, rrt_model};
 use crate::runtime::{Child, open_runtime, rrt_runtime};
 use crate::status::{E_ARG, E_BUSY, E_CONFLICT, E_PANIC, E_RANGE, Failure, rrt_error};
@@ -80,6 +80,10 @@ fn tags(flags: u32) -> Outcome<Tags> {
         return Err(Failure::new(E_ARG, format!("tags is {flags:#x}, it must be 1, 2 or 3")));
     }
     Ok(Tags { weights: flags & SLEEP_WEIGHTS != 0, kv_cache: flags & SLEEP_KV_CACHE != 0 })
+}
+
+pub fn tags_number(tags: Tags) -> u32 {
+    u32::from(tags.weights) * SLEEP_WEIGHTS + u32::from(tags.kv_cache) * SLEEP_KV_CACHE
 }
 
 #[unsafe(no_mangle)]

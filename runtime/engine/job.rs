@@ -57,6 +57,20 @@ pub enum Streamed {
     Done,
 }
 
+/// How a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// [`Job::wait`] has the result.
+    Finished,
+    /// A sampling job that was cancelled or late: [`Job::wait`] has what there is.
+    CutShort,
+    /// [`Job::wait`] returns an error of this kind.
+    Failed(ErrorKind),
+}
+
+/// Told that a job has a new chunk or has ended.
+type Observer = Arc<dyn Fn() + Send + Sync>;
+
 /// What the engine and the caller share about one job.
 pub(crate) struct JobState {
     inner: Mutex<Inner>,
@@ -74,8 +88,11 @@ struct Inner {
     finished: Vec<Option<Finished>>,
     remaining: usize,
     error: Option<Error>,
+    /// One of its sequences was cancelled.
+    cut_short: bool,
     chunks: VecDeque<Chunk>,
     stats: JobStats,
+    observer: Option<Observer>,
 }
 
 impl JobState {
@@ -85,8 +102,10 @@ impl JobState {
                 finished: Vec::new(),
                 remaining: sequences,
                 error: None,
+                cut_short: false,
                 chunks: VecDeque::new(),
                 stats: JobStats::default(),
+                observer: None,
             }),
             changed: Condvar::new(),
             cancelled: AtomicBool::new(false),
@@ -107,12 +126,23 @@ impl JobState {
         // Allocated with the first result: a job that waits costs little.
         let total = self.total;
         inner.finished.resize_with(total, || None);
+        inner.cut_short |= matches!(&result, Finished::Sampled(sampled) if sampled.finish == Finish::Cancelled);
         inner.finished[index] = Some(result);
         inner.remaining -= 1;
         self.finished_count.fetch_add(1, Ordering::Relaxed);
         if inner.remaining == 0 {
             inner.stats.elapsed = self.submitted.elapsed();
-            self.changed.notify_all();
+            self.announce(inner);
+        }
+    }
+
+    /// Tells everybody who waits or observes.
+    fn announce(&self, inner: MutexGuard<'_, Inner>) {
+        self.changed.notify_all();
+        let observer = inner.observer.clone();
+        drop(inner);
+        if let Some(observer) = observer {
+            observer();
         }
     }
 
@@ -122,7 +152,7 @@ impl JobState {
         self.failed.store(true, Ordering::Relaxed);
         inner.error.get_or_insert(error);
         inner.stats.elapsed = self.submitted.elapsed();
-        self.changed.notify_all();
+        self.announce(inner);
     }
 
     /// Adds to the stream of the sequence `index`, if there is one.
@@ -137,8 +167,9 @@ impl JobState {
         if self.options.stream && (!tokens.is_empty() || end.is_some()) {
             let (prompt, sample) = (index / self.options.per_prompt, index % self.options.per_prompt);
             let chunk = Chunk { prompt, sample, first, tokens: tokens.to_vec(), text, finish: end };
-            self.lock().chunks.push_back(chunk);
-            self.changed.notify_all();
+            let mut inner = self.lock();
+            inner.chunks.push_back(chunk);
+            self.announce(inner);
         }
     }
 
@@ -183,11 +214,38 @@ impl JobState {
     fn wait_timeout(&self, timeout: Duration) -> bool {
         self.wait_for(timeout, |inner| inner.is_done().then_some(())).is_some()
     }
+
+    fn next_chunk(&self, timeout: Duration) -> Streamed {
+        let next = |inner: &mut Inner| match inner.chunks.pop_front() {
+            Some(chunk) => Some(Streamed::Chunk(chunk)),
+            None => inner.is_done().then_some(Streamed::Done),
+        };
+        self.wait_for(timeout, next).unwrap_or(Streamed::Pending)
+    }
+
+    fn progress(&self) -> (usize, usize) {
+        (self.finished_count.load(Ordering::Relaxed), self.total)
+    }
+
+    fn stats(&self) -> JobStats {
+        let inner = self.lock();
+        let elapsed = if inner.is_done() { inner.stats.elapsed } else { self.submitted.elapsed() };
+        JobStats { elapsed, ..inner.stats }
+    }
 }
 
 impl Inner {
     fn is_done(&self) -> bool {
         self.remaining == 0 || self.error.is_some()
+    }
+
+    fn ending(&self) -> Option<Ending> {
+        match &self.error {
+            Some(error) => Some(Ending::Failed(error.kind())),
+            None if self.remaining > 0 => None,
+            None if self.cut_short => Some(Ending::CutShort),
+            None => Some(Ending::Finished),
+        }
     }
 }
 
@@ -206,6 +264,40 @@ impl JobWatch {
     /// See [`Job::cancel`].
     pub fn cancel(&self) {
         self.state.cancel();
+    }
+
+    /// See [`Job::progress`].
+    pub fn progress(&self) -> (usize, usize) {
+        self.state.progress()
+    }
+
+    /// See [`Job::stats`].
+    pub fn stats(&self) -> JobStats {
+        self.state.stats()
+    }
+
+    /// See [`Job::next_chunk`].
+    pub fn next_chunk(&self, timeout: Duration) -> Streamed {
+        self.state.next_chunk(timeout)
+    }
+
+    /// How the job ended; `None` while it has not. Ask before [`Job::wait`] takes the result.
+    pub fn ending(&self) -> Option<Ending> {
+        self.state.lock().ending()
+    }
+
+    /// Has `observer` called whenever the job has a new chunk, and when it ends; at once if either has happened already. It
+    /// takes the place of an earlier one. It runs on the engine's thread, so it has to be quick and must not wait for
+    /// anything that the engine does: what it is good for is waking somebody up.
+    pub fn on_change(&self, observer: impl Fn() + Send + Sync + 'static) {
+        let observer: Observer = Arc::new(observer);
+        let mut inner = self.state.lock();
+        inner.observer = Some(observer.clone());
+        let has_changed = inner.is_done() || !inner.chunks.is_empty();
+        drop(inner);
+        if has_changed {
+            observer();
+        }
     }
 }
 
@@ -227,14 +319,12 @@ impl<T> Job<T> {
 
     /// Sequences finished so far, and sequences in all.
     pub fn progress(&self) -> (usize, usize) {
-        (self.state.finished_count.load(Ordering::Relaxed), self.state.total)
+        self.state.progress()
     }
 
     /// What the job has cost so far.
     pub fn stats(&self) -> JobStats {
-        let inner = self.state.lock();
-        let elapsed = if inner.is_done() { inner.stats.elapsed } else { self.state.submitted.elapsed() };
-        JobStats { elapsed, ..inner.stats }
+        self.state.stats()
     }
 
     /// Asks the engine to stop, within one step. Sampling jobs then finish with what they have; scoring jobs fail with
@@ -251,11 +341,7 @@ impl<T> Job<T> {
     /// The next piece of what is being sampled, of any answer, blocking at most for `timeout`. For requests with `stream`
     /// set; others go straight to `Done` at their end.
     pub fn next_chunk(&self, timeout: Duration) -> Streamed {
-        let next = |inner: &mut Inner| match inner.chunks.pop_front() {
-            Some(chunk) => Some(Streamed::Chunk(chunk)),
-            None => inner.is_done().then_some(Streamed::Done),
-        };
-        self.state.wait_for(timeout, next).unwrap_or(Streamed::Pending)
+        self.state.next_chunk(timeout)
     }
 
     /// A watch on this job that another thread can keep.

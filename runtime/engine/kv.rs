@@ -391,6 +391,11 @@ impl KvCache {
     }
 
     /// Forgets everything: after a step that failed nobody knows what is in the blocks. All paths must be gone.
+    /// Counts evictions and copies from here.
+    pub fn reset_counts(&mut self) {
+        (self.evictions, self.copied) = (0, 0);
+    }
+
     pub fn clear(&mut self) {
         let (evictions, copied) = (self.evictions, self.copied);
         *self = KvCache { evictions, copied, ..KvCache::new(self.blocks.len()) };

@@ -289,6 +289,19 @@ impl Lane {
         *self.published.lock().unwrap_or_else(PoisonError::into_inner) = self.stats;
     }
 
+    /// Counts from here. What is going on stays.
+    pub fn reset_stats(&mut self) {
+        let ModelStats { adapters, adapter_bytes, .. } = self.stats;
+        self.stats = ModelStats { adapters, adapter_bytes, ..ModelStats::default() };
+        self.kv.reset_counts();
+        self.publish();
+    }
+
+    /// True if it has no jobs and nothing keeps it from taking some.
+    pub fn is_idle(&self) -> bool {
+        self.jobs.is_empty() && !self.holds.any()
+    }
+
     /// Lets go of jobs that were cancelled, are late or have failed.
     fn drop_stopped(&mut self) -> Released {
         let mut released = Released::default();

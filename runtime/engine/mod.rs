@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-pub use job::{Chunk, Job, JobWatch, Scheduling, Streamed};
+pub use job::{Chunk, Ending, Job, JobWatch, Scheduling, Streamed};
 pub(crate) use job::{JobOptions, JobState};
 pub use lane::InFlight;
 pub(crate) use lane::Lane;
@@ -68,12 +68,7 @@ pub(crate) struct NewAdapter {
     pub room: u64,
 }
 
-/// The lanes, and whether they may move.
-#[derive(Default)]
-struct Floor {
-    lanes: Vec<(u64, Box<Lane>)>,
-    paused: bool,
-}
+type Lanes = Vec<(u64, Box<Lane>)>;
 
 /// How often deadlines and cancellations are looked after while no lane moves.
 const TEND: Duration = Duration::from_millis(5);
@@ -95,6 +90,7 @@ struct Shared {
     queued_tokens: AtomicUsize,
     submitted: AtomicU64,
     refused: AtomicU64,
+    paused: AtomicBool,
     poisoned: Mutex<Option<Error>>,
 }
 
@@ -113,6 +109,7 @@ impl Engine {
             queued_tokens: AtomicUsize::new(0),
             submitted: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            paused: AtomicBool::new(false),
             poisoned: Mutex::new(None),
         });
         let for_thread = shared.clone();
@@ -217,7 +214,7 @@ impl Engine {
         match failed {
             None => Ok(()),
             Some(error) => {
-                if !earlier.load(Ordering::Relaxed) {
+                if !earlier.load(Ordering::SeqCst) {
                     self.resume()?;
                 }
                 Err(error)
@@ -287,6 +284,20 @@ impl Engine {
         }
     }
 
+    /// Counts submitted and refused jobs from here.
+    pub(crate) fn reset_stats(&self) {
+        self.shared.submitted.store(0, Ordering::Relaxed);
+        self.shared.refused.store(0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.shared.poison().is_some()
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.shared.paused.load(Ordering::SeqCst)
+    }
+
     fn send(&self, command: Command) -> Result<()> {
         let gone =
             |_| self.shared.poison().unwrap_or_else(|| Error::new(ErrorKind::Poisoned, "the engine has stopped"));
@@ -306,11 +317,10 @@ impl Drop for Engine {
 }
 
 fn run(inbox: Receiver<Command>, shared: &Shared) {
-    let mut floor = Floor::default();
+    let mut lanes = Lanes::new();
     let mut obeyed = 0;
     let mut tended = Instant::now();
     loop {
-        let lanes = &mut floor.lanes;
         let rest = lanes.iter().all(|(_, lane)| lane.rests());
         let command = match rest {
             // Commands that come all the time must not keep deadlines waiting.
@@ -340,11 +350,11 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
             match command {
                 Ok(command) => {
                     obeyed += 1;
-                    released += obey(&mut floor, command);
+                    released += obey(&mut lanes, shared, command);
                 }
                 Err(_) => {
                     (obeyed, tended) = (0, Instant::now());
-                    floor.lanes.iter_mut().for_each(|(_, lane)| released += lane.advance());
+                    lanes.iter_mut().for_each(|(_, lane)| released += lane.advance());
                 }
             }
             released
@@ -353,10 +363,10 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
             Ok(released) => {
                 shared.queued_tokens.fetch_sub(released.positions, Ordering::Relaxed);
                 shared.jobs.fetch_sub(released.jobs, Ordering::Relaxed);
-                floor.lanes.iter_mut().for_each(|(_, lane)| lane.deliver());
+                lanes.iter_mut().for_each(|(_, lane)| lane.deliver());
             }
             Err(panic) => {
-                poison(shared, &*panic, &mut floor.lanes, submitted);
+                poison(shared, &*panic, &mut lanes, submitted);
                 // Refuse whatever is still on its way, until the runtime is closed.
                 while let Ok(command) = inbox.recv() {
                     let Some(error) = shared.poison() else { continue };
@@ -374,7 +384,7 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
         }
     }
     let closed = Error::new(ErrorKind::Cancelled, "the runtime was closed");
-    for (_, lane) in &mut floor.lanes {
+    for (_, lane) in &mut lanes {
         lane.fail_all(&closed);
     }
 }
@@ -396,11 +406,10 @@ fn poison(shared: &Shared, panic: &(dyn Any + Send), lanes: &mut [(u64, Box<Lane
 }
 
 /// Carries out a command; says what is done with.
-fn obey(floor: &mut Floor, command: Command) -> Released {
-    let lanes = &mut floor.lanes;
+fn obey(lanes: &mut Lanes, shared: &Shared, command: Command) -> Released {
     match command {
         Command::Add { model, mut lane } => {
-            lane.holds.paused = floor.paused;
+            lane.holds.paused = shared.paused.load(Ordering::SeqCst);
             lanes.push((model, lane));
             Released::default()
         }
@@ -444,8 +453,7 @@ fn obey(floor: &mut Floor, command: Command) -> Released {
             None => Released::default(),
         },
         Command::Pause { in_flight, deadline, answer, earlier } => {
-            earlier.store(floor.paused, Ordering::Relaxed);
-            floor.paused = true;
+            earlier.store(shared.paused.swap(true, Ordering::SeqCst), Ordering::SeqCst);
             let mut released = Released::default();
             for (_, lane) in lanes {
                 let answer = answer.clone();
@@ -457,7 +465,7 @@ fn obey(floor: &mut Floor, command: Command) -> Released {
             released
         }
         Command::Resume => {
-            floor.paused = false;
+            shared.paused.store(false, Ordering::SeqCst);
             lanes.iter_mut().for_each(|(_, lane)| lane.holds.paused = false);
             Released::default()
         }

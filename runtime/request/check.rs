@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{LogprobRequest, MAX_SEQUENCES, SampleRequest, ScoreRequest};
+use super::{LogprobRequest, MAX_SEQUENCES, RequestLimits, SampleRequest, ScoreRequest};
 use crate::backend::Want;
 use crate::engine::{NewSequence, Purpose, SamplePlan};
 use crate::error::{Error, Result};
-use crate::guide::CompiledGuide;
+use crate::guide::{self, CompiledGuide};
 use crate::kernels::{sample, top_k};
 use crate::model::ModelSpec;
 use crate::score::BoundRule;
@@ -22,6 +22,18 @@ const MAX_STOPS: usize = 64;
 /// Each row that samples carries them.
 const MAX_BIASES: usize = 1024;
 const MAX_SPECULATE: usize = 16;
+
+pub(super) const LIMITS: RequestLimits = RequestLimits {
+    tokens: MAX_TOKENS,
+    alternatives: MAX_ALTERNATIVES,
+    stops: MAX_STOPS,
+    biases: MAX_BIASES,
+    top_logprobs: top_k::MAX_K,
+    kept_ids: sample::MAX_KEPT_IDS,
+    speculate: MAX_SPECULATE,
+    guide_bytes: guide::MAX_SOURCE,
+};
+
 /// Below this a temperature is greedy: 1/T would lose the logits' differences to f32's range.
 const GREEDY_BELOW: f32 = 1e-5;
 
@@ -300,9 +312,20 @@ impl Checker<'_> {
     pub(crate) fn score(&self, r: &ScoreRequest, rule: &BoundRule) -> Result<Vec<NewSequence>> {
         self.count("sequences", r.sequences.len())?;
         self.total(&r.sequences, 0)?;
+        if let Some(steps) = &r.steps {
+            steps.check(&r.sequences)?;
+            let values = (0..r.sequences.len()).map(|i| steps.places(i, &r.sequences[i]).len() * rule.labels().len());
+            if values.sum::<usize>() > MAX_ALTERNATIVES {
+                return Err(Error::limit(format!(
+                    "the steps have more than {MAX_ALTERNATIVES} values, of {} labels each",
+                    rule.labels().len()
+                )));
+            }
+        }
         let sequence = |(i, tokens): (usize, &Vec<u32>)| {
             self.tokens("sequence", i, tokens, self.max_context)?;
-            let purpose = Purpose::Read(rule.wants(tokens));
+            let places = r.steps.as_ref().map(|steps| steps.places(i, tokens));
+            let purpose = Purpose::Read(rule.wants(tokens, places));
             Ok(NewSequence { tokens: tokens.clone(), forwards: once(tokens.len()), purpose, adapter: None })
         };
         r.sequences.iter().enumerate().map(sequence).collect()

@@ -10,10 +10,38 @@ pub(crate) use results::{Samples, read_logprobs, read_samples, read_scores};
 use crate::adapter::Adapter;
 use crate::engine::Scheduling;
 use crate::guide::Guide;
-use crate::score::Rule;
+use crate::score::{Rule, Steps};
 
 /// Sequences in one request.
 pub const MAX_SEQUENCES: usize = 1 << 16;
+
+/// What requests are held to, beside [`MAX_SEQUENCES`] and the model's context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// Tokens of a request, what it may generate included.
+    pub tokens: usize,
+    /// Alternatives and kept ids of all tokens of a request.
+    pub alternatives: usize,
+    /// Stop strings, and stop ids.
+    pub stops: usize,
+    /// Tokens in a logit bias.
+    pub biases: usize,
+    /// [`SampleRequest::top_logprobs`].
+    pub top_logprobs: usize,
+    /// [`SampleRequest::kept_ids`].
+    pub kept_ids: usize,
+    /// [`SampleRequest::speculate`].
+    pub speculate: usize,
+    /// Bytes of a [`Guide`].
+    pub guide_bytes: usize,
+}
+
+impl RequestLimits {
+    /// The limits of this version.
+    pub const fn get() -> Self {
+        check::LIMITS
+    }
+}
 
 /// Samples from a policy.
 #[derive(Clone, Debug)]
@@ -154,6 +182,8 @@ pub struct ScoreRequest {
     pub sequences: Vec<Vec<u32>>,
     /// `None`: the rule that the checkpoint's head implies.
     pub rule: Option<Rule>,
+    /// Read the rule at these places, as process reward models do; `None`: once a sequence, where the rule says.
+    pub steps: Option<Steps>,
     /// Whose weights come on top of the model's; `None`: the model alone. A request keeps the content that the adapter
     /// has when it is submitted.
     pub adapter: Option<Adapter>,

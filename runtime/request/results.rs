@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::backend::{Output, TokenStats};
 use crate::engine::{Finish, Finished, Sampled, SampledToken, Timing, VersionSpan};
 use crate::error::{Error, Result};
-use crate::score::{BoundRule, Score};
+use crate::score::{BoundRule, Score, Step};
 
 /// One sampled answer.
 #[derive(Clone, Debug)]
@@ -64,8 +64,10 @@ impl SequenceLogprobs {
 /// A sequence's score, and where it comes from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SequenceScore {
-    /// The score.
+    /// The score; with steps the last one's, or NaN where there are none.
     pub score: Score,
+    /// The scores of the request's steps, in the order of their places; without steps there are none.
+    pub steps: Vec<Step>,
     /// Names of `score.values`.
     pub labels: Arc<[String]>,
     /// The rule, as [`Rule::parse`] reads it.
@@ -151,18 +153,28 @@ pub(crate) fn read_logprobs(
     finished.into_iter().zip(scored).map(read).collect()
 }
 
+/// `places[i]`: where the steps of sequence i are, if there are steps.
 pub(crate) fn read_scores(
     rule: &BoundRule,
+    places: Option<&[Vec<usize>]>,
     adapter_version: Option<u64>,
     finished: Vec<Finished>,
 ) -> Result<Vec<SequenceScore>> {
     let (labels, name) = (Arc::<[String]>::from(rule.labels()), rule.rule.to_string());
-    let read = |finished| {
+    let read = |(i, finished): (usize, Finished)| {
         let (outputs, weight_version) = outputs(finished)?;
-        let (score, labels, rule) = (rule.read(&outputs)?, labels.clone(), name.clone());
-        Ok(SequenceScore { score, labels, rule, weight_version, adapter_version })
+        let scores = outputs.iter().map(|output| rule.read(output)).collect::<Result<Vec<Score>>>()?;
+        let (score, steps) = match places {
+            None => (scores.into_iter().next().ok_or_else(|| Error::internal("a score without its logits"))?, vec![]),
+            Some(places) => {
+                let score = scores.last().cloned().unwrap_or_else(|| Score::none(labels.len()));
+                let step = |(&position, score)| Step { position, score };
+                (score, places[i].iter().zip(scores).map(step).collect())
+            }
+        };
+        Ok(SequenceScore { score, steps, labels: labels.clone(), rule: name.clone(), weight_version, adapter_version })
     };
-    finished.into_iter().map(read).collect()
+    finished.into_iter().enumerate().map(read).collect()
 }
 
 /// What was read, and the version of the weights.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::scorer::{Answer, Input, ReferenceScorer, RewardScorer, Scorer};
 use super::{Advantage, Kl, Rollout, RolloutRequest, advantage};
-use crate::engine::{Chunk, Job, JobWatch, Streamed, panic_text};
+use crate::engine::{Chunk, Ending, Job, JobWatch, Streamed, panic_text};
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::{SampleRequest, SampledSequence, SequenceLogprobs, SequenceScore};
 use crate::runtime::Model;
@@ -42,6 +42,9 @@ struct Inner {
     ended: usize,
     /// Jobs to cancel; those that have ended do not mind.
     watches: Vec<JobWatch>,
+    observer: Option<Arc<dyn Fn() + Send + Sync>>,
+    /// How it ended.
+    ending: Option<Ending>,
 }
 
 impl Shared {
@@ -61,6 +64,25 @@ impl Shared {
 
     fn is_cancelled(&self) -> bool {
         self.lock().is_cancelled
+    }
+
+    fn end(&self, result: Result<Rollout>) {
+        let mut inner = self.lock();
+        inner.watches.clear();
+        inner.ending = Some(result.as_ref().map_or_else(|e| Ending::Failed(e.kind()), |_| Ending::Finished));
+        inner.result = Some(result);
+        inner.is_done = true;
+        let observer = inner.observer.take();
+        drop(inner);
+        self.done.notify_all();
+        if let Some(observer) = observer {
+            observer();
+        }
+    }
+
+    fn wait_timeout(&self, timeout: Duration) -> bool {
+        let wait = self.done.wait_timeout_while(self.lock(), timeout, |inner| !inner.is_done);
+        wait.unwrap_or_else(PoisonError::into_inner).0.is_done
     }
 
     /// Has the job cancelled with the rollout.
@@ -102,11 +124,7 @@ impl RolloutJob {
             move || {
                 let result = catch_unwind(AssertUnwindSafe(|| work.run()))
                     .unwrap_or_else(|panic| Err(Error::internal(panic_text(&*panic))));
-                let mut inner = shared.lock();
-                inner.watches.clear();
-                inner.result = Some(result);
-                inner.is_done = true;
-                shared.done.notify_all();
+                shared.end(result);
             }
         };
         let thread = std::thread::Builder::new().name("rewardrt-rollout".into()).spawn(run).map_err(no_thread)?;
@@ -125,8 +143,12 @@ impl RolloutJob {
 
     /// Blocks until the rollout is done, at most for `timeout`. True if it is done.
     pub fn wait_timeout(&self, timeout: Duration) -> bool {
-        let wait = self.shared.done.wait_timeout_while(self.shared.lock(), timeout, |inner| !inner.is_done);
-        wait.unwrap_or_else(PoisonError::into_inner).0.is_done
+        self.shared.wait_timeout(timeout)
+    }
+
+    /// A watch on this rollout that another thread can keep.
+    pub fn watch(&self) -> RolloutWatch {
+        RolloutWatch { shared: self.shared.clone(), answers: self.answers }
     }
 
     /// Asks it to stop, within one step; it then fails with `Cancelled`.
@@ -161,6 +183,46 @@ impl Drop for RolloutJob {
     }
 }
 
+/// Watches a rollout without owning it.
+#[derive(Clone)]
+pub struct RolloutWatch {
+    shared: Arc<Shared>,
+    answers: usize,
+}
+
+impl RolloutWatch {
+    /// See [`RolloutJob::progress`].
+    pub fn progress(&self) -> (usize, usize) {
+        (self.shared.lock().ended, self.answers)
+    }
+
+    /// See [`RolloutJob::wait_timeout`].
+    pub fn wait_timeout(&self, timeout: Duration) -> bool {
+        self.shared.wait_timeout(timeout)
+    }
+
+    /// See [`RolloutJob::cancel`].
+    pub fn cancel(&self) {
+        self.shared.cancel();
+    }
+
+    /// How the rollout ended; `None` while it has not.
+    pub fn ending(&self) -> Option<Ending> {
+        self.shared.lock().ending
+    }
+
+    /// Has `observer` called when the rollout ends, on its thread, or at once if it has; see [`JobWatch::on_change`].
+    pub fn on_change(&self, observer: impl Fn() + Send + Sync + 'static) {
+        let mut inner = self.shared.lock();
+        if !inner.is_done {
+            inner.observer = Some(Arc::new(observer));
+            return;
+        }
+        drop(inner);
+        observer();
+    }
+}
+
 fn no_thread(e: std::io::Error) -> Error {
     Error::new(ErrorKind::HostMemory, format!("cannot start a thread: {e}"))
 }
@@ -189,6 +251,7 @@ impl Work {
             rewards.iter().for_each(|worker| worker.send(&answer));
             reference.iter().for_each(|worker| worker.send(&answer));
         });
+        let cost = sampling.stats();
         let sampled = sampling.wait();
         let sampled_in = begun.elapsed();
         if sampled.is_err() {
@@ -227,6 +290,7 @@ impl Work {
             kl,
             rewards,
             reward,
+            sampling: cost,
             sampled_in,
             elapsed: begun.elapsed(),
         })

@@ -12,11 +12,12 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 pub use advantage::{Advantage, Group};
-pub use job::RolloutJob;
+pub use job::{RolloutJob, RolloutWatch};
 pub use kl::Kl;
 use scorer::RewardScorer;
 
 use crate::adapter::Adapter;
+use crate::engine::JobStats;
 use crate::error::{Error, Result};
 use crate::request::{SampleRequest, SampledSequence, SequenceLogprobs};
 use crate::runtime::Model;
@@ -111,6 +112,8 @@ pub struct Rollout {
     pub advantages: Vec<f32>,
     /// By prompt.
     pub groups: Vec<Group>,
+    /// What sampling has cost.
+    pub sampling: JobStats,
     /// From the beginning to the last sampled token.
     pub sampled_in: Duration,
     /// From the beginning to the end.

@@ -103,7 +103,7 @@ impl RewardScorer {
         let place = |e: Error| e.at(format!("reward {}", reward.name));
         let model = reward.model.clone();
         let rule = reward.rule.clone().map_or_else(|| Rule::for_model(model.spec()), Ok).map_err(place)?;
-        let labels = model.rule_labels(&rule).map_err(place)?;
+        let labels = model.rule_labels(&rule).map_err(place)?.len();
         if reward.label >= labels {
             return Err(place(Error::argument(format!("label {} of {labels}, counted from 0", reward.label))));
         }
@@ -184,6 +184,7 @@ impl Scorer for RewardScorer {
             rule: Some(self.rule.clone()),
             adapter: self.adapter.clone(),
             scheduling: self.scheduling,
+            ..ScoreRequest::default()
         };
         self.model.score(&request).map_err(|e| e.at(format!("reward {}", self.name)))
     }

@@ -123,6 +123,81 @@ fn label_token(label: &str, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<u
     }
 }
 
+/// Where a rule is read more than once a sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Steps {
+    /// After these tokens of each sequence, counted from its first, in rising order; there may be none.
+    At(Vec<Vec<usize>>),
+    /// After each token with this id that is not of the sequence's prompt.
+    After {
+        /// What ends a step.
+        id: u32,
+        /// For each sequence, how many leading tokens are a prompt; empty: 0 for all.
+        prompt_lens: Vec<usize>,
+    },
+}
+
+impl Steps {
+    pub(crate) fn check(&self, sequences: &[Vec<u32>]) -> Result<()> {
+        let fits = |name: &str, count: usize| match count == sequences.len() {
+            true => Ok(()),
+            false => Err(Error::argument(format!("{count} {name} for {} sequences", sequences.len()))),
+        };
+        match self {
+            Steps::At(places) => {
+                fits("lists of steps", places.len())?;
+                for (i, (places, tokens)) in places.iter().zip(sequences).enumerate() {
+                    if let Some(place) = places.iter().find(|p| **p >= tokens.len()) {
+                        return Err(Error::argument(format!(
+                            "sequence {i} has {} tokens, but a step at {place}",
+                            tokens.len()
+                        )));
+                    }
+                    if let Some(pair) = places.windows(2).find(|pair| pair[0] >= pair[1]) {
+                        return Err(Error::argument(format!(
+                            "sequence {i}: the step at {} comes after the one at {}, steps must rise",
+                            pair[1], pair[0]
+                        )));
+                    }
+                }
+                Ok(())
+            }
+            Steps::After { prompt_lens, .. } if prompt_lens.is_empty() => Ok(()),
+            Steps::After { prompt_lens, .. } => {
+                fits("prompt_lens", prompt_lens.len())?;
+                match (0..sequences.len()).find(|&i| prompt_lens[i] > sequences[i].len()) {
+                    None => Ok(()),
+                    Some(i) => Err(Error::argument(format!(
+                        "sequence {i} has {} tokens but a prompt_len of {}",
+                        sequences[i].len(),
+                        prompt_lens[i]
+                    ))),
+                }
+            }
+        }
+    }
+
+    /// Where the steps of sequence `i` are; after [`Steps::check`].
+    pub(crate) fn places(&self, i: usize, tokens: &[u32]) -> Vec<usize> {
+        match self {
+            Steps::At(places) => places[i].clone(),
+            Steps::After { id, prompt_lens } => {
+                let prompt_len = prompt_lens.get(i).copied().unwrap_or(0);
+                (prompt_len..tokens.len()).filter(|&p| tokens[p] == *id).collect()
+            }
+        }
+    }
+}
+
+/// The score of one step of a sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// The token after which it was read, counted from the sequence's first.
+    pub position: usize,
+    /// What the rule says of the sequence up to there.
+    pub score: Score,
+}
+
 /// A rule that knows its model.
 #[derive(Clone)]
 pub(crate) struct BoundRule {
@@ -142,22 +217,30 @@ pub struct Score {
     pub values: Vec<f32>,
 }
 
+impl Score {
+    /// Of a sequence without steps.
+    pub(crate) fn none(labels: usize) -> Self {
+        Score { score: f32::NAN, values: vec![f32::NAN; labels] }
+    }
+}
+
 impl BoundRule {
     pub(crate) fn labels(&self) -> &[String] {
         &self.labels
     }
 
-    /// Which position is read. As in transformers, a sequence of nothing but padding is read at position 0.
-    pub(crate) fn wants(&self, tokens: &[u32]) -> Vec<(usize, Want)> {
-        let last = match self.skip {
+    /// Which positions are read: those of the steps, or the rule's own. As in transformers, a sequence of nothing but
+    /// padding is read at position 0.
+    pub(crate) fn wants(&self, tokens: &[u32], steps: Option<Vec<usize>>) -> Vec<(usize, Want)> {
+        let own = || match self.skip {
             Some(pad) => tokens.iter().rposition(|t| *t != pad).unwrap_or(0),
             None => tokens.len() - 1,
         };
-        vec![(last, self.want.clone())]
+        steps.unwrap_or_else(|| vec![own()]).into_iter().map(|p| (p, self.want.clone())).collect()
     }
 
-    pub(crate) fn read(&self, outputs: &[Output]) -> Result<Score> {
-        let [Output::Logits(logits)] = outputs else {
+    pub(crate) fn read(&self, output: &Output) -> Result<Score> {
+        let Output::Logits(logits) = output else {
             return Err(Error::internal("a score without its logits"));
         };
         let values = match self.rule {

@@ -299,9 +299,14 @@ impl Gpu {
         created
     }
 
+    /// True once nothing can be computed on it any more.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::SeqCst)
+    }
+
     /// Fails if the device is lost or an error came from outside every scope.
     pub(super) fn alive(&self) -> Result<()> {
-        if self.lost.load(Ordering::SeqCst) {
+        if self.is_lost() {
             return Err(Error::new(ErrorKind::DeviceLost, format!("{}: the device was lost", self.info.name)));
         }
         match self.uncaptured.lock().unwrap_or_else(PoisonError::into_inner).take() {
