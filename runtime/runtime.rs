@@ -423,11 +423,13 @@ impl Model {
         self.inner.tokenizer.as_deref().ok_or_else(|| Error::argument("the model folder has no tokenizer.json"))
     }
 
-    /// True if an id means the same text to both, as far as their tokenizers tell.
-    pub(crate) fn shares_vocabulary(&self, other: &Model) -> bool {
+    /// True if the other model can read this one's ids: each is the same token to both. Where a tokenizer is missing, the
+    /// number of ids decides.
+    pub(crate) fn speaks_to(&self, other: &Model) -> bool {
+        let [own, others] = [self, other].map(|model| model.inner.spec.vocab_size);
         match (&self.inner.tokenizer, &other.inner.tokenizer) {
-            (Some(own), Some(others)) => Arc::ptr_eq(own, others) || own.vocabulary() == others.vocabulary(),
-            _ => true,
+            (Some(mine), Some(theirs)) => own <= others && mine.is_part_of(theirs),
+            _ => own == others,
         }
     }
 

@@ -11,9 +11,10 @@ use common::checkpoints::{save, tensors, trained};
 use common::updates::refused;
 use common::{devices, golden, load, open, small, smollm2};
 use rewardrt::{
-    AdapterOptions, Advantage, EncodeOptions, ErrorKind, LogprobRequest, Message, Model, ModelOptions, Reference,
-    Reward, Rollout, RolloutRequest, Rule, Runtime, SampleRequest, ScoreRequest,
+    AdapterOptions, Advantage, EncodeOptions, ErrorKind, Finish, InFlight, LogprobRequest, Message, Model,
+    ModelOptions, Reference, Reward, Rollout, RolloutRequest, Rule, Runtime, SampleRequest, Scheduling, ScoreRequest,
 };
+use serde_json::json;
 
 const POLICY: &str = "llama-gqa-9-3";
 
@@ -92,6 +93,12 @@ fn it_is_its_steps_one_after_the_other() {
             assert_eq!(*total, sum as f32);
         }
         assert!(rollout.sampled_in <= rollout.elapsed);
+        assert_eq!(rollout.reward_versions, vec![vec![0; 30]; 2]);
+        let clipped = RolloutRequest { clip_reward: Some((-0.1, 0.05)), advantage: Advantage::None, ..request };
+        let clipped = policy.rollout(&clipped).unwrap().wait().unwrap();
+        let expected: Vec<f32> = rollout.reward.iter().map(|r| r.max(-0.1).min(0.05)).collect();
+        assert!(expected.contains(&-0.1) && expected.contains(&0.05), "{expected:?}");
+        assert_eq!((&clipped.reward, &clipped.advantages), (&expected, &expected), "{device}");
     }
 }
 
@@ -267,7 +274,7 @@ fn requests_that_make_no_sense_are_refused() {
     no(with(Reward { weight: f32::NAN, ..reward() }), &["reward s: the weight NaN"]);
     no(with(Reward { label: 3, ..reward() }), &["reward s: label 3 of 3"]);
     no(with(Reward { rule: Some(Rule::parse("judge").unwrap()), ..reward() }), &["reward s", "does not fit"]);
-    no(with(Reward { question: Some("?".into()), ..reward() }), &["reward s", "no chat template"]);
+    no(with(Reward { question: Some("{answer}?".into()), ..reward() }), &["reward s", "no chat template"]);
     no(with(Reward::new("s", policy.clone())), &["reward s", "the rule must be named"]);
     let reference = |name: &str| Some(Reference::Model(load(&runtime, name, &small())));
     no(RolloutRequest { reference: reference("llama-wide"), ..base.clone() }, &["700 ids", "101 ids"]);
@@ -275,8 +282,19 @@ fn requests_that_make_no_sense_are_refused() {
         RolloutRequest { reference: reference("llama-labels-3"), ..base.clone() },
         &["reference", "no language-model head"],
     );
-    no(RolloutRequest { clip_reward: Some((1.0, 0.0)), ..base.clone() }, &["clip_reward is (1, 0)"]);
-    no(RolloutRequest { clip_reward: Some((f32::NAN, 0.0)), ..base.clone() }, &["clip_reward is (NaN, 0)"]);
+    for (range, says) in
+        [((1.0, 0.0), "(1, 0)"), ((f32::NAN, 0.0), "(NaN, 0)"), ((f32::INFINITY, f32::INFINITY), "(inf, inf)")]
+    {
+        no(RolloutRequest { clip_reward: Some(range), ..base.clone() }, &["clip_reward is", says]);
+    }
+    let short = load(&runtime, POLICY, &ModelOptions { max_context: Some(40), ..small() });
+    let too_short = RolloutRequest { reference: Some(Reference::Model(short)), ..base.clone() };
+    refused(policy.rollout(&too_short), ErrorKind::Limit, &["takes 40 tokens", "may have 52"]);
+    // Other ids, and no tokenizer to translate.
+    let odd = load(&runtime, "llama-odd-widths", &small());
+    let judge = load(&runtime, "llama-labels-1", &small());
+    let other = RolloutRequest { rewards: vec![Reward::new("w", judge)], ..RolloutRequest::new(sample()) };
+    refused(odd.rollout(&other), ErrorKind::Argument, &["reward w", "it reads text", "no tokenizer.json"]);
     no(RolloutRequest { conversations: vec![Vec::new()], ..base.clone() }, &["1 conversations for 6 prompts"]);
     let sampling = |sample: SampleRequest| RolloutRequest { sample, ..base.clone() };
     no(sampling(SampleRequest { best_of: Some(8), ..sample() }), &["best_of is 8"]);
@@ -288,22 +306,25 @@ fn requests_that_make_no_sense_are_refused() {
     assert!(policy.rollout(&base).unwrap().wait().is_ok());
 }
 
+/// While everything stands still, only cancelling can end a rollout.
 #[test]
 fn a_rollout_can_be_cancelled_or_dropped() {
     for device in devices() {
         let runtime = open(&device, 2);
         let policy = load(&runtime, POLICY, &small());
         let scorer = load(&runtime, "llama-labels-3", &small());
-        let long = SampleRequest { max_tokens: 400, stop_ids: Vec::new(), ..sample() };
         let request = RolloutRequest {
             reference: Some(Reference::Base),
             rewards: vec![Reward::new("r", scorer.clone())],
-            ..RolloutRequest::new(long)
+            ..RolloutRequest::new(sample())
         };
+        runtime.pause(InFlight::Keep, None).unwrap();
         let job = policy.rollout(&request).unwrap();
+        assert!(!job.wait_timeout(Duration::from_millis(30)));
         job.cancel();
         refused(job.wait(), ErrorKind::Cancelled, &["cancelled"]);
         drop(policy.rollout(&request).unwrap());
+        runtime.resume().unwrap();
         // The engine gives the blocks back after it has told the job.
         let begin = Instant::now();
         let idle = |model: &Model| model.stats().jobs == 0 && model.stats().kv_used == 0;
@@ -311,7 +332,80 @@ fn a_rollout_can_be_cancelled_or_dropped() {
             assert!(begin.elapsed() < Duration::from_secs(20), "{device}: {:?}", policy.stats());
             std::thread::sleep(Duration::from_millis(2));
         }
+        // A scorer on a runtime that stands still: the answers are all there, their scores are not.
+        let still = open("cpu", 1);
+        let waits = load(&still, "llama-labels-3", &small());
+        still.pause(InFlight::Keep, None).unwrap();
+        let request = RolloutRequest { rewards: vec![Reward::new("r", waits.clone())], ..request };
+        let job = policy.rollout(&request).unwrap();
+        while job.progress() != (30, 30) {
+            assert!(!job.wait_timeout(Duration::from_millis(2)) && begin.elapsed() < Duration::from_secs(40));
+        }
+        job.cancel();
+        refused(job.wait(), ErrorKind::Cancelled, &["cancelled"]);
     }
+}
+
+/// One answer of one token and one of 400: the first is scored long before the second ends.
+#[test]
+fn answers_are_scored_while_others_are_sampled() {
+    let runtime = open("cpu", 2);
+    let policy = load(&runtime, POLICY, &small());
+    let scorer = load(&runtime, "llama-labels-1", &small());
+    let prompt: Vec<u32> = (6..16).collect();
+    let first = |stream| {
+        let request = SampleRequest {
+            prompts: vec![prompt.clone()],
+            streams: vec![stream],
+            max_tokens: 400,
+            ignore_eos: true,
+            ..SampleRequest::default()
+        };
+        policy.sample(&request).unwrap().wait().unwrap()[0].tokens.iter().map(|t| t.id).collect::<Vec<u32>>()
+    };
+    // A token that begins one stream's answer and is nowhere in another's.
+    let answers: Vec<Vec<u32>> = (0..40).map(first).collect();
+    let pairs = (0..40).flat_map(|i| (0..40).map(move |j| (i, j)));
+    let (short, long) = pairs
+        .into_iter()
+        .max_by_key(|(i, j)| answers[*j].iter().position(|id| *id == answers[*i][0]).unwrap_or(400))
+        .unwrap();
+    let sample = SampleRequest {
+        prompts: vec![prompt.clone(); 2],
+        streams: vec![short as u64, long as u64],
+        stop_ids: vec![answers[short][0]],
+        max_tokens: 400,
+        ignore_eos: true,
+        ..SampleRequest::default()
+    };
+    let request = RolloutRequest { rewards: vec![Reward::new("r", scorer.clone())], ..RolloutRequest::new(sample) };
+    let job = policy.rollout(&request).unwrap();
+    let mut scored_early = false;
+    while !job.wait_timeout(Duration::from_micros(200)) {
+        scored_early |= scorer.stats().steps > 0 && job.progress() == (1, 2);
+    }
+    let lengths: Vec<usize> = job.wait().unwrap().samples.iter().map(|s| s.tokens.len()).collect();
+    assert!(lengths[0] == 1 && lengths[1] > 100, "{lengths:?}");
+    assert!(scored_early);
+}
+
+/// What a deadline cut off is not what the policy would have said.
+#[test]
+fn what_was_cut_off_has_no_reward() {
+    let runtime = open("cpu", 2);
+    let policy = load(&runtime, POLICY, &small());
+    let scorer = load(&runtime, "llama-labels-1", &small());
+    let scheduling = Scheduling { deadline: Some(Duration::ZERO), ..Scheduling::default() };
+    let request = RolloutRequest {
+        reference: Some(Reference::Base),
+        rewards: vec![Reward::new("r", scorer)],
+        ..RolloutRequest::new(SampleRequest { scheduling, ..sample() })
+    };
+    let rollout = policy.rollout(&request).unwrap().wait().unwrap();
+    assert!(rollout.samples.iter().all(|s| s.finish == Finish::Cancelled));
+    assert!(rollout.reward.iter().all(|r| r.is_nan()) && rollout.advantages.iter().all(|a| *a == 0.0));
+    assert!(rollout.groups.iter().all(|g| g.zero_variance && g.best_and_worst.is_none()));
+    assert_eq!(rollout.reference.unwrap().len(), 30);
 }
 
 /// The failure that cancelled the others is the one that is told.
@@ -319,9 +413,86 @@ fn a_rollout_can_be_cancelled_or_dropped() {
 fn a_model_that_fails_fails_the_rollout() {
     let runtime = open("cpu", 2);
     let policy = load(&runtime, POLICY, &small());
-    let reference = load(&runtime, POLICY, &ModelOptions { max_context: Some(12), ..small() });
-    let request = RolloutRequest { reference: Some(Reference::Model(reference)), ..RolloutRequest::new(sample()) };
-    refused(policy.rollout(&request).unwrap().wait(), ErrorKind::Limit, &["reference", "12"]);
+    let folder = tempfile::tempdir().unwrap();
+    let mut broken = tensors(&golden("llama-labels-1"));
+    broken[0].bytes = broken[0].dtype.from_f32(&vec![f32::NAN; broken[0].shape.iter().product()]);
+    save(&broken, &golden("llama-labels-1"), folder.path());
+    let scorer = runtime.load_model(folder.path(), &small()).unwrap();
+    let rewards = vec![Reward::new("r", scorer)];
+    let request = RolloutRequest { rewards, reference: Some(Reference::Base), ..RolloutRequest::new(sample()) };
+    refused(policy.rollout(&request).unwrap().wait(), ErrorKind::NonFinite, &["not finite"]);
+    // Finite rewards whose sum is not.
+    let scorer = load(&runtime, "llama-labels-1", &small());
+    let reward = |i| Reward { weight: f32::MAX, ..Reward::new(format!("r{i}"), scorer.clone()) };
+    let request = RolloutRequest { rewards: (0..50).map(reward).collect(), ..RolloutRequest::new(sample()) };
+    refused(
+        policy.rollout(&request).unwrap().wait(),
+        ErrorKind::NonFinite,
+        &["the weighted sum of the rewards of answer"],
+    );
+}
+
+/// A tokenizer of words w1 … w100 with a space before them, which its decoder drops at the beginning of a text; w50 is special.
+fn words(id_of: impl Fn(usize) -> usize, more: &[&str]) -> String {
+    let special = |id: usize, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+               "special": true})
+    };
+    let mut vocab: serde_json::Map<String, serde_json::Value> =
+        (1..=100).map(|i| (format!("▁w{i}"), id_of(i).into())).collect();
+    vocab.insert("<unk>".into(), 0.into());
+    let mut added = vec![special(0, "<unk>"), special(id_of(50), "▁w50")];
+    added.extend(more.iter().enumerate().map(|(i, content)| special(101 + i, content)));
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    })
+    .to_string()
+}
+
+/// Where decoders drop a space at the beginning, an answer's text is not what follows the prompt's.
+#[test]
+fn a_reward_model_reads_ids_if_it_can_and_else_the_whole_text() {
+    let runtime = open("cpu", 2);
+    let with = |name: &str, tokenizer: String| {
+        let folder = tempfile::tempdir().unwrap();
+        save(&tensors(&golden(name)), &golden(name), folder.path());
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer).unwrap();
+        runtime.load_model(folder.path(), &small()).unwrap()
+    };
+    let policy = with(POLICY, words(|i| i, &[]));
+    // All the policy's tokens, and one more.
+    let larger = with("llama-labels-1", words(|i| i, &["<pad>"]));
+    let other = with("llama-labels-1", words(|i| 101 - i, &[]));
+    let prompts: Vec<Vec<u32>> = (0..4).map(|i| vec![10 + i, 50, 20 + i]).collect();
+    let sample = SampleRequest {
+        prompts,
+        n: 6,
+        max_tokens: 12,
+        banned_ids: vec![0],
+        stop: vec!["w3".into()],
+        ignore_eos: true,
+        ..SampleRequest::default()
+    };
+    let rewards = vec![Reward::new("larger", larger.clone()), Reward::new("other", other.clone())];
+    let request = RolloutRequest { rewards, ..RolloutRequest::new(sample) };
+    let rollout = policy.rollout(&request).unwrap().wait().unwrap();
+    let score = |model: &Model, sequences: Vec<Vec<u32>>| -> Vec<f32> {
+        let all = model.score(&ScoreRequest { sequences, ..ScoreRequest::default() }).unwrap().wait().unwrap();
+        all.iter().map(|s| s.score.score).collect()
+    };
+    assert_eq!(rollout.rewards[0], score(&larger, wholes(&rollout, &request.sample)));
+    let text = |i: usize| format!("w{} w{} {}", 10 + i / 6, 20 + i / 6, rollout.samples[i].text.as_ref().unwrap());
+    assert!((0..24).any(|i| rollout.samples[i].finish == Finish::Stop));
+    let whole = EncodeOptions { add_special: true, parse_special: false };
+    let encoded = |i: usize| other.tokenizer().unwrap().encode(&text(i), whole).unwrap();
+    assert_eq!(encoded(0)[..2], [91, 81]);
+    assert_eq!(rollout.rewards[1], score(&other, (0..24).map(encoded).collect()));
 }
 
 /// The command, checked by numpy.
@@ -337,8 +508,7 @@ fn numpy_finds_the_same() {
     let file = |name: &str| folder.path().join(name);
     let moved = file("moved");
     save(&trained(&tensors(&golden(POLICY)), 1), &golden(POLICY), &moved);
-    let prompts: String =
-        sample().prompts.iter().map(|p| format!("{}\n", serde_json::json!({ "prompt_ids": p }))).collect();
+    let prompts: String = sample().prompts.iter().map(|p| format!("{}\n", json!({ "prompt_ids": p }))).collect();
     std::fs::write(file("prompts.jsonl"), prompts).unwrap();
     for (advantage, policy) in ["grpo", "dr-grpo", "rloo", "batch", "none", "grpo"]
         .iter()
@@ -361,4 +531,22 @@ fn numpy_finds_the_same() {
         let done = numpy.output().unwrap();
         assert!(done.status.success(), "{advantage}: {}", String::from_utf8_lossy(&done.stderr));
     }
+}
+
+#[test]
+fn flags_that_make_no_sense_are_refused_before_anything_is_loaded() {
+    let refused = |args: &[&str], says: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rewardrt"));
+        command.args(["rollout", "--policy", "nowhere", "--prompts", "nowhere.jsonl"]).args(args);
+        let done = command.output().unwrap();
+        let text = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.code() == Some(2) && text.contains(says), "{args:?}: {text}");
+    };
+    refused(&["--reward", "a/rm", "--reward", "b/rm"], "two rewards are called \"rm\"");
+    refused(&["--reward", "rm", "--reward-weights", "1,2"], "2 numbers for 1 rewards");
+    refused(&["--reward", "rm", "--question", "{answer}?"], "--question is for judges");
+    refused(&["--reward", ":judge"], "[NAME=]MODEL[:RULE]");
+    refused(&["--clip-reward", "1"], "LOW,HIGH");
+    refused(&["--reference-base"], "--adapter");
+    refused(&[], "nowhere.jsonl");
 }

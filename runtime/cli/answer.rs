@@ -23,8 +23,8 @@ pub struct Answer<'a> {
 }
 
 impl<'a> Answer<'a> {
-    /// An answer to the prompt (id, ids).
-    pub fn new((id, prompt_ids): &'a (Value, Vec<u32>), answer: &'a SampledSequence, entropy: bool) -> Self {
+    /// An answer to the prompt (id, ids), without entropies.
+    pub fn new((id, prompt_ids): &'a (Value, Vec<u32>), answer: &'a SampledSequence) -> Self {
         let tokens = &answer.tokens;
         Answer {
             id,
@@ -34,10 +34,15 @@ impl<'a> Answer<'a> {
             text: answer.text.as_deref(),
             logprobs: tokens.iter().map(|t| t.logprob).collect(),
             model_logprobs: tokens.iter().map(|t| t.model_logprob).collect(),
-            entropy: entropy.then(|| tokens.iter().map(|t| t.entropy).collect()),
+            entropy: None,
             finish: answer.finish.name(),
             weight_version: answer.weight_version,
             adapter_version: answer.adapter_version,
         }
+    }
+
+    /// With the entropy at each place.
+    pub fn with_entropy(self, answer: &SampledSequence) -> Self {
+        Answer { entropy: Some(answer.tokens.iter().map(|t| t.entropy).collect()), ..self }
     }
 }

@@ -296,9 +296,21 @@ pub struct Rollout {
 /// A reward model of the command line.
 #[derive(Clone)]
 pub struct RewardArg {
-    pub name: Option<String>,
+    name: Option<String>,
     pub model: PathBuf,
     pub rule: Option<Rule>,
+}
+
+impl RewardArg {
+    /// The name given, or the folder's.
+    pub fn name(&self) -> String {
+        let folder = || self.model.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        self.name.clone().unwrap_or_else(folder)
+    }
+
+    pub fn is_judge(&self) -> bool {
+        matches!(self.rule, Some(Rule::Judge { .. }))
+    }
 }
 
 /// The rule begins after the first colon behind which there is one.
@@ -501,4 +513,34 @@ pub enum EncodingArg {
     Xor,
     /// Positions and values of changed bytes: may be applied twice.
     Overwrite,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rewards_have_a_name_a_model_and_a_rule() {
+        let parsed = |text: &str| {
+            let arg = reward(text).map_err(|e| e.to_string())?;
+            Ok::<_, String>((arg.name(), arg.model.display().to_string(), arg.rule.map(|rule| rule.to_string())))
+        };
+        let ok = |name: &str, model: &str, rule: Option<&str>| Ok((name.into(), model.into(), rule.map(str::to_owned)));
+        assert_eq!(parsed("models/rm"), ok("rm", "models/rm", None));
+        assert_eq!(parsed("models/rm:sequence"), ok("rm", "models/rm", Some("sequence")));
+        assert_eq!(parsed("j=models/rm:judge: yes, no"), ok("j", "models/rm", Some("judge: yes, no")));
+        assert_eq!(parsed("C:rm/x:judge"), ok("x", "C:rm/x", Some("judge:yes,no")));
+        assert_eq!(parsed("runs/a=1/rm"), ok("rm", "runs/a=1/rm", None));
+        for wrong in ["", "=rm", "name=", ":judge"] {
+            assert!(parsed(wrong).unwrap_err().contains("[NAME=]MODEL[:RULE]"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn ranges_have_two_ends() {
+        assert_eq!(range("-1.5,2"), Ok((-1.5, 2.0)));
+        assert_eq!(range("-inf,2"), Ok((f32::NEG_INFINITY, 2.0)));
+        assert!(range("3").is_err() && range("1,x").is_err());
+    }
 }

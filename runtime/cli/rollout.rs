@@ -4,11 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use rewardrt::{
-    Error, ErrorKind, Group, Model, Reference, Result, Reward, Rollout, RolloutRequest, Rule, Runtime, SampledSequence,
-};
-use serde::Serialize;
-use serde_json::{Map, Value, json};
+use rewardrt::{Error, ErrorKind, Model, Reference, Result, Reward, Rollout, RolloutRequest, Runtime, SampledSequence};
+use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 use crate::answer::Answer;
 use crate::args;
@@ -22,57 +20,79 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     ref_logprobs: Option<&'a [Option<f32>]>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    kl: Option<Value>,
-    rewards: Map<String, Value>,
-    reward: Value,
+    kl: Option<KlLine<'a>>,
+    #[serde(serialize_with = "as_object")]
+    rewards: Vec<(&'a str, f32)>,
+    /// JSON has no NaN: what has no reward has null.
+    reward: f32,
     advantage: f32,
-    group: Value,
+    group: GroupLine,
 }
 
-/// JSON has no NaN: what could not be scored is null.
-fn number(value: f32) -> Value {
-    if value.is_finite() { json!(value) } else { Value::Null }
+#[derive(Serialize)]
+struct KlLine<'a> {
+    k1: &'a [f32],
+    k2: &'a [f32],
+    k3: &'a [f32],
 }
 
-fn group(group: &Group, index: usize) -> Value {
-    let place = match group.best_and_worst {
-        Some((best, _)) if best == index => json!("best"),
-        Some((_, worst)) if worst == index => json!("worst"),
-        _ => Value::Null,
-    };
-    json!({"mean": number(group.mean), "std": number(group.std), "zero_variance": group.zero_variance, "place": place})
+#[derive(Serialize)]
+struct GroupLine {
+    mean: f32,
+    std: f32,
+    zero_variance: bool,
+    place: Option<&'static str>,
 }
 
-fn line<'a>(prompts: &'a [(Value, Vec<u32>)], names: &[String], rollout: &'a Rollout, index: usize) -> Line<'a> {
+/// In their order.
+fn as_object<S: Serializer>(pairs: &[(&str, f32)], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_map(pairs.iter().copied())
+}
+
+fn line<'a>(prompts: &'a [(Value, Vec<u32>)], names: &'a [String], rollout: &'a Rollout, index: usize) -> Line<'a> {
     let answer: &SampledSequence = &rollout.samples[index];
-    let kl = rollout.kl.get(index);
+    let group = &rollout.groups[answer.prompt];
+    let place = group.best_and_worst.and_then(|(best, worst)| match index {
+        _ if index == best => Some("best"),
+        _ if index == worst => Some("worst"),
+        _ => None,
+    });
     Line {
-        answer: Answer::new(&prompts[answer.prompt], answer, true),
+        answer: Answer::new(&prompts[answer.prompt], answer).with_entropy(answer),
         ref_logprobs: rollout.reference.as_ref().map(|r| r[index].logprobs.as_slice()),
-        kl: kl.map(|kl| json!({"k1": kl.k1, "k2": kl.k2, "k3": kl.k3})),
-        rewards: names.iter().cloned().zip(rollout.rewards.iter().map(|r| number(r[index]))).collect(),
-        reward: number(rollout.reward[index]),
+        kl: rollout.kl.get(index).map(|kl| KlLine { k1: &kl.k1, k2: &kl.k2, k3: &kl.k3 }),
+        rewards: names.iter().zip(&rollout.rewards).map(|(name, values)| (name.as_str(), values[index])).collect(),
+        reward: rollout.reward[index],
         advantage: rollout.advantages[index],
-        group: group(&rollout.groups[answer.prompt], index),
+        group: GroupLine { mean: group.mean, std: group.std, zero_variance: group.zero_variance, place },
     }
+}
+
+/// What is wrong with the flags alone is said before a model is loaded.
+fn check(args: &args::Rollout) -> Result<()> {
+    let wrong = |text: String| Err(Error::new(ErrorKind::Argument, text));
+    let (given, wanted) = (args.reward_weights.len(), args.reward.len());
+    if given != 0 && given != wanted {
+        return wrong(format!("--reward-weights has {given} numbers for {wanted} rewards"));
+    }
+    let names: Vec<String> = args.reward.iter().map(args::RewardArg::name).collect();
+    if let Some(i) = (1..names.len()).find(|&i| names[..i].contains(&names[i])) {
+        return wrong(format!("two rewards are called {:?}: name one with --reward NAME=MODEL", names[i]));
+    }
+    if args.question.is_some() && !args.reward.iter().any(args::RewardArg::is_judge) {
+        return wrong("--question is for judges, and no --reward has the rule judge".into());
+    }
+    Ok(())
 }
 
 fn rewards(args: &args::Rollout, runtime: &Runtime, policy: &Model) -> Result<Vec<Reward>> {
-    let (given, wanted) = (args.reward_weights.len(), args.reward.len());
-    if given != 0 && given != wanted {
-        let text = format!("--reward-weights has {given} numbers for {wanted} rewards");
-        return Err(Error::new(ErrorKind::Argument, text));
-    }
     let load = |(i, reward): (usize, &args::RewardArg)| {
         let model = loaded(args, runtime, policy, &reward.model)?;
-        let folder = || reward.model.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        let name = reward.name.clone().unwrap_or_else(folder);
-        let is_judge = matches!(reward.rule, Some(Rule::Judge { .. }));
         Ok(Reward {
             weight: args.reward_weights.get(i).copied().unwrap_or(1.0),
             rule: reward.rule.clone(),
-            question: args.question.clone().filter(|_| is_judge),
-            ..Reward::new(name, model)
+            question: args.question.clone().filter(|_| reward.is_judge()),
+            ..Reward::new(reward.name(), model)
         })
     };
     args.reward.iter().enumerate().map(load).collect()
@@ -84,6 +104,7 @@ fn loaded(args: &args::Rollout, runtime: &Runtime, policy: &Model, folder: &Path
 }
 
 pub fn run(args: &args::Rollout) -> Result<()> {
+    check(args)?;
     let records = read(&args.prompts)?;
     let mut sample = args.sampling.request(args.n)?;
     let runtime = args.loading.open()?;
@@ -110,6 +131,7 @@ pub fn run(args: &args::Rollout) -> Result<()> {
         conversations,
         clip_reward: args.clip_reward,
     };
+    let mut sink = Sink::open(args.loading.out.as_deref())?;
     let job = policy.rollout(&request)?;
     let bar = ProgressBar::new((prompts.len() * args.n) as u64);
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} answers, {elapsed} (left: {eta})") {
@@ -120,7 +142,6 @@ pub fn run(args: &args::Rollout) -> Result<()> {
     }
     bar.finish_and_clear();
     let rollout = job.wait()?;
-    let mut sink = Sink::open(args.loading.out.as_deref())?;
     for index in 0..rollout.samples.len() {
         sink.write(&line(&prompts, &names, &rollout, index))?;
     }
@@ -130,17 +151,18 @@ pub fn run(args: &args::Rollout) -> Result<()> {
 
 /// For `--verbose`.
 fn report(rollout: &Rollout) {
-    let tokens: usize = rollout.samples.iter().map(|s| s.tokens.len()).sum();
-    let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len().max(1) as f64;
-    let known = rollout.reward.iter().filter(|r| !r.is_nan()).map(|r| f64::from(*r)).collect();
-    let k3 = rollout.kl.iter().flat_map(|kl| &kl.k3).map(|k| f64::from(*k)).collect();
+    let mean = |values: Vec<f32>| match values.len() {
+        0 => "none".to_owned(),
+        n => format!("{:.6}", values.into_iter().map(f64::from).sum::<f64>() / n as f64),
+    };
     log::info!(
-        "{} answers, {tokens} tokens: sampled in {:.2} s, all in {:.2} s; mean reward {:.4}, mean k3 {:.6}, {} of {} groups of zero variance",
+        "{} answers, {} tokens: sampled in {:.2} s, all in {:.2} s; mean reward {}, mean k3 {}, {} of {} groups of zero variance",
         rollout.samples.len(),
+        rollout.samples.iter().map(|s| s.tokens.len()).sum::<usize>(),
         rollout.sampled_in.as_secs_f64(),
         rollout.elapsed.as_secs_f64(),
-        mean(known),
-        mean(k3),
+        mean(rollout.reward.iter().copied().filter(|r| !r.is_nan()).collect()),
+        mean(rollout.kl.iter().flat_map(|kl| &kl.k3).copied().collect()),
         rollout.groups.iter().filter(|g| g.zero_variance).count(),
         rollout.groups.len()
     );

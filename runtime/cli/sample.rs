@@ -42,11 +42,12 @@ fn line<'a>(args: &Sample, prompt: &'a (Value, Vec<u32>), answer: &'a SampledSeq
         let t = answer.timing;
         json!({"queued": seconds(t.queued), "prefill": seconds(t.prefill), "decode": seconds(t.decode)})
     };
+    let plain = Answer::new(prompt, answer);
     Line {
         top: (args.logprobs > 0).then(|| tokens.iter().map(|t| t.top.as_slice()).collect()),
         kept: args.kept.map(kept),
         timing: args.timing.then(timing),
-        answer: Answer::new(prompt, answer, args.entropy),
+        answer: if args.entropy { plain.with_entropy(answer) } else { plain },
     }
 }
 

@@ -86,6 +86,8 @@ pub(crate) struct JobState {
 struct Inner {
     /// By index of the sequence in the job.
     finished: Vec<Option<Finished>>,
+    /// Their indices, in the order in which they ended.
+    order: Vec<usize>,
     remaining: usize,
     error: Option<Error>,
     /// One of its sequences was cancelled.
@@ -100,6 +102,7 @@ impl JobState {
         Arc::new(JobState {
             inner: Mutex::new(Inner {
                 finished: Vec::new(),
+                order: Vec::new(),
                 remaining: sequences,
                 error: None,
                 cut_short: false,
@@ -128,11 +131,14 @@ impl JobState {
         inner.finished.resize_with(total, || None);
         inner.cut_short |= matches!(&result, Finished::Sampled(sampled) if sampled.finish == Finish::Cancelled);
         inner.finished[index] = Some(result);
+        inner.order.push(index);
         inner.remaining -= 1;
         self.finished_count.fetch_add(1, Ordering::Relaxed);
         if inner.remaining == 0 {
             inner.stats.elapsed = self.submitted.elapsed();
             self.announce(inner);
+        } else {
+            self.changed.notify_all();
         }
     }
 
@@ -342,6 +348,21 @@ impl<T> Job<T> {
     /// set; others go straight to `Done` at their end.
     pub fn next_chunk(&self, timeout: Duration) -> Streamed {
         self.state.next_chunk(timeout)
+    }
+
+    /// What `read` makes of the sequences that have ended, by index, but for the first `seen` of them. Blocks until there is one;
+    /// empty when nothing more will come.
+    pub(crate) fn ended_after<R>(&self, seen: usize, read: impl Fn(usize, &Finished) -> R) -> Vec<R> {
+        let new = |inner: &mut Inner| {
+            let order = inner.order.get(seen..).unwrap_or_default().iter();
+            let ended: Vec<R> = order.filter_map(|i| inner.finished[*i].as_ref().map(|f| read(*i, f))).collect();
+            (!ended.is_empty() || inner.is_done()).then_some(ended)
+        };
+        loop {
+            if let Some(ended) = self.state.wait_for(Duration::from_secs(3600), new) {
+                return ended;
+            }
+        }
     }
 
     /// A watch on this job that another thread can keep.

@@ -48,16 +48,43 @@ pub(crate) struct QueueLimits {
 }
 
 enum Command {
-    Add { model: u64, lane: Box<Lane> },
-    Remove { model: u64 },
-    Submit { model: u64, job: Arc<JobState>, sequences: Vec<NewSequence>, positions: usize },
-    Visit { model: u64, visit: Visit },
-    Quiesce { model: u64, wish: Quiesce },
+    Add {
+        model: u64,
+        lane: Box<Lane>,
+    },
+    Remove {
+        model: u64,
+    },
+    Submit {
+        model: u64,
+        job: Arc<JobState>,
+        sequences: Vec<NewSequence>,
+        positions: usize,
+    },
+    Visit {
+        model: u64,
+        visit: Visit,
+    },
+    Quiesce {
+        model: u64,
+        wish: Quiesce,
+    },
     /// `earlier` is set if the engine was paused already.
-    Pause { in_flight: InFlight, deadline: Option<Instant>, answer: Sender<Result<()>>, earlier: Arc<AtomicBool> },
+    Pause {
+        in_flight: InFlight,
+        deadline: Option<Instant>,
+        answer: Sender<Result<()>>,
+        earlier: Arc<AtomicBool>,
+    },
     Resume,
-    AddAdapter { model: u64, adapter: NewAdapter, answer: Sender<Result<()>> },
-    FreeAdapters { model: u64 },
+    AddAdapter {
+        model: u64,
+        adapter: NewAdapter,
+        answer: Sender<Result<()>>,
+    },
+    FreeAdapters {
+        model: u64,
+    },
 }
 
 /// An adapter's content on its way to the device.

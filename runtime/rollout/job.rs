@@ -7,18 +7,19 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::scorer::{Answer, Input, ReferenceScorer, RewardScorer, Scorer};
+use super::scorer::{Ended, Input, ReferenceScorer, RewardScorer, Scorer};
 use super::{Advantage, Kl, Rollout, RolloutRequest, advantage};
-use crate::engine::{Chunk, Ending, Job, JobWatch, Streamed, panic_text};
+use crate::engine::{Ending, Finish, Finished, Job, JobWatch, panic_text};
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::{SampleRequest, SampledSequence, SequenceLogprobs, SequenceScore};
 use crate::runtime::Model;
 
+/// Owner of the policy's job; workers count from there.
+const POLICY: usize = 0;
 /// Sequences of a scoring job at most.
 const PER_JOB: usize = 512;
-/// Between two tries to enter a full queue.
-const FULL_WAIT: Duration = Duration::from_millis(5);
-const LONG: Duration = Duration::from_secs(3600);
+/// Between two tries to enter a full queue, at first and at most.
+const FULL_WAIT: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
 
 /// A rollout that was started. Dropping it cancels the work, and waits the step that this takes.
 pub struct RolloutJob {
@@ -40,8 +41,8 @@ struct Inner {
     is_cancelled: bool,
     /// Answers that have ended.
     ended: usize,
-    /// Jobs to cancel; those that have ended do not mind.
-    watches: Vec<JobWatch>,
+    /// The jobs to cancel, by whose they are: the policy's, each worker's last one.
+    watches: BTreeMap<usize, JobWatch>,
     observer: Option<Arc<dyn Fn() + Send + Sync>>,
     /// How it ended.
     ending: Option<Ending>,
@@ -59,7 +60,7 @@ impl Shared {
             inner.is_cancelled = true;
             std::mem::take(&mut inner.watches)
         };
-        watches.iter().for_each(JobWatch::cancel);
+        watches.values().for_each(JobWatch::cancel);
     }
 
     fn is_cancelled(&self) -> bool {
@@ -85,13 +86,13 @@ impl Shared {
         wait.unwrap_or_else(PoisonError::into_inner).0.is_done
     }
 
-    /// Has the job cancelled with the rollout.
-    fn watch(&self, watch: JobWatch) {
+    /// Has the job cancelled with the rollout, in the place of the last one of the same owner.
+    fn watch(&self, owner: usize, watch: JobWatch) {
         let mut inner = self.lock();
         if inner.is_cancelled {
             watch.cancel();
         } else {
-            inner.watches.push(watch);
+            inner.watches.insert(owner, watch);
         }
     }
 }
@@ -104,12 +105,13 @@ impl RolloutJob {
     pub(super) fn start(policy: &Model, request: &RolloutRequest, rewards: Vec<RewardScorer>) -> Result<Self> {
         let begun = Instant::now();
         let shared = Arc::<Shared>::default();
-        let sampling = policy.sample(&SampleRequest { stream: true, ..request.sample.clone() })?;
-        shared.watch(sampling.watch());
+        let sampling = policy.sample(&SampleRequest { stream: false, ..request.sample.clone() })?;
+        shared.watch(POLICY, sampling.watch());
         let answers = request.sample.prompts.len() * request.sample.n;
         let reference = request.reference.as_ref().map(|r| ReferenceScorer::new(policy, r, request));
         let work = Work {
             shared: shared.clone(),
+            _policy: policy.clone(),
             sampling,
             reference,
             rewards,
@@ -230,6 +232,8 @@ fn no_thread(e: std::io::Error) -> Error {
 /// What the rollout's thread does.
 struct Work {
     shared: Arc<Shared>,
+    /// Its job would fail if it were freed.
+    _policy: Model,
     sampling: Job<Vec<SampledSequence>>,
     reference: Option<ReferenceScorer>,
     rewards: Vec<RewardScorer>,
@@ -243,9 +247,10 @@ struct Work {
 
 impl Work {
     fn run(self) -> Result<Rollout> {
-        let Work { shared, sampling, reference, rewards, parts, n, advantage, clip_reward, begun } = self;
-        let reference = reference.map(|scorer| Worker::start(scorer, &shared)).transpose()?;
-        let rewards = rewards.into_iter().map(|s| Worker::start(s, &shared)).collect::<Result<Vec<_>>>()?;
+        let Work { shared, _policy, sampling, reference, rewards, parts, n, advantage, clip_reward, begun } = self;
+        let start = |(i, scorer)| Worker::start(scorer, POLICY + 2 + i, &shared);
+        let rewards = rewards.into_iter().enumerate().map(start).collect::<Result<Vec<_>>>()?;
+        let reference = reference.map(|scorer| Worker::start(scorer, POLICY + 1, &shared)).transpose()?;
         follow(&sampling, n, |answer| {
             shared.lock().ended += 1;
             rewards.iter().for_each(|worker| worker.send(&answer));
@@ -275,12 +280,18 @@ impl Work {
             Some(scores) => Some(scores.into_iter().collect::<Option<_>>().ok_or_else(unscored)?),
             None => None,
         };
-        let read = |(scores, (label, _)): (Result<Vec<Option<SequenceScore>>>, &(usize, f32))| {
-            Ok(scores?.into_iter().map(|s| s.map_or(f32::NAN, |s| s.score.values[*label])).collect())
-        };
-        let rewards: Vec<Vec<f32>> = rewards.into_iter().zip(&parts).map(read).collect::<Result<_>>()?;
+        let scores = rewards.into_iter().collect::<Result<Vec<_>>>()?;
+        if scores.iter().any(|s| s.len() != samples.len()) {
+            return Err(Error::internal("a rollout with answers that were not scored"));
+        }
+        let value =
+            |score: &Option<SequenceScore>, label: usize| score.as_ref().map_or(f32::NAN, |s| s.score.values[label]);
+        let values = |(scores, (label, _)): (&Scores, &(usize, f32))| scores.iter().map(|s| value(s, *label)).collect();
+        let rewards: Vec<Vec<f32>> = scores.iter().zip(&parts).map(values).collect();
+        let version = |score: &Option<SequenceScore>| score.as_ref().map_or(0, |s| s.weight_version);
+        let reward_versions = scores.iter().map(|scores| scores.iter().map(version).collect()).collect();
         let weights: Vec<f32> = parts.iter().map(|(_, weight)| *weight).collect();
-        let reward = total(&rewards, &weights, samples.len(), clip_reward);
+        let reward = total(&rewards, &weights, samples.len(), clip_reward)?;
         let kl = reference.iter().flatten().zip(&samples).map(|(r, s)| kl(s, r)).collect::<Result<_>>()?;
         Ok(Rollout {
             advantages: advantage.of(&reward, n),
@@ -289,6 +300,7 @@ impl Work {
             reference,
             kl,
             rewards,
+            reward_versions,
             reward,
             sampling: cost,
             sampled_in,
@@ -298,26 +310,32 @@ impl Work {
 }
 
 /// Hands every answer on when it has ended.
-fn follow(sampling: &Job<Vec<SampledSequence>>, n: usize, mut each: impl FnMut(Answer)) {
-    let mut open: BTreeMap<usize, Answer> = BTreeMap::new();
+fn follow(sampling: &Job<Vec<SampledSequence>>, n: usize, each: impl Fn(Ended)) {
+    let mut seen = 0;
     loop {
-        match sampling.next_chunk(LONG) {
-            Streamed::Chunk(Chunk { prompt, sample, tokens, text, finish, .. }) => {
-                let index = prompt * n + sample;
-                let answer = open.entry(index).or_insert_with(|| Answer { index, prompt, ..Answer::default() });
-                answer.ids.extend(tokens.iter().map(|t| t.id));
-                answer.text.push_str(&text);
-                if finish.is_some()
-                    && let Some(answer) = open.remove(&index)
-                {
-                    each(answer);
-                }
+        let ended = sampling.ended_after(seen, |index, finished| match finished {
+            Finished::Sampled(sampled) => Ended {
+                index,
+                prompt: index / n,
+                ids: sampled.tokens.iter().map(|t| t.id).collect(),
+                text: sampled.text.clone().unwrap_or_default(),
+                is_cut_off: sampled.finish == Finish::Cancelled,
+            },
+            // A sampling job has no such results; one would fail as it is read.
+            Finished::Read { .. } => {
+                Ended { index, prompt: index / n, ids: Vec::new(), text: String::new(), is_cut_off: true }
             }
-            Streamed::Pending => {}
-            Streamed::Done => return,
+        });
+        if ended.is_empty() {
+            return;
         }
+        seen += ended.len();
+        ended.into_iter().for_each(&each);
     }
 }
+
+/// What a reward model says of each answer.
+type Scores = Vec<Option<SequenceScore>>;
 
 fn unscored() -> Error {
     Error::internal("a sampled token without its reference log-probability")
@@ -331,30 +349,32 @@ fn kl(sample: &SampledSequence, reference: &SequenceLogprobs) -> Result<Kl> {
 }
 
 /// The weighted sum of what is not NaN.
-fn total(rewards: &[Vec<f32>], weights: &[f32], sequences: usize, clip: Option<(f32, f32)>) -> Vec<f32> {
+fn total(rewards: &[Vec<f32>], weights: &[f32], sequences: usize, clip: Option<(f32, f32)>) -> Result<Vec<f32>> {
     let of = |i: usize| {
         let known = || rewards.iter().zip(weights).filter(|(r, _)| !r[i].is_nan());
         if known().next().is_none() {
-            return f32::NAN;
+            return Ok(f32::NAN);
         }
         let sum = known().map(|(r, w)| f64::from(*w) * f64::from(r[i])).sum::<f64>() as f32;
-        clip.map_or(sum, |(low, high)| sum.clamp(low, high))
+        let sum = clip.map_or(sum, |(low, high)| sum.clamp(low, high));
+        let text = || format!("the weighted sum of the rewards of answer {i} is {sum}");
+        if sum.is_finite() { Ok(sum) } else { Err(Error::new(ErrorKind::NonFinite, text())) }
     };
     (0..sequences).map(of).collect()
 }
 
 /// A model that scores answers as they come.
 struct Worker<T> {
-    answers: Sender<Answer>,
+    answers: Sender<Ended>,
     thread: JoinHandle<Result<Vec<Option<T>>>>,
 }
 
 impl<T: Send + 'static> Worker<T> {
-    fn start(scorer: impl Scorer<Score = T>, shared: &Arc<Shared>) -> Result<Self> {
+    fn start(scorer: impl Scorer<Score = T>, owner: usize, shared: &Arc<Shared>) -> Result<Self> {
         let (answers, waiting) = channel();
         let shared = shared.clone();
         let run = move || {
-            let scores = catch_unwind(AssertUnwindSafe(|| score(&scorer, &waiting, &shared)))
+            let scores = catch_unwind(AssertUnwindSafe(|| score(&scorer, owner, &waiting, &shared)))
                 .unwrap_or_else(|panic| Err(Error::internal(panic_text(&*panic))));
             if scores.is_err() {
                 shared.cancel();
@@ -365,7 +385,7 @@ impl<T: Send + 'static> Worker<T> {
         Ok(Worker { answers, thread })
     }
 
-    fn send(&self, answer: &Answer) {
+    fn send(&self, answer: &Ended) {
         // A worker that has gone has failed, and says so at the end.
         let _ = self.answers.send(answer.clone());
     }
@@ -378,7 +398,12 @@ impl<T: Send + 'static> Worker<T> {
 }
 
 /// One job at a time, with all answers that have ended meanwhile: few, large steps where the model is the slower one.
-fn score<T>(scorer: &impl Scorer<Score = T>, waiting: &Receiver<Answer>, shared: &Shared) -> Result<Vec<Option<T>>> {
+fn score<T>(
+    scorer: &impl Scorer<Score = T>,
+    owner: usize,
+    waiting: &Receiver<Ended>,
+    shared: &Shared,
+) -> Result<Vec<Option<T>>> {
     let mut scores: BTreeMap<usize, Option<T>> = BTreeMap::new();
     while let Ok(first) = waiting.recv() {
         let mut indices = Vec::new();
@@ -396,7 +421,7 @@ fn score<T>(scorer: &impl Scorer<Score = T>, waiting: &Receiver<Answer>, shared:
             continue;
         }
         let job = enter(scorer, &inputs, shared)?;
-        shared.watch(job.watch());
+        shared.watch(owner, job.watch());
         scores.extend(indices.into_iter().zip(job.wait()?.into_iter().map(Some)));
     }
     Ok(scores.into_values().collect())
@@ -404,12 +429,16 @@ fn score<T>(scorer: &impl Scorer<Score = T>, waiting: &Receiver<Answer>, shared:
 
 /// Submits, when there is room in the queue.
 fn enter<T>(scorer: &impl Scorer<Score = T>, inputs: &[Input], shared: &Shared) -> Result<Job<Vec<T>>> {
+    let [mut wait, longest] = FULL_WAIT;
     loop {
         if shared.is_cancelled() {
             return Err(cancelled());
         }
         match scorer.submit(inputs) {
-            Err(e) if e.kind() == ErrorKind::Full => std::thread::sleep(FULL_WAIT),
+            Err(e) if e.kind() == ErrorKind::Full => {
+                std::thread::sleep(wait);
+                wait = (2 * wait).min(longest);
+            }
             result => return result,
         }
     }

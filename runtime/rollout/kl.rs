@@ -1,4 +1,5 @@
-//! Estimators of KL(policy ‖ reference) from a sampled token (Schulman, "Approximating KL divergence", 2020).
+//! Estimators of KL(policy ‖ reference) from a sampled token (Schulman, "Approximating KL divergence", 2020). What is said of
+//! their bias holds where tokens are drawn from the policy's own distribution: temperature 1, nothing cut or added.
 
 /// Of every token of an answer, with d = ln p(token | policy) − ln p(token | reference), both at temperature 1 over the whole
 /// vocabulary. Not clamped.

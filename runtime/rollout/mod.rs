@@ -59,10 +59,11 @@ impl RolloutRequest {
 /// The distribution that the policy is to stay close to.
 #[derive(Clone)]
 pub enum Reference {
-    /// Another model with the policy's vocabulary. Loaded from the policy's own files, it shares their mapped pages until
-    /// the policy is updated.
+    /// Another model with the policy's vocabulary. On the CPU, where mapped weights are used in place, one that is loaded from
+    /// the policy's own files shares their pages until the policy is updated.
     Model(Model),
-    /// The policy without the request's adapter: one copy of the weights for both.
+    /// The policy without the request's adapter: one copy of the weights for both. An update of the policy is one of the
+    /// reference, too: `weight_version` says which weights it had.
     Base,
 }
 
@@ -79,11 +80,11 @@ pub struct Reward {
     pub rule: Option<Rule>,
     /// Which of the rule's labels is the reward.
     pub label: usize,
-    /// Whose weights come on top of the model's.
+    /// Whose weights come on top of the model's. One that is replaced meanwhile counts for the answers that end from then on.
     pub adapter: Option<Adapter>,
-    /// A user message, in which `{prompt}` and `{answer}` stand for the texts, that goes to the model through its chat template
+    /// A user message, in which `{prompt}` and `{answer}` (which must occur) stand for the texts, that goes to the model through its chat template
     /// in the place of the answer: what a judge is asked. `{prompt}` is the conversation's last message, or the prompt's
-    /// text. `None`: the model reads prompt and answer, as ids if it has the policy's vocabulary, else as text: the conversation
+    /// text. `None`: the model reads prompt and answer, as ids if each of the policy's is the same token to it, else as text: the conversation
     /// through its own chat template, or the texts one after the other.
     pub question: Option<String>,
 }
@@ -104,8 +105,11 @@ pub struct Rollout {
     pub reference: Option<Vec<SequenceLogprobs>>,
     /// Of every answer's tokens: the policy against the reference, both at temperature 1. Empty without a reference.
     pub kl: Vec<Kl>,
-    /// By reward, by sequence. NaN for a sequence that is longer than the reward model takes.
+    /// By reward, by sequence. NaN where there is none: the answer was cut off (`Finish::Cancelled`), is longer than the reward model
+    /// takes, or its text cannot be encoded for it.
     pub rewards: Vec<Vec<f32>>,
+    /// By reward, by sequence: the weights that scored it; 0 where nothing did. They differ if the model was updated meanwhile.
+    pub reward_versions: Vec<Vec<u64>>,
     /// The weighted sum of a sequence's rewards, without those that are NaN; NaN if all are, or there is none.
     pub reward: Vec<f32>,
     /// What the reward is worth among the others; 0 where the reward is NaN.
@@ -150,9 +154,11 @@ fn check(policy: &Model, request: &RolloutRequest) -> Result<()> {
         return Err(Error::argument(format!("{conversations} conversations for {prompts} prompts")));
     }
     if let Some((low, high)) = request.clip_reward
-        && !(low <= high)
+        && !(low <= high && low < f32::INFINITY && high > f32::NEG_INFINITY)
     {
-        return Err(Error::argument(format!("clip_reward is ({low}, {high}); the first must not exceed the second")));
+        return Err(Error::argument(format!(
+            "clip_reward is ({low}, {high}); they must be the smallest and the largest reward"
+        )));
     }
     let mut names = BTreeSet::new();
     for reward in &request.rewards {
@@ -165,19 +171,28 @@ fn check(policy: &Model, request: &RolloutRequest) -> Result<()> {
         }
     }
     match &request.reference {
-        Some(Reference::Model(reference)) => check_reference(policy, reference),
+        Some(Reference::Model(reference)) => check_reference(policy, reference, sample),
         Some(Reference::Base) | None => Ok(()),
     }
 }
 
-/// The reference reads the policy's ids.
-fn check_reference(policy: &Model, reference: &Model) -> Result<()> {
+/// The reference reads the policy's ids, and takes the longest answer there can be.
+fn check_reference(policy: &Model, reference: &Model, sample: &SampleRequest) -> Result<()> {
     reference.language_model().map_err(|e| e.at("reference"))?;
     let [vocab, own] = [policy, reference].map(|m| m.spec().vocab_size);
-    if vocab != own || !policy.shares_vocabulary(reference) {
+    if vocab != own || !policy.speaks_to(reference) {
         return Err(Error::argument(format!(
             "the reference has another vocabulary ({own} ids) than the policy ({vocab} ids): log-probabilities of one's \
              tokens mean nothing to the other"
+        )));
+    }
+    let prompt = sample.prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let longest = prompt.saturating_add(sample.max_tokens).min(policy.max_context());
+    let most = reference.max_context().min(reference.kv_tokens());
+    if longest > most {
+        return Err(Error::limit(format!(
+            "the reference takes {most} tokens, and a prompt with its answer may have {longest}; its max_context and \
+             kv_tokens, or a smaller max_tokens, change that"
         )));
     }
     Ok(())

@@ -10,21 +10,23 @@ use crate::score::Rule;
 use crate::text::{EncodeOptions, Message};
 
 /// An answer that has ended.
-#[derive(Clone, Default)]
-pub(super) struct Answer {
+#[derive(Clone)]
+pub(super) struct Ended {
     /// Index in the rollout.
     pub index: usize,
     pub prompt: usize,
     pub ids: Vec<u32>,
-    /// Empty without a tokenizer.
+    /// As in the result; empty without a tokenizer.
     pub text: String,
+    /// The job was cancelled or late: this is not what the policy would have said.
+    pub is_cut_off: bool,
 }
 
 /// A model's part in a rollout.
 pub(super) trait Scorer: Send + 'static {
     type Score: Send + 'static;
-    /// What the model has to read; `None` if it takes no sequence of this length.
-    fn read(&self, answer: &Answer) -> Result<Option<Input>>;
+    /// What the model has to read; `None` if the answer has no score.
+    fn read(&self, answer: &Ended) -> Result<Option<Input>>;
     fn submit(&self, inputs: &[Input]) -> Result<Job<Vec<Self::Score>>>;
 }
 
@@ -54,7 +56,7 @@ impl ReferenceScorer {
 impl Scorer for ReferenceScorer {
     type Score = SequenceLogprobs;
 
-    fn read(&self, answer: &Answer) -> Result<Option<Input>> {
+    fn read(&self, answer: &Ended) -> Result<Option<Input>> {
         let prompt = &self.prompts[answer.prompt];
         Ok(Some(Input { ids: [prompt.as_slice(), &answer.ids].concat(), prompt_len: prompt.len() }))
     }
@@ -76,6 +78,7 @@ fn scheduling(request: &RolloutRequest) -> Scheduling {
 
 /// One reward.
 pub(super) struct RewardScorer {
+    policy: Model,
     model: Model,
     name: String,
     rule: Rule,
@@ -88,8 +91,8 @@ pub(super) struct RewardScorer {
 enum PromptForm {
     /// The policy's ids, followed by the answer's.
     Ids(Vec<u32>),
-    /// A text, followed by the answer's.
-    Text(String),
+    /// The text that the policy's ids are, with the answer's.
+    Text(Vec<u32>),
     /// The turns before the answer. `open`: the rule reads what would come next, so the template opens another turn.
     Turns { messages: Vec<Message>, open: bool },
     /// A question, cut where the answer comes in.
@@ -109,27 +112,46 @@ impl RewardScorer {
         }
         model.adapted(&reward.adapter).map_err(place)?;
         let prompts = Self::prompts(policy, reward, &rule, request).map_err(place)?;
-        Ok(RewardScorer {
+        let scorer = RewardScorer {
+            policy: policy.clone(),
             model,
             name: reward.name.clone(),
             rule,
             adapter: reward.adapter.clone(),
             prompts,
             scheduling: scheduling(request),
-        })
+        };
+        // What a template refuses of a prompt it refuses now.
+        for prompt in &scorer.prompts {
+            if let PromptForm::Turns { .. } | PromptForm::Question(_) = prompt {
+                scorer.encode(prompt, &[], "").map_err(place)?;
+            }
+        }
+        Ok(scorer)
     }
 
     fn prompts(policy: &Model, reward: &Reward, rule: &Rule, request: &RolloutRequest) -> Result<Vec<PromptForm>> {
-        let by_ids = policy.shares_vocabulary(&reward.model);
+        let by_ids = policy.speaks_to(&reward.model);
         let has_template = reward.model.tokenizer().is_ok_and(|t| t.chat_template().is_some());
-        if reward.question.is_some() && !has_template {
-            return Err(Error::argument("it is asked a question and has no chat template"));
+        if let Some(question) = &reward.question {
+            if !has_template {
+                return Err(Error::argument("it is asked a question and has no chat template"));
+            }
+            if !question.contains(ANSWER) {
+                return Err(Error::argument(format!("the question {question:?} has no {ANSWER} in it")));
+            }
+        }
+        if reward.question.is_some() || !by_ids {
+            // Both texts are needed, whatever becomes of them.
+            let no_text = |e: Error| e.at("it reads text");
+            policy.tokenizer().map_err(|e| no_text(e.at("the policy")))?;
+            reward.model.tokenizer().map_err(no_text)?;
         }
         let form = |(i, ids): (usize, &Vec<u32>)| {
             let messages = request.conversations.get(i).filter(|m| !m.is_empty());
             let text = || match messages.and_then(|m| m.last()) {
                 Some(message) => Ok(message.content.clone()),
-                None => policy.tokenizer()?.decode(ids, true),
+                None => policy.tokenizer()?.decode_sampled(ids),
             };
             Ok(match (&reward.question, messages) {
                 (Some(question), _) => PromptForm::Question(with_prompt(question, &text()?)),
@@ -137,33 +159,62 @@ impl RewardScorer {
                 (None, Some(messages)) if has_template => {
                     PromptForm::Turns { messages: messages.clone(), open: matches!(rule, Rule::Judge { .. }) }
                 }
-                (None, _) => PromptForm::Text(policy.tokenizer()?.decode(ids, true)?),
+                (None, _) => PromptForm::Text(ids.clone()),
             })
         };
         request.sample.prompts.iter().enumerate().map(form).collect()
     }
+
+    /// What the model reads of an answer.
+    fn encode(&self, prompt: &PromptForm, ids: &[u32], text: &str) -> Result<Vec<u32>> {
+        match prompt {
+            PromptForm::Ids(prompt) => Ok([prompt, ids].concat()),
+            PromptForm::Text(prompt) => self.model.tokenizer()?.encode(&self.joined(prompt, ids, text)?, WHOLE),
+            PromptForm::Turns { messages, open } => {
+                let answer = Message { role: "assistant".into(), content: text.into() };
+                let messages: Vec<Message> = messages.iter().cloned().chain([answer]).collect();
+                self.model.tokenizer()?.encode_chat(&messages, *open)
+            }
+            PromptForm::Question(parts) => {
+                let content = parts.join(text);
+                self.model.tokenizer()?.encode_chat(&[Message { role: "user".into(), content }], true)
+            }
+        }
+    }
+
+    /// Prompt and answer, decoded as one: decoders treat the beginning of a text in their own way, and drop a space there. What a
+    /// stop string cut off the answer's text is cut off here.
+    fn joined(&self, prompt: &[u32], ids: &[u32], text: &str) -> Result<String> {
+        let tokenizer = self.policy.tokenizer()?;
+        let mut whole = tokenizer.decode_sampled(&[prompt, ids].concat())?;
+        let alone = tokenizer.decode_sampled(ids)?;
+        if let Some(rest) = alone.strip_prefix(text).filter(|rest| whole.ends_with(rest)) {
+            whole.truncate(whole.len() - rest.len());
+        }
+        Ok(whole)
+    }
 }
+
+const ANSWER: &str = "{answer}";
 
 /// Cut before the prompt's text comes in: braces in a prompt or an answer mean nothing.
 fn with_prompt(question: &str, prompt: &str) -> Vec<String> {
-    question.split("{answer}").map(|part| part.replace("{prompt}", prompt)).collect()
+    question.split(ANSWER).map(|part| part.replace("{prompt}", prompt)).collect()
 }
 
 impl Scorer for RewardScorer {
     type Score = SequenceScore;
 
-    fn read(&self, answer: &Answer) -> Result<Option<Input>> {
-        let ids = match &self.prompts[answer.prompt] {
-            PromptForm::Ids(prompt) => [prompt.as_slice(), &answer.ids].concat(),
-            PromptForm::Text(prompt) => self.model.tokenizer()?.encode(&format!("{prompt}{}", answer.text), WHOLE)?,
-            PromptForm::Turns { messages, open } => {
-                let mut messages = messages.clone();
-                messages.push(Message { role: "assistant".into(), content: answer.text.clone() });
-                self.model.tokenizer()?.encode_chat(&messages, *open)?
-            }
-            PromptForm::Question(parts) => {
-                let content = parts.join(&answer.text);
-                self.model.tokenizer()?.encode_chat(&[Message { role: "user".into(), content }], true)?
+    fn read(&self, answer: &Ended) -> Result<Option<Input>> {
+        if answer.is_cut_off {
+            return Ok(None);
+        }
+        let ids = match self.encode(&self.prompts[answer.prompt], &answer.ids, &answer.text) {
+            Ok(ids) => ids,
+            // What a policy writes may be more than a template or tokenizer takes; that is no reason to lose the others.
+            Err(error) => {
+                log::warn!("reward {}: an answer cannot be encoded: {error}", self.name);
+                return Ok(None);
             }
         };
         let most = self.model.max_context().min(self.model.kv_tokens());

@@ -169,8 +169,14 @@ impl Tokenizer {
         self.trusted.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1)
     }
 
-    /// A hash of all tokens with their ids. Where it is the same, an id is the same token.
-    pub(crate) fn vocabulary(&self) -> u128 {
+    /// True if each of this tokenizer's ids is the same token to the other one, which may have more.
+    pub(crate) fn is_part_of(&self, other: &Tokenizer) -> bool {
+        self.vocabulary() == other.vocabulary()
+            || self.trusted.get_vocab(true).iter().all(|(token, id)| other.trusted.token_to_id(token) == Some(*id))
+    }
+
+    /// A hash of all tokens with their ids.
+    fn vocabulary(&self) -> u128 {
         *self.vocabulary.get_or_init(|| {
             let mut tokens: Vec<(u32, String)> =
                 self.trusted.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect();
