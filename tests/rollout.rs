@@ -96,7 +96,7 @@ fn it_is_its_steps_one_after_the_other() {
         assert_eq!(rollout.reward_versions, vec![vec![0; 30]; 2]);
         let clipped = RolloutRequest { clip_reward: Some((-0.1, 0.05)), advantage: Advantage::None, ..request };
         let clipped = policy.rollout(&clipped).unwrap().wait().unwrap();
-        let expected: Vec<f32> = rollout.reward.iter().map(|r| r.max(-0.1).min(0.05)).collect();
+        let expected: Vec<f32> = rollout.reward.iter().map(|r| r.clamp(-0.1, 0.05)).collect();
         assert!(expected.contains(&-0.1) && expected.contains(&0.05), "{expected:?}");
         assert_eq!((&clipped.reward, &clipped.advantages), (&expected, &expected), "{device}");
     }
@@ -490,47 +490,16 @@ fn a_reward_model_reads_ids_if_it_can_and_else_the_whole_text() {
     let text = |i: usize| format!("w{} w{} {}", 10 + i / 6, 20 + i / 6, rollout.samples[i].text.as_ref().unwrap());
     assert!((0..24).any(|i| rollout.samples[i].finish == Finish::Stop));
     let whole = EncodeOptions { add_special: true, parse_special: false };
-    let encoded = |i: usize| other.tokenizer().unwrap().encode(&text(i), whole).unwrap();
-    assert_eq!(encoded(0)[..2], [91, 81]);
-    assert_eq!(rollout.rewards[1], score(&other, (0..24).map(encoded).collect()));
-}
-
-/// The command, checked by numpy.
-#[test]
-fn numpy_finds_the_same() {
-    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/venv/bin/python");
-    if !python.exists() {
-        assert!(std::env::var_os("CI").is_none(), "{} must be there in CI", python.display());
-        eprintln!("SKIPPED: no numpy at {}; `make model` brings it", python.display());
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let file = |name: &str| folder.path().join(name);
-    let moved = file("moved");
-    save(&trained(&tensors(&golden(POLICY)), 1), &golden(POLICY), &moved);
-    let prompts: String = sample().prompts.iter().map(|p| format!("{}\n", json!({ "prompt_ids": p }))).collect();
-    std::fs::write(file("prompts.jsonl"), prompts).unwrap();
-    for (advantage, policy) in ["grpo", "dr-grpo", "rloo", "batch", "none", "grpo"]
-        .iter()
-        .zip([&moved; 5].into_iter().chain([&golden(POLICY)]))
-    {
-        let out = file("out.jsonl");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rewardrt"));
-        command.args(["rollout", "--device", "cpu", "-n", "4", "--max-tokens", "12", "--ignore-eos", "--top-k", "9"]);
-        command.args(["--stop-id", "30", "--stop-id", "40", "--kv-tokens", "2048", "--max-context", "256"]);
-        command.args(["--reward-weights", "1.5,-0.25", "--advantage", advantage]).arg("--policy").arg(policy);
-        command.arg("--reference").arg(golden(POLICY)).arg("--prompts").arg(file("prompts.jsonl"));
-        for reward in ["llama-labels-1", "llama-labels-3"] {
-            command.arg("--reward").arg(golden(reward));
+    let encoded = |i: usize| other.tokenizer().unwrap().encode(&text(i), whole);
+    for i in 0..24 {
+        // A text that ends in a space has none of its tokens there: it has no score, and the others keep theirs.
+        match encoded(i) {
+            Ok(ids) => assert_eq!(rollout.rewards[1][i], score(&other, vec![ids])[0], "{:?}", text(i)),
+            Err(_) => assert!(rollout.rewards[1][i].is_nan() && text(i).ends_with(' ')),
         }
-        let done = command.arg("--out").arg(&out).output().unwrap();
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-        let check = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/rollout/check.py");
-        let mut numpy = Command::new(&python);
-        numpy.arg(check).arg(&out).args([advantage, "1.5,-0.25"]).args((policy != &moved).then_some("identical"));
-        let done = numpy.output().unwrap();
-        assert!(done.status.success(), "{advantage}: {}", String::from_utf8_lossy(&done.stderr));
     }
+    assert!(rollout.rewards[1].iter().filter(|r| !r.is_nan()).count() > 8);
+    assert_eq!(other.tokenizer().unwrap().encode("w10 w20", whole).unwrap(), [91, 81]);
 }
 
 #[test]
