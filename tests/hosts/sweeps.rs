@@ -172,7 +172,7 @@ fn given(f: &Function, p: &Parameter, place: usize) -> String {
         {
             format!("({kind})space[{place}]")
         }
-        kind if is_output(p) => format!("({kind})space[{place}]"),
+        kind if sized_structs().contains(p.target()) => format!("({kind})space[{place}]"),
         kind if kind.ends_with('*') => {
             let name = p.target().strip_prefix("rrt_").unwrap();
             assert!(
