@@ -1,5 +1,6 @@
 # make demo         samples and judges with a real model
 # make test         everything that must hold
+# make test-threads  the C library under the thread sanitizer (10 minutes)
 # make install      the C library: PREFIX=/usr/local, DESTDIR=
 # make bench        criterion benches; REWARDRT_BENCH_MODEL=FOLDER for a real model
 # make bench-peers  against transformers and llama.cpp, in one run
@@ -13,7 +14,7 @@ CARGO  ?= cargo
 PREFIX ?= /usr/local
 PYTHON ?= python3
 
-.PHONY: demo test lint ffi install model tools bench bench-peers bench-gpu golden
+.PHONY: demo test test-threads lint ffi install model tools bench bench-peers bench-gpu golden
 
 demo: model
 	$(CARGO) build --release --example demo
@@ -23,6 +24,10 @@ test: model tools lint
 	$(CARGO) build --release --workspace --all-targets
 	$(CARGO) test --release --workspace
 	scripts/test_cpu_paths
+
+# Apart from `make test`, since everything is built anew for it.
+test-threads:
+	scripts/test_threads
 
 lint:
 	$(CARGO) fmt --all --check

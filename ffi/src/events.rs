@@ -16,8 +16,8 @@ pub struct Ready {
 #[derive(Default)]
 struct Queue {
     jobs: BTreeMap<u64, u64>,
-    /// The place of a job in `jobs`.
-    places: HashMap<u64, u64>,
+    /// Every job that exists, and its place in `jobs` if it has news.
+    places: HashMap<u64, Option<u64>>,
     next: u64,
     /// Rises with every mark.
     marks: u64,
@@ -25,13 +25,6 @@ struct Queue {
 }
 
 impl Queue {
-    fn remove(&mut self, job: u64) {
-        if let Some(place) = self.places.remove(&job) {
-            self.jobs.remove(&place);
-            self.settle();
-        }
-    }
-
     /// The descriptor is readable exactly while there are jobs.
     fn settle(&mut self) {
         let waiting = !self.jobs.is_empty();
@@ -46,12 +39,17 @@ impl Ready {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The job has news.
+    /// The job exists from now on.
+    pub fn enlist(&self, job: u64) {
+        self.lock().places.insert(job, None);
+    }
+
+    /// The job has news; nothing happens if it is gone.
     pub fn mark(&self, job: u64) {
         let mut queue = self.lock();
         let place = queue.next;
-        if let std::collections::hash_map::Entry::Vacant(entry) = queue.places.entry(job) {
-            entry.insert(place);
+        if let Some(none @ None) = queue.places.get_mut(&job) {
+            *none = Some(place);
             queue.jobs.insert(place, job);
             queue.next += 1;
         }
@@ -63,14 +61,21 @@ impl Ready {
     /// The job that has waited longest; its news are no longer noted.
     pub fn pop(&self) -> Option<u64> {
         let mut queue = self.lock();
-        let (_, &job) = queue.jobs.first_key_value()?;
-        queue.remove(job);
+        let (_, job) = queue.jobs.pop_first()?;
+        if let Some(place) = queue.places.get_mut(&job) {
+            *place = None;
+        }
+        queue.settle();
         Some(job)
     }
 
     /// The job is gone.
     pub fn forget(&self, job: u64) {
-        self.lock().remove(job);
+        let mut queue = self.lock();
+        if let Some(Some(place)) = queue.places.remove(&job) {
+            queue.jobs.remove(&place);
+            queue.settle();
+        }
     }
 
     /// A number that rises with every mark.
@@ -168,5 +173,32 @@ mod signal {
 
     pub fn unsupported() -> Outcome<i32> {
         Err(failure())
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_told_once_and_in_order() {
+        let ready = Ready::default();
+        [7, 3, 9].iter().for_each(|job| ready.enlist(*job));
+        [9, 3, 9, 7].iter().for_each(|job| ready.mark(*job));
+        assert_eq!([ready.pop(), ready.pop(), ready.pop(), ready.pop()], [Some(9), Some(3), Some(7), None]);
+        ready.mark(3);
+        assert_eq!(ready.pop(), Some(3));
+    }
+
+    /// The engine may tell of a job after it was taken.
+    #[test]
+    fn a_job_that_is_gone_marks_nothing() {
+        let ready = Ready::default();
+        ready.enlist(1);
+        ready.mark(1);
+        ready.forget(1);
+        ready.mark(1);
+        assert_eq!(ready.pop(), None);
+        assert!(ready.lock().jobs.is_empty() && ready.lock().places.is_empty());
     }
 }

@@ -104,6 +104,7 @@ impl Jobs {
         let entry =
             Entry { pending: Mutex::new(Some(pending)), watch: watch.clone(), tag, flow, told: AtomicBool::new(false) };
         self.lock().insert(id, Arc::new(entry));
+        self.ready.enlist(id);
         let ready = self.ready.clone();
         // Only now, so that whoever is woken finds it in the table.
         watch.on_change(move || ready.mark(id));
@@ -117,8 +118,7 @@ impl Jobs {
         fit(entry)?;
         let entry = entries.remove(&id).ok_or_else(|| unknown(id))?;
         drop(entries);
-        // An observer that is called later marks a number that is gone, which rrt_poll passes over.
-        entry.watch.on_change(|| {});
+        // Whoever marks it later marks nothing.
         self.ready.forget(id);
         let pending = entry.pending.lock().unwrap_or_else(PoisonError::into_inner).take();
         pending.ok_or_else(|| unknown(id))

@@ -101,6 +101,8 @@ struct Rewards {
     zero_variance: Vec<u32>,
     best: Vec<u32>,
     worst: Vec<u32>,
+    reward_version: Vec<u64>,
+    ref_version: Option<Vec<u64>>,
 }
 
 impl Rewards {
@@ -125,6 +127,8 @@ impl Rewards {
             zero_variance: groups.iter().map(|g| g.zero_variance.into()).collect(),
             best: groups.iter().map(|g| pair(g).0).collect(),
             worst: groups.iter().map(|g| pair(g).1).collect(),
+            reward_version: rollout.reward_versions.concat(),
+            ref_version: rollout.reference.as_ref().map(|list| list.iter().map(|s| s.weight_version).collect()),
         }
     }
 }
@@ -390,6 +394,8 @@ pub unsafe extern "C" fn rrt_result_rollout(
             group_zero_variance: r.zero_variance.as_ptr(),
             group_best: r.best.as_ptr(),
             group_worst: r.worst.as_ptr(),
+            reward_version: r.reward_version.as_ptr(),
+            ref_version: pointer(r.ref_version.as_ref()),
             ..rrt_rollout_view::initial()
         };
         // SAFETY: the header's condition on structs.

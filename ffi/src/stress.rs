@@ -262,3 +262,23 @@ fn nothing_is_lost_among_many_threads() {
         Err(mpsc::RecvTimeoutError::Timeout) => panic!("a deadlock: no end after 300 s"),
     }
 }
+
+/// For scripts/test_threads, which wants it to be found.
+#[test]
+#[ignore = "a race on purpose"]
+fn a_planted_race() {
+    struct Racy(std::cell::UnsafeCell<u64>);
+    // SAFETY: it is not; that is the point.
+    unsafe impl Sync for Racy {}
+    let shared = Racy(std::cell::UnsafeCell::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            // The whole of it, not its field.
+            let shared = &shared;
+            // SAFETY: as above.
+            scope.spawn(move || (0..1000).for_each(|_| unsafe { *shared.0.get() += 1 }));
+        }
+    });
+    // SAFETY: the threads have ended.
+    assert!(unsafe { *shared.0.get() } > 0);
+}

@@ -369,6 +369,8 @@ structs! {
         group_zero_variance: *const u32 = null(),
         group_best: *const u32 = null(),
         group_worst: *const u32 = null(),
+        reward_version: *const u64 = null(),
+        ref_version: *const u64 = null(),
     }
     struct rrt_job_timing {
         struct_size: u32 = size_of::<rrt_job_timing>() as u32,

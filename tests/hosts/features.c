@@ -437,7 +437,7 @@ static void sessions(void) {
 static void steps(void) {
     static const uint32_t ids[12] = { 9, 8, 7, 6, 10, 11, 8, 13, 30, 8, 32, 33 };
     static const size_t offsets[3] = { 0, 7, 12 }, positions[3] = { 1, 6, 4 }, position_offsets[3] = { 0, 2, 3 };
-    static const size_t prefixes[4] = { 0, 2, 9, 14 }, lens[2] = { 2, 0 };
+    static const size_t prefixes[4] = { 0, 2, 9, 14 }, lens[2] = { 2, 0 }, beyond[3] = { 1, 7, 4 };
     uint32_t texts[14];
     rrt_score_req req = RRT_SCORE_REQ_INIT;
     rrt_result *at, *whole;
@@ -499,7 +499,7 @@ static void steps(void) {
     WANT(RRT_E_ARG, rrt_submit_score(runtime, &req, &job, &err)); /* it has no prompts */
     req.kind = RRT_SCORE_STEP_REWARDS;
     req.prompt_lens = NULL;
-    req.positions = offsets + 1;
+    req.positions = beyond;
     req.position_offsets = position_offsets;
     WANT(RRT_E_ARG, rrt_submit_score(runtime, &req, &job, &err)); /* beyond the end */
 

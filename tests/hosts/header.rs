@@ -37,8 +37,8 @@ fn code() -> String {
         rest = after.split_once("*/").unwrap().1;
     }
     text += rest;
-    let is_code = |line: &&str| !line.trim_start().starts_with('#') && !line.trim_end().ends_with('\\');
-    text.lines().filter(is_code).collect::<Vec<_>>().join("\n")
+    let text = text.replace("\\\n", " ");
+    text.lines().filter(|line| !line.trim_start().starts_with('#')).collect::<Vec<_>>().join("\n")
 }
 
 pub fn functions() -> Vec<Function> {

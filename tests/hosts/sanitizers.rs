@@ -1,8 +1,9 @@
 //! That what watches the other tests really watches: a planted leak is found. And valgrind, which sees what ASan cannot.
 
+use std::path::Path;
 use std::process::Command;
 
-use super::{compile, compile_sanitized, text, without_vulkan};
+use super::{compile, compile_sanitized, talking_model, text, without_vulkan};
 use crate::common::golden;
 
 /// The library allocates where the sanitizer sees it.
@@ -31,25 +32,29 @@ fn valgrind_finds_nothing() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let valgrind = |program: &std::path::Path, arguments: &[&str]| {
+    let (small, talking) = (golden("llama-gqa-9-3"), talking_model(&folder.path().join("model")));
+    let (cpu, once) = (Path::new("cpu"), Path::new("1"));
+    let valgrind = |name: &str, source: &str, arguments: &[&Path]| {
+        let program = folder.path().join(name);
+        compile(source, &program, &["-std=c99", "-D_GNU_SOURCE"]);
         without_vulkan("valgrind".as_ref())
             .args(["--leak-check=full", "--error-exitcode=9", "--quiet"])
             .args(["--errors-for-leak-kinds=definite", "--show-leak-kinds=definite"])
             .arg(program)
-            .arg(golden("llama-gqa-9-3"))
             .args(arguments)
             .env("ABI_NO_FORK", "1")
             .output()
             .unwrap()
     };
-    let programs = ["abi", "leak"].map(|name| {
-        let program = folder.path().join(name);
-        compile(format!("tests/hosts/{name}.c"), &program, &["-std=c99", "-D_GNU_SOURCE"]);
-        program
-    });
-    let careless = valgrind(&programs[0], &[]);
-    assert!(careless.status.success(), "{}", text(&careless.stderr));
+    let clean = [
+        valgrind("abi", "tests/hosts/abi.c", &[&small, once]),
+        valgrind("stream", "ffi/examples/stream.c", &[&talking, cpu]),
+        valgrind("rollout", "ffi/examples/rollout.c", &[&talking, &talking, cpu]),
+    ];
+    for output in clean {
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
     // And it would have found something.
-    let leaking = valgrind(&programs[1], &[]);
+    let leaking = valgrind("leak", "tests/hosts/leak.c", &[&small]);
     assert_eq!(leaking.status.code(), Some(9), "{}", text(&leaking.stderr));
 }

@@ -61,7 +61,7 @@ static void expect(int good, rrt_status got, const char *what) {
 }
 
 /* Nothing is written where the call failed. */
-static void untouched(const char *what) {
+void untouched(const char *what) {
     size_t i;
     for (i = 0; i < 16; i++) {
         if (memcmp(space[i], zeros, sizeof zeros) != 0) {
@@ -77,7 +77,7 @@ static void untouched(const char *what) {
     }
 }
 
-static void size_is(unsigned char *p, uint32_t size) { memcpy(p, &size, sizeof size); }
+void size_is(unsigned char *p, uint32_t size) { memcpy(p, &size, sizeof size); }
 
 static void set_up(const char *folder, const char *adapter_folder, const char *followed) {
     rrt_open_opts open = RRT_OPEN_OPTS_INIT;
@@ -172,7 +172,7 @@ fn given(f: &Function, p: &Parameter, place: usize) -> String {
         {
             format!("({kind})space[{place}]")
         }
-        kind if is_output(p) => format!("({kind})space[{place}]"),
+        kind if sized_structs().contains(p.target()) => format!("({kind})space[{place}]"),
         kind if kind.ends_with('*') => {
             let name = p.target().strip_prefix("rrt_").unwrap();
             assert!(

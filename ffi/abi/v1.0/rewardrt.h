@@ -646,8 +646,9 @@ typedef struct rrt_rollout_view {
     const float *kl2;               /* [tokens] k2 = k1² / 2 */
     const float *kl3;               /* [tokens] k3 = exp(−k1) − 1 + k1: unbiased, never negative */
     size_t reward_count;            /* reward models */
-    const float *rewards;           /* [reward_count × count], all sequences of one reward model after the other; NaN for a
-                                       sequence that is longer than the model takes */
+    const float *rewards;           /* [reward_count × count], all sequences of one reward model after the other; NaN where
+                                       there is none: the answer was cut off (RRT_FINISH_CANCELLED), is longer than the model
+                                       takes, or its text cannot be encoded for it */
     const float *reward;            /* [count] the weighted sum of those that are not NaN; NaN if there is none */
     const float *advantage;         /* [count] */
     size_t group_count;             /* prompts */
@@ -656,6 +657,8 @@ typedef struct rrt_rollout_view {
     const uint32_t *group_zero_variance; /* [group_count] 1: no two rewards differ, there is nothing to learn */
     const uint32_t *group_best;     /* [group_count] the sequence with the largest reward … */
     const uint32_t *group_worst;    /* … and the one with the smallest: the pair for DPO; UINT32_MAX with zero_variance */
+    const uint64_t *reward_version; /* as rewards: the weights that gave them; 0 where nothing did */
+    const uint64_t *ref_version;    /* [count] the weights of the reference; NULL without one */
 } rrt_rollout_view;
 
 /* What a job has cost. A row is one position of one sequence going through the model once. */
