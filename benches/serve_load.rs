@@ -61,7 +61,8 @@ struct Work {
     path: &'static str,
     body: fn(usize) -> Value,
     one: fn(&Model, usize),
-    all: fn(&Model, usize),
+    /// The first prompt's number, and how many there are.
+    all: fn(&Model, usize, usize),
 }
 
 fn sample(prompts: Vec<Vec<u32>>, seed: usize) -> SampleRequest {
@@ -78,14 +79,18 @@ const WORK: [Work; 2] = [
         path: "/v1/completions",
         body: |i| json!({"prompt": prompt(i), "seed": i, "max_tokens": MAX_TOKENS, "ignore_eos": true}),
         one: |model, i| drop(model.sample(&sample(vec![prompt(i)], i)).unwrap().wait().unwrap()),
-        all: |model, n| drop(model.sample(&sample((0..n).map(prompt).collect(), 0)).unwrap().wait().unwrap()),
+        all: |model, first, n| {
+            drop(model.sample(&sample((first..first + n).map(prompt).collect(), 0)).unwrap().wait().unwrap());
+        },
     },
     Work {
         name: "scores, 24 tokens in",
         path: "/classify",
         body: |i| json!({"model": "judge", "input": prompt(i)}),
         one: |model, i| drop(model.score(&score(vec![prompt(i)])).unwrap().wait().unwrap()),
-        all: |model, n| drop(model.score(&score((0..n).map(prompt).collect())).unwrap().wait().unwrap()),
+        all: |model, first, n| {
+            drop(model.score(&score((first..first + n).map(prompt).collect())).unwrap().wait().unwrap());
+        },
     },
 ];
 
@@ -115,12 +120,58 @@ fn crowd(time: Duration, ask: impl Fn(usize) -> bool + Sync) -> (usize, usize, V
     (latencies.len(), refused.into_inner(), latencies, seconds)
 }
 
-fn over_http(folder: &Path, work: &Work, time: Duration) -> (usize, f64) {
+/// Answers of a kind of work, over all its rounds.
+#[derive(Default)]
+struct Tally {
+    answered: usize,
+    refused: usize,
+    seconds: f64,
+    latencies: Vec<f64>,
+    /// Answers a second, by round.
+    rates: Vec<f64>,
+}
+
+impl Tally {
+    fn add(&mut self, (answered, refused, latencies, seconds): (usize, usize, Vec<f64>, f64)) {
+        self.answered += answered;
+        self.refused += refused;
+        self.seconds += seconds;
+        self.latencies.extend(latencies);
+        self.rates.push(answered as f64 / seconds);
+    }
+
+    fn report(&mut self, who: &str) {
+        self.latencies.sort_by(f64::total_cmp);
+        let at = |share: f64| self.latencies[((self.latencies.len() - 1) as f64 * share) as usize] * 1e3;
+        println!(
+            "  {who}: {} answers in {:.1} s, {:.1} a second; p50 {:.0} ms, p99 {:.0} ms; {} times 429, no other error",
+            self.answered,
+            self.seconds,
+            self.answered as f64 / self.seconds,
+            at(0.5),
+            at(0.99),
+            self.refused
+        );
+    }
+}
+
+fn percent(mine: &Tally, other: &Tally) -> f64 {
+    let mut ratios: Vec<f64> = mine.rates.iter().zip(&other.rates).map(|(a, b)| 100.0 * a / b).collect();
+    ratios.sort_by(f64::total_cmp);
+    ratios[ratios.len() / 2]
+}
+
+/// Rounds in turns, for a machine that is shared: only what ran side by side in time is compared.
+const ROUNDS: usize = 5;
+
+fn run(folder: &Path, work: &Work, time: Duration) {
     let server = serve(folder);
+    let runtime = Runtime::open(&RuntimeOptions { device: "cpu".into(), ..RuntimeOptions::default() }).unwrap();
+    let model = runtime.load_model(folder, &ModelOptions::default()).unwrap();
     let url = format!("{}{}", server.url, work.path);
     let config = ureq::Agent::config_builder().http_status_as_error(false).max_idle_connections_per_host(CLIENTS);
     let agent = config.max_idle_connections(CLIENTS).build().new_agent();
-    let (answered, refused, latencies, seconds) = crowd(time, |i| {
+    let ask = |i: usize| {
         let mut response = agent.post(&url).send_json((work.body)(i)).unwrap();
         let text = response.body_mut().read_to_string().unwrap();
         match response.status().as_u16() {
@@ -128,40 +179,29 @@ fn over_http(folder: &Path, work: &Work, time: Duration) -> (usize, f64) {
             429 => false,
             status => panic!("{status}: {text}"),
         }
-    });
-    let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share) as usize] * 1e3;
-    println!(
-        "  {CLIENTS} clients over HTTP: {answered} answers in {seconds:.1} s, {:.1} a second; p50 {:.0} ms, p99 {:.0} ms; {refused} times 429, no other error",
-        answered as f64 / seconds,
-        at(0.5),
-        at(0.99)
-    );
-    (answered, answered as f64 / seconds)
-}
-
-fn in_process(folder: &Path, work: &Work, time: Duration, answered: usize, http: f64) {
-    // Another runtime for each: no prompt is in the cache.
-    let load = || {
-        let runtime = Runtime::open(&RuntimeOptions { device: "cpu".into(), ..RuntimeOptions::default() }).unwrap();
-        runtime.load_model(folder, &ModelOptions::default()).unwrap()
     };
-    let model = load();
-    let (callers, _, latencies, seconds) = crowd(time, |i| {
-        (work.one)(&model, i);
-        true
-    });
-    let rate = callers as f64 / seconds;
-    let p50 = latencies[latencies.len() / 2] * 1e3;
+    let (mut http, mut callers, mut batch) = (Tally::default(), Tally::default(), Tally::default());
+    for round in 0..ROUNDS {
+        // No prompt comes twice: none is in a cache.
+        let first = round * 1_000_000;
+        http.add(crowd(time / ROUNDS as u32, |i| ask(first + i)));
+        callers.add(crowd(time / ROUNDS as u32, |i| {
+            (work.one)(&model, first + i);
+            true
+        }));
+        let n = http.answered - batch.answered;
+        let begin = Instant::now();
+        (work.all)(&model, first + 500_000, n);
+        batch.add((n, 0, Vec::new(), begin.elapsed().as_secs_f64()));
+    }
+    http.report("64 clients over HTTP");
+    callers.report("64 callers in process");
+    println!("  the same as one batch a round: {:.1} a second", batch.answered as f64 / batch.seconds);
     println!(
-        "  {CLIENTS} callers in process: {rate:.1} a second, p50 {p50:.0} ms; HTTP has {:.0} % of it",
-        100.0 * http / rate
+        "  HTTP has {:.0} % of the callers' throughput and {:.0} % of the batch's (medians of {ROUNDS} rounds)",
+        percent(&http, &callers),
+        percent(&http, &batch)
     );
-    drop(model);
-    let model = load();
-    let begin = Instant::now();
-    (work.all)(&model, answered);
-    let rate = answered as f64 / begin.elapsed().as_secs_f64();
-    println!("  the same {answered} as one batch: {rate:.1} a second; HTTP has {:.0} % of it", 100.0 * http / rate);
 }
 
 fn main() {
@@ -174,7 +214,6 @@ fn main() {
     let time = Duration::from_secs_f64(seconds);
     for work in WORK {
         println!("{}:", work.name);
-        let (answered, http) = over_http(&folder, &work, time);
-        in_process(&folder, &work, time, answered, http);
+        run(&folder, &work, time);
     }
 }

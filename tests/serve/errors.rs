@@ -159,7 +159,7 @@ fn start_is_refused() {
         (&["--model", &labels], 2, "--reward"),
         (&["--reward", &tied], 2, "judge"),
         (&["--reward", &judge_of_classifier], 2, "does not fit"),
-        (&["--reward", &bad_rule], 2, "two or more"),
+        (&["--reward", &bad_rule], 2, "llama-tied:judge:a"),
         (&["--model", &as_a, "--reward", &as_b], 2, "two models"),
         (&["--model", &tied, "--token-file", "/nowhere"], 2, "--token-file"),
         (&["--model", &tied, "--token-file", &path(&empty)], 2, "one token"),

@@ -92,6 +92,10 @@ impl ApiError {
         ApiError::new(StatusCode::GATEWAY_TIMEOUT, Some("timeout"), message)
     }
 
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, Some("unavailable"), message)
+    }
+
     /// 500: a bug of ours.
     pub fn internal(message: impl Into<String>) -> Self {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Some("internal_error"), message)
@@ -120,7 +124,7 @@ impl From<Error> for ApiError {
                 ApiError { param, ..ApiError::body(message) }
             }
             ErrorKind::Poisoned | ErrorKind::Cancelled | ErrorKind::DeviceLost | ErrorKind::NotFound => {
-                ApiError::new(StatusCode::SERVICE_UNAVAILABLE, Some("unavailable"), message)
+                ApiError::unavailable(message)
             }
             _ => ApiError::internal(message),
         }

@@ -4,6 +4,7 @@
 
 mod activation;
 mod admission;
+mod args;
 mod completions;
 mod encode;
 mod error;
@@ -18,6 +19,7 @@ mod shape;
 mod stream;
 mod wait;
 
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,18 +31,17 @@ use axum::http::header::CONTENT_TYPE;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use rewardrt::{Error, ErrorKind, Result, Runtime, RuntimeOptions};
+use rewardrt::{Error, ErrorKind, Result, Runtime, RuntimeOptions, RuntimeState};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinError;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::args::Serve;
+pub use args::Serve;
 use error::{ApiError, ApiResult};
 use metrics::{Metrics, Sources};
 use models::{Models, Role};
-pub use models::{NamedModel, NamedReward};
 use respond::json_response;
 
 /// Threads that encode and compile guides, however many requests come.
@@ -115,7 +116,7 @@ async fn serve(app: Arc<App>, args: &Serve) -> Result<()> {
     };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let mut signals = Signals::listen().map_err(failed)?;
-    eprintln!("rewardrt: listening on http://{}", listener.local_addr().map_err(failed)?);
+    say(&format!("listening on http://{}", listener.local_addr().map_err(failed)?));
     let (stop, stopping) = tokio::sync::oneshot::channel();
     let mut server = tokio::spawn(listen::listen(listener, router(app), stopping));
     let ended = |ended: std::result::Result<(), JoinError>| {
@@ -125,7 +126,7 @@ async fn serve(app: Arc<App>, args: &Serve) -> Result<()> {
         result = &mut server => return ended(result),
         () = signals.next() => {}
     }
-    eprintln!("rewardrt: stopping; requests under way have {} s", args.drain.as_secs_f64());
+    say(&format!("stopping; requests under way have {} s", args.drain.as_secs_f64()));
     // A server that has ended needs no word.
     let _ = stop.send(());
     tokio::select! {
@@ -133,8 +134,13 @@ async fn serve(app: Arc<App>, args: &Serve) -> Result<()> {
         () = tokio::time::sleep(args.drain) => {}
         () = signals.next() => {}
     }
-    eprintln!("rewardrt: requests that did not end in time are cancelled");
+    say("requests that did not end in time are cancelled");
     Ok(())
+}
+
+/// On stderr. That nobody may read it any more is no reason to stop.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "rewardrt: {text}");
 }
 
 /// SIGINT and SIGTERM; Ctrl-C where there are no signals.
@@ -228,7 +234,10 @@ async fn list_models(State(app): State<Arc<App>>) -> Response {
 
 /// GET /health: 200 as long as the engine takes work.
 async fn health(State(app): State<Arc<App>>) -> ApiResult<Response> {
-    app.runtime.check()?;
+    let state = app.runtime.state();
+    if state != RuntimeState::Running {
+        return Err(ApiError::unavailable(format!("the engine is {state:?}")));
+    }
     Ok(json_response(StatusCode::OK, &json!({"status": "ok", "models": app.models.iter().count()})))
 }
 

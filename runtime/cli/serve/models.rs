@@ -10,7 +10,7 @@ use rewardrt::{Error, ErrorKind, Model, Result, Rule, Runtime};
 use super::activation::Activation;
 use super::error::{ApiError, ApiResult};
 use super::respond::now;
-use crate::args::Loading;
+use crate::args::{Loading, RewardArg};
 
 /// `NAME=PATH`, or PATH, whose last part is the name then.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,27 +35,6 @@ impl FromStr for NamedModel {
             true => Err("it must be NAME=PATH, or a PATH that ends in a name".into()),
             false => Ok(NamedModel { name, path }),
         }
-    }
-}
-
-/// `NAME=PATH[:RULE]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamedReward {
-    pub model: NamedModel,
-    pub rule: Option<Rule>,
-}
-
-impl FromStr for NamedReward {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        // A rule has colons of its own, and so may a path.
-        let rule = [":judge", ":sequence"].iter().filter_map(|r| text.rfind(r)).max();
-        let (model, rule) = match rule {
-            Some(at) => (&text[..at], Some(Rule::parse(&text[at + 1..]).map_err(|e| e.to_string())?)),
-            None => (text, None),
-        };
-        Ok(NamedReward { model: model.parse()?, rule })
     }
 }
 
@@ -85,12 +64,7 @@ impl Models {
     /// # Errors
     /// `Argument` for a name that is given twice, a policy without a language-model head, a rule that does not fit; and
     /// what loading returns.
-    pub fn load(
-        runtime: &Runtime,
-        loading: &Loading,
-        policies: &[NamedModel],
-        rewards: &[NamedReward],
-    ) -> Result<Self> {
+    pub fn load(runtime: &Runtime, loading: &Loading, policies: &[NamedModel], rewards: &[RewardArg]) -> Result<Self> {
         let mut models = Models(Vec::new());
         for NamedModel { name, path } in policies {
             let model = models.open(runtime, loading, name, path)?;
@@ -101,7 +75,8 @@ impl Models {
             }
             models.add(name, path, model, Role::Policy);
         }
-        for NamedReward { model: NamedModel { name, path }, rule } in rewards {
+        for reward in rewards {
+            let (name, path, rule) = (&reward.name(), &reward.model, &reward.rule);
             let model = models.open(runtime, loading, name, path)?;
             let rule = match rule {
                 Some(rule) => rule.clone(),
@@ -121,12 +96,15 @@ impl Models {
     }
 
     fn open(&self, runtime: &Runtime, loading: &Loading, name: &str, path: &Path) -> Result<Model> {
+        if name.is_empty() {
+            return Err(Error::new(ErrorKind::Argument, format!("{} needs a name: NAME=PATH", path.display())));
+        }
         if self.0.iter().any(|m| m.name == name) {
             return Err(Error::new(ErrorKind::Argument, format!("the name {name:?} is given to two models")));
         }
         match self.0.iter().find(|m| m.path == path) {
             Some(same) => Ok(same.model.clone()),
-            None => loading.load_onto(runtime, path, loading.kv_tokens),
+            None => loading.load(runtime, path, loading.kv_tokens),
         }
     }
 

@@ -18,7 +18,7 @@ impl<T> Waiting<T> {
     pub fn new(job: Job<T>) -> Self {
         let changed = Arc::new(Notify::new());
         let notify = changed.clone();
-        job.observe(move || notify.notify_one());
+        job.watch().on_change(move || notify.notify_one());
         Waiting { job, changed }
     }
 
