@@ -112,6 +112,13 @@ fn text_completions_equal_the_rust_api() {
             at += token.chars().count();
         }
     }
+    for (text, add_special, expected) in
+        [("<s><s>!", true, [1, 1, 6]), ("<|user|><|user|>!", false, [3, 3, 6]), ("<s>!!", false, [1, 6, 6])]
+    {
+        let body =
+            json!({"prompt": text, "add_special_tokens": add_special, "max_tokens": 1, "return_token_ids": true});
+        assert_eq!(ids(&server.ask("/v1/completions", body)["choices"][0]["prompt_token_ids"]), expected, "{text}");
+    }
     // OpenAI's default, and the best of several.
     let answer = server.ask(
         "/v1/completions",

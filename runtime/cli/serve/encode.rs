@@ -8,9 +8,11 @@ use super::fields::Prompts;
 /// Encodes a text that may have been rendered by a chat template: special tokens in it are recognised, and where both
 /// the text and the tokenizer put the first one (BOS), there is one.
 pub fn rendered(tokenizer: &Tokenizer, text: &str, add_special: bool) -> ApiResult<Vec<u32>> {
-    let mut ids = tokenizer.encode(text, EncodeOptions { add_special, parse_special: true })?;
+    let encode = |add_special| tokenizer.encode(text, EncodeOptions { add_special, parse_special: true });
+    let mut ids = encode(add_special)?;
     let twice = matches!(ids[..], [a, b, ..] if a == b && tokenizer.special_tokens().any(|(id, _)| id == a));
-    if add_special && twice {
+    // It may be the text alone that has it twice.
+    if add_special && twice && encode(false)?.len() < ids.len() {
         ids.remove(0);
     }
     Ok(ids)
