@@ -20,7 +20,7 @@ demo: model
 	$(CARGO) build --release --example demo
 	target/release/examples/demo $(MODEL)
 
-test: model tools lint
+test: model tools .cache/venv-openai/ready lint
 	$(CARGO) build --release --workspace --all-targets
 	$(CARGO) test --release --workspace
 	scripts/test_cpu_paths
@@ -52,6 +52,12 @@ $(MODEL)/config.json: | .cache/venv/ready
 
 tools:
 	scripts/ensure_tools
+
+# The openai client that tests ask `rewardrt serve` with.
+.cache/venv-openai/ready: tests/hosts/requirements-openai.txt
+	$(PYTHON) -m venv .cache/venv-openai
+	.cache/venv-openai/bin/python -m pip install --quiet --disable-pip-version-check -r tests/hosts/requirements-openai.txt
+	touch $@
 
 bench:
 	$(CARGO) bench

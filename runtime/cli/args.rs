@@ -44,6 +44,9 @@ pub enum Command {
     Bench(Bench),
     /// Write what changed between two checkpoints, as slime does for its weight updates.
     Diff(Diff),
+    /// Serve completions and scores over HTTP.
+    #[cfg(feature = "serve")]
+    Serve(Box<crate::serve::Serve>),
 }
 
 #[derive(ClapArgs)]
@@ -70,6 +73,9 @@ pub struct Common {
     pub model: PathBuf,
     #[command(flatten)]
     pub loading: Loading,
+    /// Write results here instead of stdout; the file appears when it is complete.
+    #[arg(long, value_name = "F.jsonl")]
+    pub out: Option<PathBuf>,
 }
 
 /// Flags that every command with models takes.
@@ -84,9 +90,6 @@ pub struct Loading {
     /// How the weights of products are held; `int8` and `int4` quantise them on load.
     #[arg(long, value_enum, default_value = "stored")]
     pub weights: WeightsArg,
-    /// Write results here instead of stdout; the file appears when it is complete.
-    #[arg(long, value_name = "F.jsonl")]
-    pub out: Option<PathBuf>,
     /// Threads of the CPU backend [default: one a core].
     #[arg(long)]
     pub threads: Option<usize>,
@@ -289,6 +292,9 @@ pub struct Rollout {
     pub n: usize,
     #[command(flatten)]
     pub sampling: Sampling,
+    /// Write results here instead of stdout; the file appears when it is complete.
+    #[arg(long, value_name = "F.jsonl")]
+    pub out: Option<PathBuf>,
     #[command(flatten)]
     pub loading: Loading,
 }
@@ -314,7 +320,7 @@ impl RewardArg {
 }
 
 /// The rule begins after the first colon behind which there is one.
-fn reward(text: &str) -> Result<RewardArg> {
+pub fn reward(text: &str) -> Result<RewardArg> {
     let (name, model) = match text.split_once('=') {
         Some((name, model)) if !name.contains(['/', ':']) => (Some(name.to_owned()), model),
         _ => (None, text),
@@ -394,7 +400,7 @@ fn rule(text: &str) -> Result<Rule> {
     Rule::parse(text)
 }
 
-fn bytes(text: &str) -> std::result::Result<u64, String> {
+pub fn bytes(text: &str) -> std::result::Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 0,

@@ -244,7 +244,7 @@ fn check(args: &Bench) -> Result<()> {
             return Err(argument(format!("{flag} is {value}, at most {MOST_IDS} tokens are made")));
         }
     }
-    if args.common.loading.out.is_some() && !args.json {
+    if args.common.out.is_some() && !args.json {
         return Err(argument("--out takes JSON: add --json".into()));
     }
     Ok(())
@@ -281,7 +281,7 @@ pub fn run(args: &Bench) -> Result<()> {
     )?;
     let device = runtime.device_name();
     let limits = if args.profile { limits(&model)? } else { None };
-    let mut sink = args.json.then(|| Sink::open(args.common.loading.out.as_deref())).transpose()?;
+    let mut sink = args.json.then(|| Sink::open(args.common.out.as_deref())).transpose()?;
     if sink.is_none() {
         print_line(&format!("{} on {device}", args.common.model.display()))?;
         if let Some(l) = limits {

@@ -36,7 +36,7 @@ pub fn run(args: &Logprobs) -> Result<()> {
         let (ids, prompt_len) = record.scored(&model).map_err(|e| e.at(place))?;
         items.push(Item { id: id_of(record, i), ids, prompt_len });
     }
-    let mut sink = Sink::open(args.common.loading.out.as_deref())?;
+    let mut sink = Sink::open(args.common.out.as_deref())?;
     let request = |chunk: &[Item]| LogprobRequest {
         sequences: chunk.iter().map(|i| i.ids.clone()).collect(),
         prompt_lens: chunk.iter().map(|i| i.prompt_len).collect(),

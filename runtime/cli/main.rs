@@ -13,6 +13,8 @@ mod rollout;
 mod sample;
 mod sampling;
 mod score;
+#[cfg(feature = "serve")]
+mod serve;
 mod sink;
 mod synth;
 
@@ -38,6 +40,8 @@ fn main() -> ExitCode {
         args::Command::Synth(a) => synth::run(a),
         args::Command::Bench(a) => bench::run(a),
         args::Command::Diff(a) => diff::run(a),
+        #[cfg(feature = "serve")]
+        args::Command::Serve(a) => serve::run(a),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

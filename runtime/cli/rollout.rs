@@ -131,7 +131,7 @@ pub fn run(args: &args::Rollout) -> Result<()> {
         conversations,
         clip_reward: args.clip_reward,
     };
-    let mut sink = Sink::open(args.loading.out.as_deref())?;
+    let mut sink = Sink::open(args.out.as_deref())?;
     let job = policy.rollout(&request)?;
     let bar = ProgressBar::new((prompts.len() * args.n) as u64);
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} answers, {elapsed} (left: {eta})") {

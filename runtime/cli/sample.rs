@@ -79,7 +79,7 @@ pub fn run(args: &Sample) -> Result<()> {
     if args.stream {
         return stream(args, &model, &prompts, &request(0, &prompts));
     }
-    let mut sink = Sink::open(args.common.loading.out.as_deref())?;
+    let mut sink = Sink::open(args.common.out.as_deref())?;
     jobs::run(
         &prompts,
         args.n,
@@ -94,7 +94,7 @@ pub fn run(args: &Sample) -> Result<()> {
 /// Prints texts as they grow, one answer after the other: those whose turn has not come are kept until then.
 fn stream(args: &Sample, model: &Model, prompts: &[(Value, Vec<u32>)], request: &SampleRequest) -> Result<()> {
     model.tokenizer()?;
-    let mut sink = args.common.loading.out.as_deref().map(|path| Sink::open(Some(path))).transpose()?;
+    let mut sink = args.common.out.as_deref().map(|path| Sink::open(Some(path))).transpose()?;
     let per_prompt = args.best_of.unwrap_or(args.n);
     let job = model.sample(request)?;
     print_chunks(&job, per_prompt, prompts.len() * per_prompt)?;

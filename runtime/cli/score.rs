@@ -34,7 +34,7 @@ pub fn run(args: &Score) -> Result<()> {
     for (i, (place, record)) in records.iter().enumerate() {
         items.push((id_of(record, i), record.sequence(&model, reads_next_token).map_err(|e| e.at(place))?));
     }
-    let mut sink = Sink::open(args.common.loading.out.as_deref())?;
+    let mut sink = Sink::open(args.common.out.as_deref())?;
     let request = |chunk: &[(Value, Vec<u32>)]| ScoreRequest {
         sequences: chunk.iter().map(|(_, ids)| ids.clone()).collect(),
         rule: Some(rule.clone()),
