@@ -1,13 +1,16 @@
 """Results are views of the library's memory: nothing is copied, and nothing is freed too early."""
 
+import dataclasses
 import gc
+import pickle
 
 import numpy as np
 import pytest
 
 import rewardrt
-from rewardrt._handle import view, call
+from rewardrt._handle import call, view
 from rewardrt._native import ffi, lib
+from rewardrt.results import joined
 
 
 @pytest.fixture
@@ -17,7 +20,7 @@ def samples(golden):
 
 def test_arrays_are_the_librarys_memory(samples):
     found = view("rrt_sequences_view")
-    call(lib.rrt_result_sequences, samples._handle.pointer, found)
+    call(lib.rrt_result_sequences, samples.ids.base.owner.pointer, found)
 
     def address(pointer):
         return int(ffi.cast("uintptr_t", pointer))
@@ -62,6 +65,26 @@ def test_a_view_outlives_everything_else():
     del runtime, model
     gc.collect()
     np.testing.assert_array_equal(ids, copy)
+
+
+def test_pickling_copies(samples):
+    again = pickle.loads(pickle.dumps(samples))
+    assert again.ids.ctypes.data != samples.ids.ctypes.data
+    for one, other in zip(samples, again, strict=True):
+        for field in dataclasses.fields(one):
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+
+
+def test_parts_joined_are_the_whole(golden):
+    model = golden("llama-tied")
+    prompts, options = [[5, 6], [7], [8, 9, 10]], {"n": 2, "max_tokens": 6, "seed": 1, "ignore_eos": True}
+    whole = model.sample(prompts, **options).result(60)
+    parts = [model.sample(prompts[:1], streams=[0], **options), model.sample(prompts[1:], streams=[1, 2], **options)]
+    together = joined([part.result(60) for part in parts], [0, 1])
+    for name, value in vars(whole).items():
+        np.testing.assert_array_equal(getattr(together, name), value, err_msg=name)
+    scores = [model.logprobs(p).result(60) for p in (prompts[:1], prompts[1:])]
+    np.testing.assert_array_equal(joined(scores).values, model.logprobs(prompts).result(60).values)
 
 
 def test_text(real):

@@ -10,7 +10,8 @@ import numpy as np
 from . import errors
 from ._native import ffi
 
-_DTYPES = {"uint32_t": np.uint32, "int32_t": np.int32, "uint64_t": np.uint64, "float": np.float32, "size_t": np.uintp}
+_DTYPES = {"uint32_t": np.uint32, "int32_t": np.int32, "uint64_t": np.uint64, "float": np.float32, "size_t": np.uintp,
+           "char": np.uint8}
 
 
 class _Memory:

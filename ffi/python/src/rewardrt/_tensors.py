@@ -36,6 +36,8 @@ class Tensor:
 
 def tensor(value: Any, name: str) -> Tensor:
     """Takes a tensor of any of the kinds above; copies only where it is not row-major without gaps."""
+    if isinstance(value, Tensor):
+        return value
     # torch exports no tensor that is part of a graph.
     if getattr(value, "requires_grad", False):
         value = value.detach()

@@ -1,6 +1,7 @@
 """Results: numpy arrays over the library's own memory.
 
-Nothing is copied. The arrays are read-only and keep the result alive, also after the runtime was closed.
+Nothing is copied. The arrays are read-only and keep the result alive, also after the runtime was closed. Pickling a result
+copies it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from ._arrays import borrowed
 from ._handle import Handle, call, view
-from ._native import ffi, lib
+from ._native import lib
 
 _FINISH = {
     lib.RRT_FINISH_STOP: "stop",
@@ -62,36 +63,36 @@ class Samples(Sequence[Sample]):
     :class:`Sample` explains them.
     """
 
+    offsets: np.ndarray
+    """[count + 1]"""
+    ids: np.ndarray
+    logprobs: np.ndarray
+    model_logprobs: np.ndarray
+    entropy: np.ndarray
+    kept: np.ndarray
+    threshold: np.ndarray
+    finish: np.ndarray
+    """int32 [count], RRT_FINISH_…; a :class:`Sample` has the word"""
+    prompt_index: np.ndarray
+    """uint32 [count]"""
+    sample_index: np.ndarray
+    """uint32 [count]"""
+    version: np.ndarray
+    """uint64 [count]"""
+    adapter_version: np.ndarray
+    """uint64 [count]"""
+
     def __init__(self, handle: Handle) -> None:
         found = view("rrt_sequences_view")
         call(lib.rrt_result_sequences, handle.pointer, found)
         count = found.count
-        self.offsets = borrowed(found.offsets, count + 1, handle)
-        """[count + 1]"""
-        tokens = int(self.offsets[count])
-        self.ids = borrowed(found.ids, tokens, handle)
-        self.logprobs = borrowed(found.sample_logprob, tokens, handle)
-        self.model_logprobs = borrowed(found.logprob, tokens, handle)
-        self.entropy = borrowed(found.entropy, tokens, handle)
-        self.kept = borrowed(found.kept, tokens, handle)
-        self.threshold = borrowed(found.threshold, tokens, handle)
-        self.finish = borrowed(found.finish, count, handle)
-        """int32 [count], RRT_FINISH_…; a :class:`Sample` has the word"""
-        self.prompt_index = borrowed(found.prompt_index, count, handle)
-        """uint32 [count]"""
-        self.sample_index = borrowed(found.sample_index, count, handle)
-        """uint32 [count]"""
-        self.version = borrowed(found.version, count, handle)
-        """uint64 [count]"""
-        self.adapter_version = borrowed(found.adapter_version, count, handle)
-        """uint64 [count]"""
-        self._text_offsets = borrowed(found.text_offsets, count + 1, handle)
-        self._text = found.text
-        self._span_offsets = borrowed(found.span_offsets, count + 1, handle)
-        spans = int(self._span_offsets[count])
-        self._span_end = borrowed(found.span_end, spans, handle)
-        self._span_version = borrowed(found.span_version, spans, handle)
-        self._handle = handle
+        _take(self, found, handle, count + 1, offsets="offsets", _text_offsets="text_offsets", _span_offsets="span_offsets")
+        _take(self, found, handle, int(self.offsets[count]), ids="ids", logprobs="sample_logprob", model_logprobs="logprob",
+              entropy="entropy", kept="kept", threshold="threshold")  # fmt: skip
+        _take(self, found, handle, count, finish="finish", prompt_index="prompt_index", sample_index="sample_index",
+              version="version", adapter_version="adapter_version")  # fmt: skip
+        _take(self, found, handle, int(self._text_offsets[count]), _text="text")
+        _take(self, found, handle, int(self._span_offsets[count]), _span_end="span_end", _span_version="span_version")
 
     @property
     def texts(self) -> list[str]:
@@ -128,24 +129,27 @@ class Samples(Sequence[Sample]):
         )
 
     def _text_of(self, i: int) -> str:
-        start, end = int(self._text_offsets[i]), int(self._text_offsets[i + 1])
-        return ffi.buffer(self._text + start, end - start)[:].decode("utf-8") if end > start else ""
+        return self._text[int(self._text_offsets[i]) : int(self._text_offsets[i + 1])].tobytes().decode("utf-8")
 
 
 class _Rows(Sequence[np.ndarray]):
     """Rows of values of different lengths; row ``i`` is ``values[offsets[i]:offsets[i + 1]]``."""
 
+    offsets: np.ndarray
+    """[count + 1]"""
+    values: np.ndarray
+    """float32, all rows side by side"""
+    version: np.ndarray
+    """uint64 [count], of the weights"""
+    adapter_version: np.ndarray
+    """uint64 [count]; 0 without an adapter"""
+
     def __init__(self, handle: Handle) -> None:
         found = view("rrt_scores_view")
         call(lib.rrt_result_scores, handle.pointer, found)
-        self.offsets = borrowed(found.offsets, found.count + 1, handle)
-        """[count + 1]"""
-        self.values = borrowed(found.values, int(self.offsets[found.count]), handle)
-        """float32, all rows side by side"""
-        self.version = borrowed(found.version, found.count, handle)
-        """uint64 [count], of the weights"""
-        self.adapter_version = borrowed(found.adapter_version, found.count, handle)
-        """uint64 [count]; 0 without an adapter"""
+        _take(self, found, handle, found.count + 1, offsets="offsets")
+        _take(self, found, handle, int(self.offsets[found.count]), values="values")
+        _take(self, found, handle, found.count, version="version", adapter_version="adapter_version")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -180,3 +184,26 @@ class Scores(_Rows):
     def first(self) -> np.ndarray:
         """The first label's value of every sequence, float32 [count]: the reward of a model with one label."""
         return self.values[self.offsets[:-1].astype(np.intp)]
+
+
+def _take(result: Any, found: Any, handle: Handle, count: int, **fields: str) -> None:
+    """Makes attributes of a view's arrays of one length."""
+    for attribute, field in fields.items():
+        setattr(result, attribute, borrowed(getattr(found, field), count, handle))
+
+
+def joined(parts: Sequence[Any], first_prompts: Sequence[int] | None = None) -> Any:
+    """One result of the results of several requests, in their order.
+
+    ``first_prompts``: for :class:`Samples`, where each part's prompts begin in the whole.
+    """
+    whole = object.__new__(type(parts[0]))
+    for name in vars(parts[0]):
+        arrays = [getattr(part, name) for part in parts]
+        if name.endswith("offsets"):
+            ends = np.cumsum([0] + [int(a[-1]) for a in arrays])
+            arrays = [a[:-1] + np.uintp(end) for a, end in zip(arrays, ends, strict=False)] + [ends[-1:].astype(np.uintp)]
+        elif name == "prompt_index" and first_prompts is not None:
+            arrays = [a + np.uint32(first) for a, first in zip(arrays, first_prompts, strict=True)]
+        setattr(whole, name, np.concatenate(arrays))
+    return whole
