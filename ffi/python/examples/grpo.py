@@ -130,7 +130,7 @@ def plot(path, rows, ratios):
     left.plot(range(window, len(rewards) + 1), mean, color="C0", label=f"mean of {window}")
     left.set(xlabel="optimiser step", ylabel="mean reward", ylim=(0, 1))
     left.legend(frameon=False)
-    right.hist(ratios.numpy(), bins=60, color="C0")
+    right.hist(ratios.numpy(), bins=101, range=(0.95, 1.05), color="C0")
     right.set(xlabel="p_trainer / p_sampler of a token", ylabel="tokens", yscale="log")
     figure.savefig(path, dpi=120)
 

@@ -1,15 +1,9 @@
 """What the tests share: golden checkpoints (values of transformers in f32), a real model, a runtime of two threads."""
 
-import json
-import pathlib
-
 import pytest
+from checkpoints import GOLDEN, SMOLLM2
 
 import rewardrt
-
-ROOT = pathlib.Path(__file__).resolve().parents[3]
-GOLDEN = ROOT / "tests" / "golden"
-SMOLLM2 = ROOT / ".cache" / "smollm2"
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +38,3 @@ def golden(runtime):
     for model in models:
         model.close()
 
-
-def expected(name):
-    """What transformers computed for a golden checkpoint."""
-    return json.loads((GOLDEN / name / "expected.json").read_text())

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT
+from checkpoints import GOLDEN, ROOT
 
 import rewardrt
 from rewardrt import errors

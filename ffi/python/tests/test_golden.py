@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, expected
+from checkpoints import GOLDEN, expected
 
 LANGUAGE_MODELS = ["llama-gqa-9-3", "llama-shards", "llama-tied", "mistral-window", "qwen2-gqa-14-2"]
 CLASSIFIERS = ["llama-labels-1", "llama-labels-3", "mistral-labels-2", "qwen2-labels-2"]

@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import GOLDEN, SMOLLM2
+from checkpoints import GOLDEN, SMOLLM2
 
 
 def run(code, timeout=120):

@@ -56,7 +56,7 @@ def test_what_a_sample_says(samples):
 
 
 def test_a_view_outlives_everything_else():
-    from conftest import GOLDEN
+    from checkpoints import GOLDEN
 
     with rewardrt.Runtime("cpu", threads=1) as runtime:
         model = runtime.load_model(GOLDEN / "llama-tied")

@@ -1,30 +1,13 @@
 """New weights: from numpy, from torch through DLPack, from files; all or nothing."""
 
-import json
-import struct
-
 import numpy as np
 import pytest
-from conftest import GOLDEN, expected
+from checkpoints import GOLDEN, expected, read_safetensors, write_safetensors
 
 import rewardrt
 
 # Its weights are float32, and its head is the embedding.
 F32 = "qwen2-tied-window"
-
-
-def read_safetensors(folder):
-    """Tensors of a checkpoint folder as numpy arrays, read by the format's own description."""
-    data = (folder / "model.safetensors").read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + size])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        assert entry["dtype"] == "F32"
-        start, end = entry["data_offsets"]
-        tensors[name] = np.frombuffer(data[8 + size + start : 8 + size + end], np.float32).reshape(entry["shape"])
-    return tensors
 
 
 @pytest.fixture
@@ -75,15 +58,6 @@ def test_an_update_equals_loading(golden, weights, runtime, tmp_path):
         update.put_files(tmp_path)
     np.testing.assert_array_equal(logprobs(put), want)
     np.testing.assert_array_equal(logprobs(files), want)
-
-
-def write_safetensors(path, tensors):
-    header, data = {}, b""
-    for name, value in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [len(data), len(data) + value.nbytes]}
-        data += value.tobytes()
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def test_slices_and_strides(golden, weights):

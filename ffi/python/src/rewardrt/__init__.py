@@ -8,7 +8,8 @@
         print(samples.texts, samples[0].logprobs)
 
 - :class:`Runtime`: an engine on a device; :func:`devices` lists them.
-- :class:`Model`: ``sample``, ``logprobs``, ``score``, ``update``, ``load_adapter``.
+- :class:`Model`: ``sample``, ``stream``, ``session``, ``rollout``, ``logprobs``, ``score``, ``score_steps``, ``update``, ``follow``,
+  ``load_adapter``. :class:`Sampling` has the options.
 - :class:`Job`: ``result()``, ``cancel()``, or ``await`` it.
 - :class:`Samples`, :class:`Logprobs`, :class:`Scores`: numpy arrays over the library's memory, without copies.
 - :class:`Update`: new weights as a transaction. :class:`Adapter`: LoRA. :class:`Tokenizer`.
@@ -42,10 +43,15 @@ from .errors import (
     Timeout,
     Unsupported,
 )
-from .job import Job
+from .follower import Follower
+from .job import Chunk, Job, SampleStream
 from .model import Model, ModelInfo, TensorInfo
-from .results import Logprobs, Sample, Samples, Scores
+from .results import Logprobs, Sample, Samples, Scores, StepScores
+from .rollout import Reward, Rollout
 from .runtime import Device, Runtime, devices
+from .sampling import Sampling
+from .session import Session
+from .stats import JobTiming, Memory, Timing
 from .tokenizer import Tokenizer
 from .update import Update
 
@@ -56,32 +62,43 @@ __all__ = [
     "ArgumentError",
     "Busy",
     "Cancelled",
+    "Chunk",
     "Closed",
     "Conflict",
     "Device",
     "DeviceLost",
     "Duplicate",
     "Error",
+    "Follower",
     "Forked",
     "FormatError",
     "Full",
     "Job",
+    "JobTiming",
     "LimitError",
     "Logprobs",
+    "Memory",
     "Model",
     "ModelInfo",
     "NoDevice",
     "NonFinite",
     "NotFound",
     "OutOfMemory",
+    "Reward",
+    "Rollout",
     "Runtime",
     "Sample",
+    "SampleStream",
     "Samples",
+    "Sampling",
     "Scores",
+    "Session",
     "ShapeError",
+    "StepScores",
     "TemplateError",
     "TensorInfo",
     "Timeout",
+    "Timing",
     "Tokenizer",
     "Unsupported",
     "Update",

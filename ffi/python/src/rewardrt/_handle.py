@@ -60,6 +60,21 @@ def nanoseconds(timeout: float | None) -> int:
     return min(int(timeout * 1e9), UNLIMITED - 1)
 
 
+def filled(c_type: str, guess: int, write: Callable[[Any, int, Any], None]) -> Any:
+    """The bytes of what ``write(buffer, capacity, need)`` gives: with a guessed capacity, then with the one that it asks for."""
+    need, capacity = ffi.new("size_t *"), guess
+    while True:
+        target = ffi.new(f"{c_type}[]", max(capacity, 1))
+        try:
+            write(target, capacity, need)
+        except errors.Error as error:
+            if error.status != "RRT_E_SHORT_BUFFER":
+                raise
+            capacity = need[0]
+        else:
+            return ffi.buffer(target, need[0] * ffi.sizeof(c_type))
+
+
 class Handle:
     """A pointer of the library, freed once, by whoever drops the last reference."""
 

@@ -28,9 +28,19 @@ def _ids(tokenizer: Any, prompt: Any, what: str, generation_prompt: bool) -> np.
     if isinstance(prompt, str):
         text: Tokenizer = tokenizer()
         return text.encode(prompt)
-    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+    if _is_conversation(prompt):
         return tokenizer().chat(prompt, add_generation_prompt=generation_prompt)
     if isinstance(prompt, (int, np.integer)):
         name = what.split("[", 1)[0]
         raise errors.ArgumentError(f"{what} is a single id; {name} is a list of prompts, so write [[…]] for one of ids")
     return token_ids(prompt, what)
+
+
+def conversations(prompts: Any) -> list[Sequence[Message]]:
+    """The messages of each prompt, none for those that are no conversation; empty if none is one."""
+    found = [p if _is_conversation(p) else () for p in prompts] if not isinstance(prompts, str) else []
+    return found if any(found) else []
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)

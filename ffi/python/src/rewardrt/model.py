@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
 
 from . import errors
-from ._arrays import Bytes, Packed, Strings, numbers, pointer, token_ids
+from ._arrays import Bytes, pointer
 from ._handle import Handle, call, nanoseconds, open_handle, struct, view
-from ._inputs import Prompt, as_sequences
+from ._inputs import Prompt, as_sequences, conversations
 from ._native import ffi, lib
 from ._tensors import dtype_name
 from .adapter import Adapter
-from .job import Job
-from .results import Logprobs, Samples, Scores
+from .events import Events
+from .follower import Follower
+from .job import Job, Live, News, SampleStream, submit
+from .results import Logprobs, Samples, Scores, StepScores
+from .rollout import Reward, Rollout, RolloutRequest
+from .sampling import SampleRequest, Sampling
+from .scoring import ScoreRequest, is_judge
+from .session import Session
+from .stats import Memory, Timing, numbers_of
 from .tokenizer import Tokenizer
 from .update import InFlight, Update, in_flight_mode, one_of, update_options
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+T = TypeVar("T")
+
 _PRECISION = {"auto": lib.RRT_PRECISION_AUTO, "f32": lib.RRT_PRECISION_F32}
 _WEIGHTS = {"stored": lib.RRT_WEIGHTS_STORED, "int8": lib.RRT_WEIGHTS_INT8, "int4": lib.RRT_WEIGHTS_INT4}
+_TAGS = {"weights": lib.RRT_SLEEP_WEIGHTS, "kv_cache": lib.RRT_SLEEP_KV_CACHE}
 _HEADS = {lib.RRT_HEAD_LANGUAGE_MODEL: "language_model", lib.RRT_HEAD_SEQUENCE_CLASSIFICATION: "sequence_classification"}
 
 
@@ -49,6 +65,13 @@ class ModelInfo:
     """Weights used in place"""
     version: int
     """Of the weights"""
+    architecture: str
+    """"LlamaForCausalLM\""""
+    eos_ids: tuple[int, ...]
+    """The tokens that end a sequence"""
+    pad_id: int | None
+    asleep: tuple[str, ...]
+    """What it has given back: "weights", "kv_cache\""""
 
 
 @dataclass(frozen=True)
@@ -61,7 +84,7 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-def load_model(runtime: Handle, path: str | os.PathLike[str], *, precision: str, weights: str, mmap: bool, version: int,
+def load_model(runtime: Handle, path: str | os.PathLike[str], *, events: Events, precision: str, weights: str, mmap: bool, version: int,
                **numbers: int) -> Model:
     folder = Bytes(os.fspath(path))
     options = struct(
@@ -75,15 +98,16 @@ def load_model(runtime: Handle, path: str | os.PathLike[str], *, precision: str,
         **numbers,
     )
     handle = open_handle("rrt_model", lib.rrt_model_load, lib.rrt_model_free, runtime.pointer, options, parent=runtime)
-    return Model(handle, runtime, os.fspath(path))
+    return Model(handle, runtime, events, os.fspath(path))
 
 
 class Model:
     """A model on a runtime, from :meth:`Runtime.load_model`. Any thread may use it."""
 
-    def __init__(self, handle: Handle, runtime: Handle, path: str) -> None:
+    def __init__(self, handle: Handle, runtime: Handle, events: Events, path: str) -> None:
         self._handle: Handle | None = handle
-        self._runtime = runtime
+        self._runtime: Handle | None = runtime
+        self._events: Events | None = events
         self._tokenizer: Tokenizer | None = None
         self._children: weakref.WeakSet[Any] = weakref.WeakSet()
         self.path = path
@@ -100,6 +124,10 @@ class Model:
             has_tokenizer=bool(found.has_tokenizer),
             has_chat_template=bool(found.has_chat_template),
             version=found.weights_version,
+            architecture=ffi.buffer(found.architecture, found.architecture_len)[:].decode(),
+            eos_ids=tuple(found.eos_ids[0 : found.eos_count]),
+            pad_id=None if found.pad_id < 0 else found.pad_id,
+            asleep=tuple(name for name, tag in _TAGS.items() if found.asleep & tag),
             **{name: getattr(found, name) for name in names},
         )
 
@@ -129,95 +157,121 @@ class Model:
             name = ffi.buffer(found.name, found.name_len)[:].decode()
             all_of_them.append(TensorInfo(name, dtype_name(found.dtype), tuple(found.shape[0 : found.rank])))
 
-    def sample(
+    def sample(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[Sampling]) -> Job[Samples]:
+        """Samples ``n`` answers to each prompt: a job of ``len(prompts) * n`` answers.
+
+            model.sample(prompts, n=8, max_tokens=256, temperature=0.7, top_p=0.9, seed=step)
+
+        A prompt is a text (encoded with the tokenizer's own special-token rule), token ids, or messages (rendered through
+        the chat template with the assistant's answer opened). The options are those of :class:`Sampling`. :class:`Full` if
+        the queue is; nothing was queued then.
+        """
+        request = self._request(prompts, options)
+        return self._job(lib.rrt_submit_sample, request, partial(Samples, top=bool(options.get("top_logprobs"))))
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[Sampling]) -> SampleStream:
+        """As :meth:`sample`, with tokens that can be read as they are sampled: ``for chunk in stream`` or ``async for``."""
+        request, news = self._request(prompts, options, stream=True), News()
+        live = self._submit(lib.rrt_submit_sample, request.struct, news=news)
+        drawn = options.get("best_of") or options.get("n", 1)
+        read = partial(Samples, top=bool(options.get("top_logprobs")))
+        return self._tracked(SampleStream(live, read, news, drawn))
+
+    def session(self, prompt: Prompt = ()) -> Session:
+        """Begins a rollout of several turns."""
+        ids = self._sequences([prompt], "prompt")[0] if len(prompt) else np.empty(0, np.uint32)
+        handle = open_handle("rrt_session", lib.rrt_session_new, lib.rrt_session_free, self._open().pointer,
+                             pointer("uint32_t", ids), ids.size, parent=self._runtime)  # fmt: skip
+        return self._tracked(Session(handle, self))
+
+    def rollout(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
-        n: int = 1,
-        max_tokens: int = 128,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        streams: Sequence[int] | None = None,
-        stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-        ignore_eos: bool = False,
-        adapter: Adapter | None = None,
-    ) -> Job[Samples]:
-        """Samples ``n`` answers to each prompt: a job of ``len(prompts) * n`` answers.
+        reference: Model | Literal["base"] | None = None,
+        rewards: Sequence[Reward] = (),
+        advantage: Literal["group", "leave_one_out", "batch", "none"] = "group",
+        clip_reward: tuple[float, float] | None = None,
+        **options: Unpack[Sampling],
+    ) -> Job[Rollout]:
+        """The data of one step of RL as one job: samples, log-probs of the reference and the KL to it, rewards, advantages.
 
-        A prompt is a text (encoded with the tokenizer's own special-token rule), token ids, or messages (rendered through
-        the chat template with the assistant's answer opened).
-
-        - ``max_tokens``: of an answer; fewer if the model's context ends first.
-        - ``temperature``: 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 are off.
-        - ``seed``, ``streams`` [prompts]: (seed, stream, sample, position) names a draw, whatever else is computed at the time;
-          without ``streams`` a prompt's stream is its index.
-        - ``stop``: strings that end an answer; its text is cut there. ``stop_ids``: besides the model's own.
-
-        :class:`Full` if the queue is; nothing was queued then.
+        - ``reference``: whose log-probs the KL is against; "base" is this model without the adapter of ``options``.
+        - ``rewards``: the models whose weighted sum is an answer's reward. One with another tokenizer sees prompts that are messages
+          through its own chat template.
+        - ``advantage``: "group" is TRL's GRPO, (r - mean) / (std + 1e-4) over a prompt's answers; "leave_one_out" is RLOO;
+          "batch" is (r - mean) / (std + 1e-4) over all answers.
+        - ``clip_reward``: the range that the reward is brought into before.
         """
-        model = self._open()
-        packed = Packed(as_sequences(lambda: self.tokenizer, prompts, what="prompts", generation_prompt=True))
-        # What the request points to has to live until the call at the end has copied it.
-        stops = Strings([stop] if isinstance(stop, str) else stop)
-        ids = token_ids(stop_ids, "stop_ids")
-        request = struct(
-            "rrt_sample_req",
-            flags=lib.RRT_SAMPLE_IGNORE_EOS if ignore_eos else 0,
-            model=model.pointer,
-            seed=seed,
-            n_samples=n,
-            max_new_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop_ids=pointer("uint32_t", ids),
-            stop_id_count=ids.size,
-            stop_text=stops.pointer,
-            stop_offsets=pointer("size_t", stops.offsets),
-            stop_count=stops.count,
-            adapter=_pointer(adapter),
-        )
-        packed.write(request.prompts)
-        if streams is not None:
-            chosen = numbers(streams, "uint64", "streams", packed.count)
-            request.streams = pointer("uint64_t", chosen)
-        return self._submit(model, lib.rrt_submit_sample, request, Samples)
+        request = RolloutRequest(self._request(prompts, options), conversations(prompts), reference=reference, rewards=rewards,
+                                 advantage=advantage, clip_reward=clip_reward)  # fmt: skip
+        return self._job(lib.rrt_rollout, request, partial(Rollout, top=bool(options.get("top_logprobs"))))
 
     def logprobs(
         self,
         sequences: Prompt | Sequence[Prompt],
         *,
         prompt_lens: Sequence[int] | None = None,
+        top_logprobs: int = 0,
         adapter: Adapter | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> Job[Logprobs]:
-        """Computes ln p of each token at temperature 1, given those before it in its sequence.
+        """Computes ln p of each token at temperature 1, given those before it in its sequence, and the entropy.
 
         ``prompt_lens`` [sequences]: leading tokens that are not scored; without it all are, and the first of each is NaN.
-        Tokens × vocabulary is never held in memory.
+        ``top_logprobs``: report so many of the most likely tokens at each place. Tokens × vocabulary is never held in memory.
         """
-        return self._score(sequences, lib.RRT_SCORE_LOGPROBS, Logprobs, adapter, prompt_lens=prompt_lens)
+        request = ScoreRequest(lib.RRT_SCORE_LOGPROBS, self._open(), self._sequences(sequences, "sequences", opened=False),
+                               prompt_lens=prompt_lens, adapter=adapter, priority=priority, deadline=deadline,
+                               top_logprobs=top_logprobs)  # fmt: skip
+        return self._job(lib.rrt_submit_score, request, partial(Logprobs, top=top_logprobs > 0))
 
     def score(
         self,
         sequences: Prompt | Sequence[Prompt],
         *,
         rule: str | None = None,
+        label: int = 0,
         adapter: Adapter | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> Job[Scores]:
         """Scores sequences by the checkpoint's head, or by ``rule``.
 
         "sequence": the logits of a sequence classifier. "judge:LABEL,LABEL": the probabilities of labels of one token each
         as the next token, one against the other. Messages end with the opening of the assistant's answer for a judge, and
-        without it for a classifier.
+        without it for a classifier. ``label`` says which value is a sequence's ``score``.
         """
-        return self._score(sequences, lib.RRT_SCORE_REWARD, Scores, adapter, rule=rule)
+        request = ScoreRequest(lib.RRT_SCORE_REWARD, self._open(), self._sequences(sequences, "sequences", opened=is_judge(rule)),
+                               rule=rule, label=label, adapter=adapter, priority=priority, deadline=deadline)  # fmt: skip
+        return self._job(lib.rrt_submit_score, request, Scores)
+
+    def score_steps(
+        self,
+        sequences: Prompt | Sequence[Prompt],
+        *,
+        step_id: int | None = None,
+        positions: Sequence[Sequence[int]] | None = None,
+        prompt_lens: Sequence[int] | None = None,
+        rule: str | None = None,
+        label: int = 0,
+        adapter: Adapter | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Job[StepScores]:
+        """Reads the rule at chosen tokens of each sequence: process rewards.
+
+        They are read after every token ``step_id`` beyond ``prompt_lens``, or after ``positions`` [sequences], rising and counted
+        from a sequence's first token.
+        """
+        if (step_id is None) == (positions is None):
+            raise errors.ArgumentError("steps end at a step_id or at positions: one of them is needed, and not both")
+        request = ScoreRequest(lib.RRT_SCORE_STEP_REWARDS, self._open(),
+                               self._sequences(sequences, "sequences", opened=False), rule=rule, label=label,
+                               step_id=step_id or 0, positions=positions, prompt_lens=prompt_lens, adapter=adapter,
+                               priority=priority, deadline=deadline)  # fmt: skip
+        return self._job(lib.rrt_submit_score, request, StepScores)
 
     def update(
         self,
@@ -251,9 +305,7 @@ class Model:
                                  check_finite=check_finite, convert=convert, timeout=timeout)  # fmt: skip
         handle = open_handle("rrt_update", lib.rrt_update_begin, lib.rrt_update_free, self._open().pointer, options,
                              parent=self._runtime)  # fmt: skip
-        update = Update(handle, self.version, version)
-        self._children.add(update)
-        return update
+        return self._tracked(Update(handle, self.version, version))
 
     def load_adapter(self, path: str | os.PathLike[str], *, version: int = 0, mmap: bool = True) -> Adapter:
         """Loads a LoRA adapter that PEFT saved beside the weights, which it neither copies nor changes.
@@ -265,9 +317,24 @@ class Model:
                          flags=0 if mmap else lib.RRT_ADAPTER_NO_MMAP)  # fmt: skip
         handle = open_handle("rrt_adapter", lib.rrt_adapter_load, lib.rrt_adapter_free, self._open().pointer, options,
                              parent=self._runtime)  # fmt: skip
-        adapter = Adapter(handle)
-        self._children.add(adapter)
-        return adapter
+        return self._tracked(Adapter(handle))
+
+    def follow(self, path: str | os.PathLike[str], *, interval: float = 0.2, in_flight: InFlight = "wait") -> Follower:
+        """Keeps the model at the newest weights of a folder: of its subfolders step_N, checkpoints or deltas, the one with the largest
+        N above the model's version becomes its weights, with version N. They must appear whole, by a rename."""
+        folder, update = Bytes(os.fspath(path)), update_options(in_flight=in_flight)
+        options = struct("rrt_follow_opts", interval_ns=nanoseconds(interval), update=update)
+        handle = open_handle("rrt_follower", lib.rrt_follow, lib.rrt_follower_free, self._open().pointer, folder.pointer,
+                             folder.length, options, parent=self._runtime)  # fmt: skip
+        return self._tracked(Follower(handle))
+
+    def memory(self) -> Memory:
+        """Bytes that it holds now."""
+        return numbers_of(Memory, "rrt_memory", lib.rrt_model_memory, self._open())
+
+    def timing(self) -> Timing:
+        """What was done since it was loaded, or since :meth:`Runtime.reset_stats`, and what is going on."""
+        return numbers_of(Timing, "rrt_timing", lib.rrt_model_timing, self._open())
 
     def sleep(self, *, weights: bool = True, kv_cache: bool = True, in_flight: InFlight = "wait",
               timeout: float | None = None) -> None:
@@ -280,10 +347,10 @@ class Model:
         call(lib.rrt_model_wake, self._open().pointer, _tags(weights, kv_cache))
 
     def close(self) -> None:
-        """Closes it with its adapters and updates; jobs of it that are not done fail with :class:`Cancelled`."""
+        """Closes it with its adapters, sessions, updates and followers; jobs of it that are not done fail with :class:`Cancelled`."""
         for child in list(self._children):
             child.close()
-        self._handle = None
+        self._handle = self._runtime = self._events = None
 
     def __enter__(self) -> Model:
         return self
@@ -291,27 +358,30 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _score(self, given: Any, kind: int, read: Any, adapter: Adapter | None, *, rule: str | None = None,
-               prompt_lens: Sequence[int] | None = None) -> Job[Any]:
-        model = self._open()
-        judge = rule is not None and rule.startswith("judge")
-        packed = Packed(as_sequences(lambda: self.tokenizer, given, what="sequences", generation_prompt=judge))
-        request = struct("rrt_score_req", model=model.pointer, kind=kind, adapter=_pointer(adapter))
-        packed.write(request.sequences)
-        if prompt_lens is not None:
-            lengths = numbers(prompt_lens, "uintp", "prompt_lens", packed.count)
-            request.prompt_lens = pointer("size_t", lengths)
-        if rule is not None:
-            text = Bytes(rule)
-            request.rule, request.rule_len = text.pointer, text.length
-        return self._submit(model, lib.rrt_submit_score, request, read)
+    def _request(self, prompts: Any, options: Sampling, *, stream: bool = False) -> SampleRequest:
+        return SampleRequest(self._open(), self._sequences(prompts, "prompts"), options, stream=stream)
 
-    def _submit(self, model: Handle, function: Any, request: Any, read: Any) -> Job[Any]:
-        number = ffi.new("uint64_t *")
-        call(function, self._runtime.pointer, request, number)
-        job = Job(self._runtime, model, number[0], read)
-        self._children.add(job)
-        return job
+    def _sequences(self, given: Any, what: str, *, opened: bool = True) -> list[np.ndarray]:
+        return as_sequences(lambda: self.tokenizer, given, what=what, generation_prompt=opened)
+
+    def _job(self, function: Any, request: Any, read: Callable[[Handle], Any]) -> Job[Any]:
+        return self._tracked(Job(self._submit(function, request.struct), read))
+
+    def _submit(self, function: Any, request: Any, news: News | None = None) -> Live:
+        self._open()
+        assert self._runtime is not None
+        return self._submit_by(function, self._runtime, request, news)
+
+    def _submit_by(self, function: Any, owner: Handle, request: Any, news: News | None = None) -> Live:
+        """Queues a request by a function of the runtime or of a session."""
+        model = self._open()
+        assert self._events is not None
+        return submit(function, owner.pointer, request, model=model, events=self._events, news=news)
+
+    def _tracked(self, child: T) -> T:
+        """Closes it with the model."""
+        self._children.add(child)
+        return child
 
     def _open(self) -> Handle:
         if self._handle is None:
@@ -319,9 +389,6 @@ class Model:
         return self._handle
 
 
-def _pointer(adapter: Adapter | None) -> Any:
-    return ffi.NULL if adapter is None else adapter._open().pointer
-
 
 def _tags(weights: bool, kv_cache: bool) -> int:
-    return (lib.RRT_SLEEP_WEIGHTS if weights else 0) | (lib.RRT_SLEEP_KV_CACHE if kv_cache else 0)
+    return (_TAGS["weights"] if weights else 0) | (_TAGS["kv_cache"] if kv_cache else 0)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from . import errors
 from ._arrays import Bytes
-from ._handle import Handle, call, nanoseconds, runtime_handle, struct
+from ._handle import Handle, call, filled, nanoseconds, runtime_handle, struct
 from ._native import ffi, lib
+from .events import Events
 from .model import InFlight, Model, in_flight_mode, load_model
+from .stats import Memory, Timing, numbers_of
 
 _TYPES = {
     lib.RRT_DEVICE_CPU: "cpu",
@@ -20,6 +22,12 @@ _TYPES = {
     lib.RRT_DEVICE_VIRTUAL: "virtual",
     lib.RRT_DEVICE_SOFTWARE: "software",
     lib.RRT_DEVICE_OTHER: "other",
+}
+_STATES = {
+    lib.RRT_STATE_RUNNING: "running",
+    lib.RRT_STATE_PAUSED: "paused",
+    lib.RRT_STATE_LOST: "lost",
+    lib.RRT_STATE_POISONED: "poisoned",
 }
 
 
@@ -40,31 +48,25 @@ class Device:
 
 def devices() -> list[Device]:
     """The CPU, then the adapters that there are."""
-    need = ffi.new("size_t *")
-    capacity = 16
-    while True:
-        found = ffi.new("rrt_device_info[]", capacity)
-        size = ffi.sizeof("rrt_device_info")
+    size = ffi.sizeof("rrt_device_info")
+
+    def write(found: Any, capacity: int, need: Any) -> None:
         for info in found:
             info.struct_size = size
-        try:
-            call(lib.rrt_list_devices, found, capacity, size, need)
-        except errors.Error as error:
-            if error.status != "RRT_E_SHORT_BUFFER":
-                raise
-            capacity = need[0]
-            continue
-        return [
-            Device(
-                name=ffi.string(info.name).decode(),
-                type=_TYPES[info.type],
-                driver=ffi.string(info.driver).decode(),
-                max_binding_bytes=info.max_binding_bytes,
-                has_f16=bool(info.has_f16),
-                has_subgroups=bool(info.has_subgroups),
-            )
-            for info in found[0 : need[0]]
-        ]
+        call(lib.rrt_list_devices, found, capacity, size, need)
+
+    bytes_of_all = filled("rrt_device_info", 16, write)
+    return [
+        Device(
+            name=ffi.string(info.name).decode(),
+            type=_TYPES[info.type],
+            driver=ffi.string(info.driver).decode(),
+            max_binding_bytes=info.max_binding_bytes,
+            has_f16=bool(info.has_f16),
+            has_subgroups=bool(info.has_subgroups),
+        )
+        for info in ffi.from_buffer("rrt_device_info[]", bytes_of_all)
+    ]
 
 
 class Runtime:
@@ -73,13 +75,28 @@ class Runtime:
     ``device`` is "auto" (a real GPU if there is one, else the CPU), "cpu", "gpu", or "gpu:PART" of an adapter's name.
     ``threads`` is for the CPU; 0 is one a core. Any thread may use it, and all that comes from it, at any time. Not after a
     fork: open a runtime in each process.
+
+    ``max_jobs`` may wait or run at a time (0: 65,536), and may come to ``max_queued_tokens`` (0: 2^26); more are :class:`Full`.
+    ``shader_cache`` is a folder that keeps a GPU's compiled shaders.
     """
 
-    def __init__(self, device: str = "auto", *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        device: str = "auto",
+        *,
+        threads: int = 0,
+        max_jobs: int = 0,
+        max_queued_tokens: int = 0,
+        shader_cache: str | os.PathLike[str] | None = None,
+    ) -> None:
         name = Bytes(device)
-        self._handle: Handle | None = runtime_handle(
-            struct("rrt_open_opts", device=name.pointer, device_len=name.length, threads=threads)
-        )
+        options = struct("rrt_open_opts", device=name.pointer, device_len=name.length, threads=threads, max_jobs=max_jobs,
+                         max_queued_tokens=max_queued_tokens)  # fmt: skip
+        if shader_cache is not None:
+            folder = Bytes(os.fspath(shader_cache))
+            options.shader_cache, options.shader_cache_len = folder.pointer, folder.length
+        self._handle: Handle | None = runtime_handle(options)
+        self._events: Events | None = Events(self._handle)
         self._models: weakref.WeakSet[Model] = weakref.WeakSet()
 
     def load_model(
@@ -92,6 +109,7 @@ class Runtime:
         kv_tokens: int = 0,
         memory: int = 0,
         max_context: int = 0,
+        steps_at_once: int = 0,
         version: int = 0,
         mmap: bool = True,
     ) -> Model:
@@ -103,12 +121,15 @@ class Runtime:
         - ``kv_tokens``: positions in the KV cache; 0 is up to 32,768, as memory allows.
         - ``memory``: bytes that the model may allocate; 0 is no bound. More are :class:`LimitError`.
         - ``max_context``: the longest sequence; 0 is what config.json says.
+        - ``steps_at_once``: decode steps between two looks at streams, cancels and new jobs; 0 is 8 on a GPU, 1 on the CPU.
+          Results do not depend on it.
         - ``version``: of the weights, as results carry it.
         - ``mmap``: False reads the files instead of mapping them.
         """
         model = load_model(
-            self._open(), path, precision=precision, weights=weights, max_batch_tokens=max_batch_tokens,
-            kv_tokens=kv_tokens, memory=memory, max_context=max_context, version=version, mmap=mmap,
+            self._open(), path, events=self._events, precision=precision, weights=weights, version=version, mmap=mmap,
+            max_batch_tokens=max_batch_tokens, kv_tokens=kv_tokens, memory=memory, max_context=max_context,
+            steps_at_once=steps_at_once,
         )  # fmt: skip
         self._models.add(model)
         return model
@@ -125,11 +146,40 @@ class Runtime:
         """Ends a pause."""
         call(lib.rrt_resume, self._open().pointer)
 
+    @property
+    def device(self) -> str:
+        """What it runs on, for people."""
+        handle = self._open().pointer
+        return bytes(filled("char", 128, lambda *out: call(lib.rrt_runtime_device, handle, *out))).decode()
+
+    @property
+    def state(self) -> str:
+        """"running", "paused", "lost" (the device is: close the runtime and open another) or "poisoned" (a bug)."""
+        state = ffi.new("int32_t *")
+        call(lib.rrt_runtime_state, self._open().pointer, state)
+        return _STATES[state[0]]
+
+    def memory(self) -> Memory:
+        """Bytes that its models hold now."""
+        return numbers_of(Memory, "rrt_memory", lib.rrt_memory_stats, self._open())
+
+    def timing(self) -> Timing:
+        """What was done since it was opened, or since :meth:`reset_stats`, and what is going on."""
+        return numbers_of(Timing, "rrt_timing", lib.rrt_timing_stats, self._open())
+
+    def reset_stats(self) -> None:
+        """Counts from here, in all models."""
+        call(lib.rrt_stats_reset, self._open().pointer)
+
+    def trim(self) -> None:
+        """Gives the memory of caches back, in models that have nothing to do. Results do not depend on it."""
+        call(lib.rrt_trim, self._open().pointer)
+
     def close(self) -> None:
         """Cancels the jobs and closes the models; more calls do nothing. Results that are held stay readable."""
         for model in list(self._models):
             model.close()
-        self._handle = None
+        self._handle = self._events = None
 
     def __enter__(self) -> Runtime:
         return self

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import errors
 from ._arrays import Bytes, pointer, token_ids
-from ._handle import Handle, call, open_handle
+from ._handle import Handle, call, filled, open_handle
 from ._native import ffi, lib
 
 Message = Mapping[str, str]
@@ -41,31 +41,20 @@ class Tokenizer:
         array = token_ids(ids, "ids")
         flags = lib.RRT_SKIP_SPECIAL if skip_special else 0
         source = pointer("uint32_t", array)
-        need = ffi.new("size_t *")
-
-        def write(text: Any, capacity: int) -> None:
-            call(lib.rrt_decode, self._open().pointer, source, array.size, flags, text, capacity, need)
-
-        return bytes(_filled("char", array.size * 8 + 64, need, write)).decode("utf-8")
+        return self._text(array.size * 8 + 64, lib.rrt_decode, source, array.size, flags)
 
     def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> np.ndarray:
         """The ids of a conversation through the chat template, uint32 [tokens].
 
         ``add_generation_prompt`` opens the assistant's answer. Special tokens count in the template, not in the messages.
         """
-        turns = ffi.new("rrt_message[]", len(messages))
-        kept = []
-        for turn, message in zip(turns, messages, strict=True):
-            for key in ("role", "content"):
-                if not isinstance(message.get(key), str):
-                    raise errors.ArgumentError(f"a message needs the text {key!r}, it is {dict(message)!r:.80}")
-                data = Bytes(message[key])
-                kept.append(data)
-                setattr(turn, key, data.pointer)
-                setattr(turn, f"{key}_len", data.length)
-        flags = lib.RRT_ADD_GENERATION_PROMPT if add_generation_prompt else 0
-        size = sum(data.length for data in kept) + 256
-        return self._ids(size, lib.rrt_chat_encode, turns, len(messages), ffi.sizeof("rrt_message"), flags)
+        turns = Turns(messages)
+        return self._ids(turns.bytes + 256, lib.rrt_chat_encode, *turns.arguments, _opened(add_generation_prompt))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The same as text."""
+        turns = Turns(messages)
+        return self._text(turns.bytes + 256, lib.rrt_chat_render, *turns.arguments, _opened(add_generation_prompt))
 
     def close(self) -> None:
         """Frees it; more calls do nothing."""
@@ -78,12 +67,12 @@ class Tokenizer:
         self.close()
 
     def _ids(self, guess: int, function: Callable[..., int], *arguments: Any) -> np.ndarray:
-        need = ffi.new("size_t *")
+        handle = self._open().pointer
+        return np.frombuffer(filled("uint32_t", guess, lambda *out: call(function, handle, *arguments, *out)), np.uint32)
 
-        def write(ids: Any, capacity: int) -> None:
-            call(function, self._open().pointer, *arguments, ids, capacity, need)
-
-        return np.frombuffer(_filled("uint32_t", guess, need, write), np.uint32)
+    def _text(self, guess: int, function: Callable[..., int], *arguments: Any) -> str:
+        handle = self._open().pointer
+        return bytes(filled("char", guess, lambda *out: call(function, handle, *arguments, *out))).decode("utf-8")
 
     def _open(self) -> Handle:
         if self._handle is None:
@@ -91,16 +80,30 @@ class Tokenizer:
         return self._handle
 
 
-def _filled(c_type: str, guess: int, need: Any, write: Callable[[Any, int], None]) -> Any:
-    """A buffer of what ``write`` gives: once with a guessed capacity, and again with the one that it asks for."""
-    capacity = guess
-    while True:
-        target = ffi.new(f"{c_type}[]", max(capacity, 1))
-        try:
-            write(target, capacity)
-        except errors.Error as error:
-            if error.status != "RRT_E_SHORT_BUFFER":
-                raise
-            capacity = need[0]
-        else:
-            return ffi.buffer(target, need[0] * ffi.sizeof(c_type))
+def _opened(add_generation_prompt: bool) -> int:
+    return lib.RRT_ADD_GENERATION_PROMPT if add_generation_prompt else 0
+
+
+class Turns:
+    """Messages as the library takes them; keeps what they point to."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self.turns = ffi.new("rrt_message[]", len(messages))
+        self._texts = []
+        for turn, message in zip(self.turns, messages, strict=True):
+            for key in ("role", "content"):
+                if not isinstance(message.get(key), str):
+                    raise errors.ArgumentError(f"a message needs the text {key!r}, it is {dict(message)!r:.80}")
+                text = Bytes(message[key])
+                self._texts.append(text)
+                setattr(turn, key, text.pointer)
+                setattr(turn, f"{key}_len", text.length)
+
+    @property
+    def bytes(self) -> int:
+        return sum(text.length for text in self._texts)
+
+    @property
+    def arguments(self) -> tuple[Any, int, int]:
+        """(array, count, stride)"""
+        return self.turns, len(self.turns), ffi.sizeof("rrt_message")

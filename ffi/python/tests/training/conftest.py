@@ -3,21 +3,16 @@
 import pytest
 import torch
 import transformers
+from small import small_config
+
+
+# The models are tiny: threads would only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2):
     return transformers.AutoTokenizer.from_pretrained(smollm2)
-
-
-def small_config(smollm2, **changes):
-    """SmolLM2's config and vocabulary, two layers of 64."""
-    config = transformers.AutoConfig.from_pretrained(smollm2)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
-    for name, value in {**sizes, **changes}.items():
-        setattr(config, name, value)
-    return config
 
 
 @pytest.fixture

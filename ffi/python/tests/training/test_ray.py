@@ -7,8 +7,7 @@ import threading
 import numpy as np
 import pytest
 import ray
-from conftest import GOLDEN, SMOLLM2, expected
-from test_updates import read_safetensors
+from checkpoints import GOLDEN, SMOLLM2, expected, read_safetensors
 
 import rewardrt
 import rewardrt.ray
