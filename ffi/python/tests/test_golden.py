@@ -11,12 +11,18 @@ CLASSIFIERS = ["llama-labels-1", "llama-labels-3", "mistral-labels-2", "qwen2-la
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_logprobs(golden, name):
     want = expected(name)
-    result = golden(name).logprobs(want["sequences"]).result(60)
+    result = golden(name).logprobs(want["sequences"], top_logprobs=3).result(60)
     assert len(result) == len(want["sequences"])
     for row, values in zip(result, want["logprobs"], strict=True):
         assert np.isnan(row[0])
         np.testing.assert_allclose(row[1:], values, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(result.sums, [sum(v) for v in want["logprobs"]], atol=1e-3)
+    for i, (entropies, top) in enumerate(zip(want["entropies"], want["top"], strict=True)):
+        row = slice(int(result.offsets[i]) + 1, int(result.offsets[i + 1]))
+        np.testing.assert_allclose(result.entropy[row], entropies, rtol=1e-4, atol=1e-4)
+        for (ids, logprobs), (want_ids, want_logprobs) in zip(result.top(i)[1:], top, strict=True):
+            assert ids.tolist() == want_ids
+            np.testing.assert_allclose(logprobs, want_logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -33,7 +39,10 @@ def test_scores(golden, name):
     scores = golden(name).score(want["sequences"]).result(60)
     for row, values in zip(scores, want["scores"], strict=True):
         np.testing.assert_allclose(row, values, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(scores.first, [row[0] for row in scores])
+    assert len(scores.labels) == len(want["scores"][0])
+    np.testing.assert_array_equal(scores.score, [row[0] for row in scores])
+    last = golden(name).score(want["sequences"], label=len(scores.labels) - 1).result(60)
+    np.testing.assert_array_equal(last.score, [row[-1] for row in scores])
 
 
 def test_an_adapter(golden):

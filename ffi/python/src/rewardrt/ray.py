@@ -303,5 +303,5 @@ class Scorer:
         if self._column not in batch:
             raise errors.ArgumentError(f"there is no column {self._column!r}, only {', '.join(map(repr, batch))}")
         rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in batch[self._column]]
-        scores = self._model.score(rows, rule=self._rule).result()
-        return {**batch, self._output: np.array([row[self._label] for row in scores], np.float32)}
+        scores = self._model.score(rows, rule=self._rule, label=self._label).result()
+        return {**batch, self._output: scores.score.copy()}

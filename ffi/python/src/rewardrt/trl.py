@@ -181,9 +181,8 @@ def reward_func(
         fits = [i for i, sequence in enumerate(ids) if len(sequence) <= longest]
         rewards: list[float | None] = [None] * len(ids)
         if fits:
-            scores = model.score([ids[i] for i in fits], rule=rule).result()
-            for i, values in zip(fits, scores, strict=True):
-                value = float(values[label])
+            scores = model.score([ids[i] for i in fits], rule=rule, label=label).result().score.tolist()
+            for i, value in zip(fits, scores, strict=True):
                 rewards[i] = value if math.isfinite(value) else None
         return rewards
 

@@ -33,6 +33,8 @@ def pool():
 def assert_equal(got, want):
     assert type(got) is type(want)
     for name, value in vars(want).items():
+        if name == "timing":  # a cost belongs to one job
+            continue
         np.testing.assert_array_equal(getattr(got, name), value, err_msg=name)
 
 
