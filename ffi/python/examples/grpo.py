@@ -24,13 +24,13 @@ import rewardrt.trl
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a language model with a chat template")
+    parser.add_argument("--model", required=True, help="folder of a language model with its tokenizer")
     parser.add_argument("--random", action="store_true", help="train a small random model with this model's tokenizer instead")
     parser.add_argument("--generate", choices=["rewardrt", "transformers"], default="rewardrt")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=4, help="prompts a step")
     parser.add_argument("--generations", type=int, default=8, help="answers a prompt")
-    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto", help="of rewardrt")
@@ -56,10 +56,10 @@ def sums(count, seed):
     task = reasoning_gym.create_dataset(
         "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=count, seed=seed
     )
-    rows = [{"prompt": [{"role": "user", "content": e["question"]}], "answer": e["answer"]} for e in task]
+    rows = [{"prompt": e["question"], "answer": e["answer"]} for e in task]
 
     def correct(completions, answer, **_):
-        texts = [completion[0]["content"].strip().removesuffix(".") for completion in completions]
+        texts = [completion.strip().removesuffix(".") for completion in completions]
         return [task.score_answer(text, {"answer": right}) for text, right in zip(texts, answer, strict=True)]
 
     return Dataset.from_list(rows), correct
