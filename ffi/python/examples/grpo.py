@@ -31,7 +31,7 @@ def arguments():
     parser.add_argument("--prompts", type=int, default=4, help="prompts a step")
     parser.add_argument("--generations", type=int, default=8, help="answers a prompt")
     parser.add_argument("--max-tokens", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--learning-rate", type=float, default=3e-6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto", help="of rewardrt")
     parser.add_argument("--plot", help="file for the picture")
