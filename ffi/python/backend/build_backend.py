@@ -1,7 +1,7 @@
 """maturin as the build backend, fed with the project's own C header.
 
-maturin makes the cffi module from `header.h` in cargo's target folder. What is written there is include/rewardrt.h without
-its preprocessor lines, which cffi does not read: the header stays the one description of the ABI.
+maturin makes the cffi module from `header.h` in cargo's target folder. What is written there is include/rewardrt.h
+without its preprocessor lines, which cffi does not read: the header stays the one description of the ABI.
 """
 
 import json

@@ -25,7 +25,9 @@ import rewardrt.trl
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a language model with its tokenizer")
-    parser.add_argument("--random", action="store_true", help="train a small random model with this model's tokenizer instead")
+    parser.add_argument(
+        "--random", action="store_true", help="train a small random model with this model's tokenizer instead"
+    )
     parser.add_argument("--generate", choices=["rewardrt", "transformers"], default="rewardrt")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=4, help="prompts a step")
@@ -66,7 +68,8 @@ def sums(count, seed):
 
 
 class Trainer(GRPOTrainer):
-    """GRPOTrainer that also notes the times of sampling, and p_trainer / p_sampler where the sampler said its log-probs."""
+    """GRPOTrainer that also notes the times of sampling, and p_trainer / p_sampler where the sampler said its
+    log-probs."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -106,8 +109,12 @@ class Report(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if "reward" not in logs:
             return
-        row = {"step": state.global_step, "reward": logs["reward"], "seconds": self.seconds,
-               "sampling_seconds": self.trainer.sampling_seconds[-1]}  # fmt: skip
+        row = {
+            "step": state.global_step,
+            "reward": logs["reward"],
+            "seconds": self.seconds,
+            "sampling_seconds": self.trainer.sampling_seconds[-1],
+        }
         if self.trainer.ratios:
             row["ratio_min"] = self.trainer.ratios[-1].min().item()
             row["ratio_max"] = self.trainer.ratios[-1].max().item()
@@ -141,20 +148,40 @@ def main():
     batch = options.prompts * options.generations
     dataset, correct = sums(options.steps * options.prompts, options.seed)
     config = GRPOConfig(
-        output_dir="grpo-run", save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True, use_cpu=True,
-        bf16=False, gradient_checkpointing=False, seed=options.seed, max_steps=options.steps,
-        per_device_train_batch_size=batch, num_generations=options.generations,
-        max_completion_length=options.max_tokens, temperature=1.0, beta=0.0,
-        learning_rate=options.learning_rate, lr_scheduler_type="constant", max_grad_norm=1.0,
-    )  # fmt: skip
+        output_dir="grpo-run",
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=options.seed,
+        max_steps=options.steps,
+        per_device_train_batch_size=batch,
+        num_generations=options.generations,
+        max_completion_length=options.max_tokens,
+        temperature=1.0,
+        beta=0.0,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+    )
     report = Report()
     with rewardrt.Runtime(options.device) as runtime:
         sampler = {}
         if options.generate == "rewardrt":
             policy = rewardrt.trl.load_policy(runtime, model, tokenizer)
             sampler["rollout_func"] = rewardrt.trl.rollout_func(policy)
-        trainer = Trainer(model=model, args=config, processing_class=tokenizer, reward_funcs=correct,
-                          train_dataset=dataset, callbacks=[report], **sampler)  # fmt: skip
+        trainer = Trainer(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            reward_funcs=correct,
+            train_dataset=dataset,
+            callbacks=[report],
+            **sampler,
+        )
         report.trainer = trainer
         trainer.train()
 

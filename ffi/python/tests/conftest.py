@@ -1,9 +1,10 @@
 """What the tests share: golden checkpoints (values of transformers in f32), a real model, a runtime of two threads."""
 
 import pytest
-from checkpoints import GOLDEN, SMOLLM2
 
 import rewardrt
+
+from checkpoints import GOLDEN, SMOLLM2
 
 
 @pytest.fixture(scope="session")
@@ -37,4 +38,3 @@ def golden(runtime):
     yield load
     for model in models:
         model.close()
-

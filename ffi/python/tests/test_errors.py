@@ -7,16 +7,19 @@ import time
 
 import numpy as np
 import pytest
-from checkpoints import GOLDEN, ROOT
 
 import rewardrt
 from rewardrt import errors
 from rewardrt._native import ffi, lib
 
+from checkpoints import GOLDEN, ROOT
+
 
 def statuses():
     header = (ROOT / "ffi" / "include" / "rewardrt.h").read_text()
-    return [(name, int(code)) for name, code in re.findall(r"^ +(RRT_(?:E_\w+|PENDING|TIMEOUT)) = (-?\d+)", header, re.M)]
+    return [
+        (name, int(code)) for name, code in re.findall(r"^ +(RRT_(?:E_\w+|PENDING|TIMEOUT)) = (-?\d+)", header, re.M)
+    ]
 
 
 def test_the_header_was_read():
@@ -89,11 +92,18 @@ def test_use_after_close(runtime):
     model.close()
     model.close()
     for use in (
-        lambda: model.sample([[5]]), lambda: model.logprobs([[5]]), lambda: model.info, lambda: model.update(),
-        lambda: model.tensors(), lambda: model.sleep(), lambda: model.load_adapter(GOLDEN / "adapters" / "tied-all"),
-        lambda: model.tokenizer, lambda: update.put("x", np.zeros(1, np.float32)), lambda: update.commit(),
+        lambda: model.sample([[5]]),
+        lambda: model.logprobs([[5]]),
+        lambda: model.info,
+        lambda: model.update(),
+        lambda: model.tensors(),
+        lambda: model.sleep(),
+        lambda: model.load_adapter(GOLDEN / "adapters" / "tied-all"),
+        lambda: model.tokenizer,
+        lambda: update.put("x", np.zeros(1, np.float32)),
+        lambda: update.commit(),
         lambda: adapter.replace("x", 1),
-    ):  # fmt: skip
+    ):
         with pytest.raises(rewardrt.Closed, match="closed|ended"):
             use()
 
@@ -106,7 +116,11 @@ def test_a_runtime_closes_what_was_loaded_on_it():
     runtime.close()
     runtime.close()
     assert len(done[0].ids) == 4
-    for use in (lambda: model.sample([[5]]), lambda: runtime.load_model(GOLDEN / "llama-tied"), lambda: runtime.pause()):
+    for use in (
+        lambda: model.sample([[5]]),
+        lambda: runtime.load_model(GOLDEN / "llama-tied"),
+        lambda: runtime.pause(),
+    ):
         with pytest.raises(rewardrt.Closed):
             use()
 

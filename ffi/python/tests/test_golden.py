@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from checkpoints import GOLDEN, expected
 
 LANGUAGE_MODELS = ["llama-gqa-9-3", "llama-shards", "llama-tied", "mistral-window", "qwen2-gqa-14-2"]

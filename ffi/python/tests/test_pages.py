@@ -1,7 +1,8 @@
 """The code of README.md and docs/python.md runs as it stands."""
 
-import pages
 import pytest
+
+import pages
 
 
 @pytest.mark.parametrize("page", ["README.md", "ffi/python/README.md", "docs/python.md"])

@@ -5,12 +5,15 @@ import sys
 import textwrap
 
 import pytest
+
 from checkpoints import GOLDEN, SMOLLM2
 
 
 def run(code, timeout=120):
     code = f"GOLDEN, SMOLLM2 = {str(GOLDEN)!r}, {str(SMOLLM2)!r}\n" + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True, timeout=timeout
+    )
 
 
 def check(code):

@@ -26,11 +26,19 @@ def test_arrays_are_the_librarys_memory(samples):
         return int(ffi.cast("uintptr_t", pointer))
 
     pairs = {
-        "ids": found.ids, "logprobs": found.sample_logprob, "model_logprobs": found.logprob, "entropy": found.entropy,
-        "kept": found.kept, "threshold": found.threshold, "ceiling": found.ceiling,
-        "offsets": found.offsets, "version": found.version,
-        "prompt_index": found.prompt_index, "sample_index": found.sample_index, "finish": found.finish,
-    }  # fmt: skip
+        "ids": found.ids,
+        "logprobs": found.sample_logprob,
+        "model_logprobs": found.logprob,
+        "entropy": found.entropy,
+        "kept": found.kept,
+        "threshold": found.threshold,
+        "ceiling": found.ceiling,
+        "offsets": found.offsets,
+        "version": found.version,
+        "prompt_index": found.prompt_index,
+        "sample_index": found.sample_index,
+        "finish": found.finish,
+    }
     for name, pointer in pairs.items():
         assert getattr(samples, name).ctypes.data == address(pointer), name
     # The parts of one answer are slices of them.

@@ -25,14 +25,18 @@ def test_everything(golden):
     np.testing.assert_array_equal(rollout.ids, samples.ids)
     np.testing.assert_array_equal(rollout.logprobs, samples.logprobs)
     lengths = [len(PROMPTS[s.prompt]) for s in samples]
-    np.testing.assert_array_equal(rollout.ref_logprobs, reference.logprobs(completed(samples), prompt_lens=lengths).result(60).values)
+    np.testing.assert_array_equal(
+        rollout.ref_logprobs, reference.logprobs(completed(samples), prompt_lens=lengths).result(60).values
+    )
 
     k1 = rollout.model_logprobs.astype(np.float64) - rollout.ref_logprobs
     np.testing.assert_allclose(rollout.kl1, k1, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rollout.kl2, k1**2 / 2, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rollout.kl3, np.exp(-k1) - 1 + k1, rtol=1e-4, atol=1e-5)
 
-    scores = np.stack([three.score(completed(samples), label=2).result(60).score, one.score(completed(samples)).result(60).score])
+    scores = np.stack(
+        [three.score(completed(samples), label=2).result(60).score, one.score(completed(samples)).result(60).score]
+    )
     np.testing.assert_array_equal(rollout.rewards, scores)
     reward = 0.5 * scores[0] - 2.0 * scores[1]
     np.testing.assert_allclose(rollout.reward, reward, rtol=1e-5, atol=1e-6)
@@ -50,7 +54,9 @@ def test_everything(golden):
 @pytest.mark.parametrize("advantage", ["leave_one_out", "batch", "none"])
 def test_other_advantages(golden, advantage):
     policy, one = golden("llama-gqa-9-3"), golden("llama-labels-1")
-    rollout = policy.rollout(PROMPTS, rewards=[Reward(one)], advantage=advantage, clip_reward=(-0.5, 0.5), **OPTIONS).result(60)
+    rollout = policy.rollout(
+        PROMPTS, rewards=[Reward(one)], advantage=advantage, clip_reward=(-0.5, 0.5), **OPTIONS
+    ).result(60)
     scores = rollout.rewards[0].astype(np.float64)
     r = np.clip(scores, -0.5, 0.5)
     np.testing.assert_allclose(rollout.reward, r, atol=1e-6)

@@ -15,7 +15,9 @@ def test_filters_rebuild_the_distribution(golden):
     """What was kept, and the log-probs in it, follow from the model's own log-probs and the options."""
     model = golden("llama-gqa-9-3")
     prompt, temperature = [5, 6, 7], 0.8
-    samples = model.sample([prompt], temperature=temperature, top_k=20, top_p=0.9, top_logprobs=100, kept_ids=64, **SAMPLING).result(60)
+    samples = model.sample(
+        [prompt], temperature=temperature, top_k=20, top_p=0.9, top_logprobs=100, kept_ids=64, **SAMPLING
+    ).result(60)
     for i, sample in enumerate(samples):
         for place, (ids, logprobs) in enumerate(samples.top(i)):
             scaled = logprobs.astype(np.float64) / temperature
@@ -53,8 +55,12 @@ def test_min_tokens_and_best_of(golden):
 
 
 def test_guides(real):
-    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
-              "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
     text = real.sample("A person as JSON:", json_schema=schema, max_tokens=64, seed=1).result(60)[0].text
     assert set(json.loads(text)) == {"name", "age"}
     text = real.sample("A date:", regex=r"\d{4}-\d{2}-\d{2}", max_tokens=32).result(60)[0].text
@@ -70,7 +76,13 @@ def test_guides(real):
 def test_options_that_cost_nothing_change_nothing(golden):
     model = golden("llama-gqa-9-3")
     want = model.sample([[5, 6]], **SAMPLING).result(60)
-    for options in ({"speculate": 4}, {"priority": 3}, {"deadline": 60.0}, {"top_logprobs": 5}, {"min_p": 0.0, "typical_p": 1.0}):
+    for options in (
+        {"speculate": 4},
+        {"priority": 3},
+        {"deadline": 60.0},
+        {"top_logprobs": 5},
+        {"min_p": 0.0, "typical_p": 1.0},
+    ):
         got = model.sample([[5, 6]], **SAMPLING, **options).result(60)
         np.testing.assert_array_equal(got.ids, want.ids)
         np.testing.assert_array_equal(got.logprobs, want.logprobs)

@@ -4,9 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
-from checkpoints import GOLDEN, expected, read_safetensors, write_safetensors
 
 import rewardrt
+
+from checkpoints import GOLDEN, expected, read_safetensors, write_safetensors
 
 TURN = {"max_tokens": 6, "seed": 4, "ignore_eos": True}
 
@@ -75,7 +76,9 @@ def test_following_a_folder(golden, tmp_path):
         made = tmp_path / "unfinished"
         made.mkdir()
         shutil.copy(source / "config.json", made)
-        write_safetensors(made / "model.safetensors", {n: v * np.float32(1.5) for n, v in read_safetensors(source).items()})
+        write_safetensors(
+            made / "model.safetensors", {n: v * np.float32(1.5) for n, v in read_safetensors(source).items()}
+        )
         made.rename(tmp_path / "step_7")
         follower.wait(7, timeout=30)
         assert (follower.updates, model.version) == (1, 7)
@@ -105,7 +108,12 @@ def test_numbers(golden, runtime):
 
 def test_what_a_model_is(real):
     info = real.info
-    assert (info.head, info.architecture, info.vocab_size, info.layers) == ("language_model", "LlamaForCausalLM", 49152, 30)
+    assert (info.head, info.architecture, info.vocab_size, info.layers) == (
+        "language_model",
+        "LlamaForCausalLM",
+        49152,
+        30,
+    )
     assert (info.has_tokenizer, info.has_chat_template, info.eos_ids, info.asleep) == (True, True, (2,), ())
     assert "cpu" in {d.type for d in rewardrt.devices()}
 

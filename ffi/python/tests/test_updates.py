@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from checkpoints import GOLDEN, expected, read_safetensors, write_safetensors
 
 import rewardrt
+
+from checkpoints import GOLDEN, expected, read_safetensors, write_safetensors
 
 # Its weights are float32, and its head is the embedding.
 F32 = "qwen2-tied-window"

@@ -8,8 +8,8 @@
         print(samples.texts, samples[0].logprobs)
 
 - :class:`Runtime`: an engine on a device; :func:`devices` lists them.
-- :class:`Model`: ``sample``, ``stream``, ``session``, ``rollout``, ``logprobs``, ``score``, ``score_steps``, ``update``, ``follow``,
-  ``load_adapter``. :class:`Sampling` has the options.
+- :class:`Model`: ``sample``, ``stream``, ``session``, ``rollout``, ``logprobs``, ``score``, ``score_steps``,
+  ``update``, ``follow``, ``load_adapter``. :class:`Sampling` has the options.
 - :class:`Job`: ``result()``, ``cancel()``, or ``await`` it.
 - :class:`Samples`, :class:`Logprobs`, :class:`Scores`: numpy arrays over the library's memory, without copies.
 - :class:`Update`: new weights as a transaction. :class:`Adapter`: LoRA. :class:`Tokenizer`.

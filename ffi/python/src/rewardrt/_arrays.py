@@ -10,16 +10,25 @@ import numpy as np
 from . import errors
 from ._native import ffi
 
-_DTYPES = {"uint32_t": np.uint32, "int32_t": np.int32, "uint64_t": np.uint64, "float": np.float32, "size_t": np.uintp,
-           "char": np.uint8}
+_DTYPES = {
+    "uint32_t": np.uint32,
+    "int32_t": np.int32,
+    "uint64_t": np.uint64,
+    "float": np.float32,
+    "size_t": np.uintp,
+    "char": np.uint8,
+}
 
 
 class _Memory:
-    """Memory of the library as numpy's array interface; the array's base, so it keeps ``owner`` as long as any view lives."""
+    """Memory of the library as numpy's array interface; the array's base, so it keeps ``owner`` as long as any view
+    lives."""
 
     __slots__ = ("__array_interface__", "owner")
 
-    def __init__(self, address: int, shape: tuple[int, ...], dtype: Any, owner: Any, strides: tuple[int, ...] | None = None):
+    def __init__(
+        self, address: int, shape: tuple[int, ...], dtype: Any, owner: Any, strides: tuple[int, ...] | None = None
+    ):
         self.owner = owner
         self.__array_interface__ = {
             "version": 3,
@@ -38,7 +47,9 @@ def borrowed(pointer: Any, count: int, owner: Any) -> np.ndarray:
     return np.asarray(_Memory(int(ffi.cast("uintptr_t", pointer)), (count,), dtype, owner))
 
 
-def at_address(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None, owner: Any) -> np.ndarray:
+def at_address(
+    address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None, owner: Any
+) -> np.ndarray:
     """A read-only array over foreign memory; strides in bytes, None for row-major without gaps."""
     return np.asarray(_Memory(address, shape, dtype, owner, strides))
 
@@ -50,7 +61,9 @@ def token_ids(value: Any, what: str) -> np.ndarray:
         raise errors.ArgumentError(f"{what} must be a sequence of token ids, it is {value!r:.60}")
     if array.dtype != np.uint32:
         if array.size and not (0 <= int(array.min()) and int(array.max()) < 2**32):
-            raise errors.ArgumentError(f"{what} has ids from {array.min()} to {array.max()}, they must be below 2^32 and not negative")
+            raise errors.ArgumentError(
+                f"{what} has ids from {array.min()} to {array.max()}, they must be below 2^32 and not negative"
+            )
         array = array.astype(np.uint32)
     return np.ascontiguousarray(array)
 
@@ -61,7 +74,9 @@ def numbers(values: Any, dtype: Any, what: str, count: int | None = None) -> np.
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu") or (array.size and int(array.min()) < 0):
         raise errors.ArgumentError(f"{what} must be a sequence of whole numbers from 0, it is {values!r:.60}")
     if count is not None and array.size != count:
-        raise errors.ArgumentError(f"{what} has {array.size} elements, it must have one for each of the {count} sequences")
+        raise errors.ArgumentError(
+            f"{what} has {array.size} elements, it must have one for each of the {count} sequences"
+        )
     return np.ascontiguousarray(array, dtype)
 
 

@@ -1,8 +1,9 @@
 """Calls into the library, and the handles that it gave out.
 
-A handle is freed when the last reference to its :class:`Handle` goes. Whoever uses one holds a reference for the time of the
-call, and what came out of a handle holds its parent, so the library's rules on the order of freeing, and on not freeing what
-another thread uses, follow from counting references. ``close()`` of a public object is no more than letting its reference go.
+A handle is freed when the last reference to its :class:`Handle` goes. Whoever uses one holds a reference for the time
+of the call, and what came out of a handle holds its parent, so the library's rules on the order of freeing, and on not
+freeing what another thread uses, follow from counting references. ``close()`` of a public object is no more than
+letting its reference go.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def nanoseconds(timeout: float | None) -> int:
 
 
 def filled(c_type: str, guess: int, write: Callable[[Any, int, Any], None]) -> Any:
-    """The bytes of what ``write(buffer, capacity, need)`` gives: with a guessed capacity, then with the one that it asks for."""
+    """The bytes of what ``write(buffer, capacity, need)`` gives: with a guessed capacity, then with the one that it
+    asks for."""
     need, capacity = ffi.new("size_t *"), guess
     while True:
         target = ffi.new(f"{c_type}[]", max(capacity, 1))
@@ -94,8 +96,13 @@ def _free(free: Callable[[Any], Any], pointer: Any, parent: Handle | None, proce
         free(pointer)
 
 
-def open_handle(out_type: str, function: Callable[..., int], free: Callable[[Any], Any], *arguments: Any,
-                parent: Handle | None = None) -> Handle:
+def open_handle(
+    out_type: str,
+    function: Callable[..., int],
+    free: Callable[[Any], Any],
+    *arguments: Any,
+    parent: Handle | None = None,
+) -> Handle:
     """Calls ``function(*arguments, out, err)`` and takes over what it put into ``out``."""
     out = ffi.new(f"{out_type} **")
     call(function, *arguments, out)

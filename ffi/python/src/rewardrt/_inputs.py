@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +11,13 @@ from . import errors
 from ._arrays import token_ids
 from .tokenizer import Message, Tokenizer
 
-Prompt = Union[str, Sequence[int], np.ndarray, Sequence[Message]]
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
 """A text, token ids, or the messages of a conversation."""
 
 
-def as_sequences(tokenizer: Any, prompts: Prompt | Sequence[Prompt], *, what: str, generation_prompt: bool) -> list[np.ndarray]:
+def as_sequences(
+    tokenizer: Any, prompts: Prompt | Sequence[Prompt], *, what: str, generation_prompt: bool
+) -> list[np.ndarray]:
     """Token ids of each prompt; ``tokenizer()`` is called if there is text. A single text is a list of one."""
     if isinstance(prompts, (str, bytes)):
         prompts = [prompts]  # type: ignore[list-item]

@@ -75,8 +75,11 @@ class _DLTensor(ctypes.Structure):
 # DLDevice types whose memory the host reads: kDLCPU, kDLCUDAHost, kDLROCMHost.
 _HOST = (1, 3, 11)
 # (DLDataTypeCode, bits) → dtype, and a numpy dtype of the same size.
-_DLPACK = {(2, 32): (lib.RRT_DTYPE_F32, np.float32), (2, 16): (lib.RRT_DTYPE_F16, np.uint16),
-           (4, 16): (lib.RRT_DTYPE_BF16, np.uint16)}
+_DLPACK = {
+    (2, 32): (lib.RRT_DTYPE_F32, np.float32),
+    (2, 16): (lib.RRT_DTYPE_F16, np.uint16),
+    (4, 16): (lib.RRT_DTYPE_BF16, np.uint16),
+}
 
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype = ctypes.c_void_p
@@ -86,7 +89,9 @@ _pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
 def _from_dlpack(value: Any, name: str) -> Tensor:
     device = value.__dlpack_device__()[0]
     if int(device) not in _HOST:
-        raise errors.ArgumentError(f"{name}: on a device of DLPack type {int(device)}, bring it to the host first (`.cpu()`)")
+        raise errors.ArgumentError(
+            f"{name}: on a device of DLPack type {int(device)}, bring it to the host first (`.cpu()`)"
+        )
     # The capsule keeps its name, so its destructor gives the tensor back when it goes.
     capsule = value.__dlpack__()
     found = ctypes.cast(_pointer_of(capsule, b"dltensor"), ctypes.POINTER(_DLTensor)).contents

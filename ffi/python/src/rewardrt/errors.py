@@ -6,8 +6,8 @@ from __future__ import annotations
 class Error(Exception):
     """What the library refused or could not do.
 
-    ``status`` is the name and ``code`` the number that rewardrt.h gives it; the message names the field or file, its value
-    and what would be right.
+    ``status`` is the name and ``code`` the number that rewardrt.h gives it; the message names the field or file, its
+    value and what would be right.
     """
 
     def __init__(self, message: str, status: str = "", code: int = 0) -> None:

@@ -31,8 +31,9 @@ class Event:
 class Events:
     """The events of a runtime, each handed to whoever follows its job.
 
-    The library gives every event once. So whoever is told that some wait takes them all, and calls the followers of other jobs for
-    theirs. A follower that comes after a job's last event looks at the job itself: the order is to follow first and look then.
+    The library gives every event once. So whoever is told that some wait takes them all, and calls the followers of
+    other jobs for theirs. A follower that comes after a job's last event looks at the job itself: the order is to
+    follow first and look then.
     """
 
     def __init__(self, runtime: Handle) -> None:
@@ -74,7 +75,8 @@ class Events:
                 return
 
     def follow(self, job: int, follower: Callable[[Event], None]) -> None:
-        """Calls ``follower`` with the job's events, from whichever thread takes them, until the last one. Needs the lock."""
+        """Calls ``follower`` with the job's events, from whichever thread takes them, until the last one. Needs the
+        lock."""
         self._followers.setdefault(job, []).append(follower)
 
     @contextlib.contextmanager

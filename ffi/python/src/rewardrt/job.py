@@ -58,8 +58,8 @@ class Job(Generic[T]):
     def result(self, timeout: float | None = None) -> T:
         """Waits, at most ``timeout`` seconds, and returns the result or raises what the job failed with.
 
-        The GIL is released while it waits. :class:`Timeout` if the job is not done; it goes on, and may be waited for again.
-        A cancelled sampling job returns the tokens it got.
+        The GIL is released while it waits. :class:`Timeout` if the job is not done; it goes on, and may be waited for
+        again. A cancelled sampling job returns the tokens it got.
         """
         if not self._wait(timeout):
             raise errors.Timeout(f"the job was not done within {timeout} seconds", "RRT_TIMEOUT", lib.RRT_TIMEOUT)
@@ -152,8 +152,14 @@ class Job(Generic[T]):
                 live = self._live
                 assert live is not None
                 try:
-                    handle = open_handle("rrt_result", lib.rrt_job_take, lib.rrt_result_free, live.runtime.pointer,
-                                         live.number, parent=live.runtime)  # fmt: skip
+                    handle = open_handle(
+                        "rrt_result",
+                        lib.rrt_job_take,
+                        lib.rrt_result_free,
+                        live.runtime.pointer,
+                        live.number,
+                        parent=live.runtime,
+                    )
                     self._outcome = (self._read(handle), None)
                 except errors.Error as error:
                     self._outcome = (None, error)
@@ -181,7 +187,8 @@ class Chunk:
     model_logprobs: np.ndarray
     """float32"""
     text: str
-    """What is certain by now and was not given before: whole characters, nothing that may turn out to belong to a stop string"""
+    """What is certain by now and was not given before: whole characters, nothing that may turn out to belong to a stop
+    string"""
     finish: str | None
     """With the last chunk of an answer how it ended"""
 
@@ -209,7 +216,8 @@ class News:
 class SampleStream(Job[Samples]):
     """A sampling job whose tokens can be read as they are sampled: ``for chunk in stream`` or ``async for``.
 
-    Chunks of all answers come as they are ready. :meth:`result` has the whole, and ends the stream. One reader at a time.
+    Chunks of all answers come as they are ready. :meth:`result` has the whole, and ends the stream. One reader at a
+    time.
     """
 
     def __init__(self, live: Live, read: Callable[[Handle], Samples], news: News, drawn: int) -> None:
@@ -240,7 +248,13 @@ class SampleStream(Job[Samples]):
         if live.events.fd is None:
             raise errors.Unsupported("this system has no event descriptor: iterate in a thread")
         news = asyncio.Event()
-        self._news.wake = lambda: loop.call_soon_threadsafe(news.set)
+
+        def wake() -> None:
+            # Another thread may tell it to a loop that has closed.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(news.set)
+
+        self._news.wake = wake
         try:
             with live.events.in_loop(loop):
                 while self._live is not None:
@@ -259,7 +273,11 @@ class SampleStream(Job[Samples]):
         ids = np.empty(event.count, np.uint32)
         model, drawn = np.empty(event.count, np.float32), np.empty(event.count, np.float32)
         count = ffi.new("size_t *")
-        arrays = (ffi.from_buffer("uint32_t[]", ids), ffi.from_buffer("float[]", model), ffi.from_buffer("float[]", drawn))
+        arrays = (
+            ffi.from_buffer("uint32_t[]", ids),
+            ffi.from_buffer("float[]", model),
+            ffi.from_buffer("float[]", drawn),
+        )
         job = (live.runtime.pointer, live.number, event.sequence)
         call(lib.rrt_job_peek, *job, event.first, *arrays, event.count, count)
         known = self._text.get(event.sequence, 0)
@@ -267,8 +285,16 @@ class SampleStream(Job[Samples]):
         call(lib.rrt_job_peek_text, *job, known, text, event.text_len - known, count)
         self._text[event.sequence] = known + count[0]
         prompt, sample = divmod(event.sequence, self._drawn)
-        return Chunk(prompt, sample, event.first, ids, drawn, model, ffi.buffer(text, count[0])[:].decode("utf-8"),
-                     FINISH.get(event.finish))  # fmt: skip
+        return Chunk(
+            prompt,
+            sample,
+            event.first,
+            ids,
+            drawn,
+            model,
+            ffi.buffer(text, count[0])[:].decode("utf-8"),
+            FINISH.get(event.finish),
+        )
 
 
 def _drop(events: Events, number: int) -> None:
@@ -276,7 +302,9 @@ def _drop(events: Events, number: int) -> None:
     events.end(number)
 
 
-def submit(function: Callable[..., int], *arguments: Any, model: Handle, events: Events, news: News | None = None) -> Live:
+def submit(
+    function: Callable[..., int], *arguments: Any, model: Handle, events: Events, news: News | None = None
+) -> Live:
     """Queues a request by a function whose last parameters are the job's number and an error.
 
     With ``news`` the job is followed before any of its events can be taken.

@@ -4,8 +4,8 @@
     samples = pool.sample(prompts, n=8, seed=1)      # the result of one runtime, to the bit
     pool.update(policy.state_dict())                 # through the object store into a transaction of every actor
 
-An actor that is lost is started again, gets the present weights, and its work is done once more; since a draw depends on
-(seed, stream, sample, position) alone, the result is that of an undisturbed run.
+An actor that is lost is started again, gets the present weights, and its work is done once more; since a draw depends
+on (seed, stream, sample, position) alone, the result is that of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Pool:
     """Actors that host the same model. One call at a time: others wait.
 
     - ``path``: the model folder, at the same place on every machine.
-    - ``actors``: how many. ``actor_options`` are Ray's (``num_cpus``, ``num_gpus``, ``resources``, ``scheduling_strategy``, …).
+    - ``actors``: how many. ``actor_options`` are Ray's (``num_cpus``, ``num_gpus``, ``resources``,
+      ``scheduling_strategy``, …).
     - ``device``, ``threads``: of each runtime; threads 0 are as many as the actor has CPUs.
     - ``model_options``: those of :meth:`Runtime.load_model`.
     """
@@ -104,10 +105,13 @@ class Pool:
         # Ray's own restart would forget the weights: lost actors are replaced here.
         placed = {"num_cpus": 1, **(actor_options or {}), "max_restarts": 0, "max_concurrency": _SHARDS_AT_ONCE}
         remote = ray.remote(_Host).options(**placed)
-        self._start: Callable[[], Any] = lambda: remote.remote(os.fspath(path), device, threads, dict(model_options or {}))
+        self._start: Callable[[], Any] = lambda: remote.remote(
+            os.fspath(path), device, threads, dict(model_options or {})
+        )
         self._lock = threading.Lock()
         self._losses = 0
-        # What an actor that starts has to be given: (chunks, require, convert, version) of each update since the last whole one.
+        # What an actor that starts has to be given: (chunks, require, convert, version) of each update since the last
+        # whole one.
         self._weights: list[tuple[list[Any], str, bool, int]] = []
         self.actors: list[Any] = [self._start() for _ in range(actors)]
         self._version = max(_get([actor.version.remote() for actor in self.actors]))
@@ -128,12 +132,18 @@ class Pool:
             prompts = [prompts]
         named = list(range(len(prompts))) if streams is None else [int(s) for s in streams]
         if len(named) != len(prompts):
-            raise errors.ArgumentError(f"streams has {len(named)} elements, it must have one for each of the {len(prompts)} prompts")
+            raise errors.ArgumentError(
+                f"streams has {len(named)} elements, it must have one for each of the {len(prompts)} prompts"
+            )
         return self._sharded("sample", prompts, {"streams": named}, options)
 
-    def logprobs(self, sequences: Sequence[Prompt], *, prompt_lens: Sequence[int] | None = None, **options: Any) -> Logprobs:
+    def logprobs(
+        self, sequences: Sequence[Prompt], *, prompt_lens: Sequence[int] | None = None, **options: Any
+    ) -> Logprobs:
         """As :meth:`Model.logprobs`."""
-        return self._sharded("logprobs", sequences, {} if prompt_lens is None else {"prompt_lens": list(prompt_lens)}, options)
+        return self._sharded(
+            "logprobs", sequences, {} if prompt_lens is None else {"prompt_lens": list(prompt_lens)}, options
+        )
 
     def score(self, sequences: Sequence[Prompt], **options: Any) -> Scores:
         """As :meth:`Model.score`."""
@@ -149,8 +159,8 @@ class Pool:
     ) -> int:
         """Gives every actor new weights and returns their version; tensors and ``require`` as for :meth:`Model.update`.
 
-        All actors or none: each checks all tensors before any commits. The object store keeps the weights for actors that start
-        later, until the next whole update.
+        All actors or none: each checks all tensors before any commits. The object store keeps the weights for actors
+        that start later, until the next whole update.
         """
         with self._lock:
             chosen = self._version + 1 if version is None else version
@@ -179,7 +189,9 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _sharded(self, method: str, sequences: Sequence[Any], per_sequence: Mapping[str, list[Any]], options: dict[str, Any]) -> Any:
+    def _sharded(
+        self, method: str, sequences: Sequence[Any], per_sequence: Mapping[str, list[Any]], options: dict[str, Any]
+    ) -> Any:
         if not self.actors:
             raise errors.Closed("the pool is closed")
         if not len(sequences):
@@ -187,10 +199,13 @@ class Pool:
         with self._lock:
             shards = np.array_split(np.arange(len(sequences)), min(len(sequences), _SHARDS_AN_ACTOR * len(self.actors)))
             work = [
-                (method, [sequences[i] for i in shard],
-                 {**options, **{name: values[shard[0] : shard[-1] + 1] for name, values in per_sequence.items()}})
+                (
+                    method,
+                    [sequences[i] for i in shard],
+                    {**options, **{name: values[shard[0] : shard[-1] + 1] for name, values in per_sequence.items()}},
+                )
                 for shard in shards
-            ]  # fmt: skip
+            ]
             parts = self._done(work)
             return joined(parts, [int(shard[0]) for shard in shards] if method == "sample" else None)
 
@@ -232,7 +247,8 @@ class Pool:
         self.actors[index] = actor
 
     def _everywhere(self, call: Callable[[Any], Any], restarted_is_done: bool = False) -> None:
-        """Calls something of every actor. One that is lost is replaced, and called again unless its start has done it."""
+        """Calls something of every actor. One that is lost is replaced, and called again unless its start has done
+        it."""
         running = [call(actor) for actor in self.actors]
         failures = []
         for index, reference in enumerate(running):
@@ -280,7 +296,8 @@ class Scorer:
             rewardrt.ray.Scorer, fn_constructor_kwargs={"path": "path/to/reward-model"}, concurrency=2, batch_size=64,
         )
 
-    - ``column``: texts, lists of ids, or lists of messages. ``output``: the new column, float32, the value of ``label``.
+    - ``column``: texts, lists of ids, or lists of messages. ``output``: the new column, float32, the value of
+      ``label``.
     - ``rule``: as in :meth:`Model.score`.
     """
 

@@ -1,7 +1,7 @@
 """Results: numpy arrays over the library's own memory.
 
-Nothing is copied. The arrays are read-only and keep the result alive, also after the runtime was closed. Pickling a result
-copies it.
+Nothing is copied. The arrays are read-only and keep the result alive, also after the runtime was closed. Pickling a
+result copies it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Sample:
     ids: np.ndarray
     """uint32"""
     logprobs: np.ndarray
-    """float32; ln p of each token in the distribution that it was drawn from (temperature, penalties, top-k, top-p, …)"""
+    """float32; ln p of each token in the distribution that it was drawn from (temperature, penalties, top-k, top-p,
+    …)"""
     model_logprobs: np.ndarray
     """float32; ln p at temperature 1 over the whole vocabulary, to the bit what :meth:`Model.logprobs` gives"""
     entropy: np.ndarray
@@ -89,16 +90,51 @@ class Samples(Sequence[Sample]):
 
     timing: JobTiming | None
     """What the job has cost"""
+    _text_offsets: np.ndarray
+    _text: np.ndarray
+    _span_offsets: np.ndarray
+    _span_end: np.ndarray
+    _span_version: np.ndarray
+    _kept_offsets: np.ndarray
+    _kept_ids: np.ndarray
 
     def __init__(self, handle: Handle, *, top: bool = False) -> None:
         found = view("rrt_sequences_view")
         call(lib.rrt_result_sequences, handle.pointer, found)
         count = found.count
-        _take(self, found, handle, count + 1, offsets="offsets", _text_offsets="text_offsets", _span_offsets="span_offsets")
-        _take(self, found, handle, int(self.offsets[count]), ids="ids", logprobs="sample_logprob", model_logprobs="logprob",
-              entropy="entropy", kept="kept", threshold="threshold", ceiling="ceiling")  # fmt: skip
-        _take(self, found, handle, count, finish="finish", prompt_index="prompt_index", sample_index="sample_index",
-              version="version", adapter_version="adapter_version")  # fmt: skip
+        _take(
+            self,
+            found,
+            handle,
+            count + 1,
+            offsets="offsets",
+            _text_offsets="text_offsets",
+            _span_offsets="span_offsets",
+        )
+        _take(
+            self,
+            found,
+            handle,
+            int(self.offsets[count]),
+            ids="ids",
+            logprobs="sample_logprob",
+            model_logprobs="logprob",
+            entropy="entropy",
+            kept="kept",
+            threshold="threshold",
+            ceiling="ceiling",
+        )
+        _take(
+            self,
+            found,
+            handle,
+            count,
+            finish="finish",
+            prompt_index="prompt_index",
+            sample_index="sample_index",
+            version="version",
+            adapter_version="adapter_version",
+        )
         _take(self, found, handle, int(self._text_offsets[count]), _text="text")
         _take(self, found, handle, int(self._span_offsets[count]), _span_end="span_end", _span_version="span_version")
         tokens = int(self.offsets[count])
@@ -108,13 +144,13 @@ class Samples(Sequence[Sample]):
         self.timing = numbers_of(JobTiming, "rrt_job_timing", lib.rrt_result_timing, handle)
 
     def kept_ids(self, index: int) -> list[np.ndarray]:
-        """Of a request with ``kept_ids``: for each token of an answer the tokens that could have been drawn, uint32; none where
-        they were too many."""
+        """Of a request with ``kept_ids``: for each token of an answer the tokens that could have been drawn, uint32;
+        none where they were too many."""
         return _nested(self.offsets, index, self._kept_offsets, self._kept_ids)
 
     def top(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of a request with ``top_logprobs``: for each token of an answer the most likely ones, best first: (ids uint32,
-        log-probs float32 at temperature 1)."""
+        """Of a request with ``top_logprobs``: for each token of an answer the most likely ones, best first: (ids
+        uint32, log-probs float32 at temperature 1)."""
         return _top_of(self, index)
 
     @property
@@ -167,6 +203,7 @@ class _Rows(Sequence[np.ndarray]):
     """uint64 [count], of the weights"""
     adapter_version: np.ndarray
     """uint64 [count]; 0 without an adapter"""
+    _score: np.ndarray
 
     def __init__(self, handle: Handle) -> None:
         found = view("rrt_scores_view")
@@ -199,7 +236,8 @@ class _Rows(Sequence[np.ndarray]):
 
 
 class Logprobs(_Rows):
-    """Row ``i``: ln p of each token after the prompt of sequence ``i``, float32; NaN where nothing precedes the token."""
+    """Row ``i``: ln p of each token after the prompt of sequence ``i``, float32; NaN where nothing precedes the
+    token."""
 
     entropy: np.ndarray
     """float32, as values: of the distribution that each token is from, in nats"""
@@ -241,6 +279,8 @@ class Scores(_Rows):
 class StepScores(Scores):
     """Row ``i``: the label values of sequence ``i`` at each of its positions, float32 [positions, labels]."""
 
+    _position: np.ndarray
+
     def _read(self, handle: Handle, found: Any) -> None:
         super()._read(handle, found)
         _take(self, found, handle, found.offsets[found.count] // found.label_count, _position="position")
@@ -256,7 +296,8 @@ class StepScores(Scores):
 
     @property
     def score(self) -> np.ndarray:
-        """The value of the request's label at the last position of every sequence, float32 [count]; NaN if there is none."""
+        """The value of the request's label at the last position of every sequence, float32 [count]; NaN if there is
+        none."""
         return self._score
 
 
@@ -280,7 +321,9 @@ def joined(parts: Sequence[Any], first_prompts: Sequence[int] | None = None) -> 
             continue
         if name.endswith("offsets") and value.size:
             ends = np.cumsum([0] + [int(a[-1]) for a in arrays])
-            arrays = [a[:-1] + np.uintp(end) for a, end in zip(arrays, ends, strict=False)] + [ends[-1:].astype(np.uintp)]
+            arrays = [a[:-1] + np.uintp(end) for a, end in zip(arrays, ends, strict=False)] + [
+                ends[-1:].astype(np.uintp)
+            ]
         elif name == "prompt_index" and first_prompts is not None:
             arrays = [a + np.uint32(first) for a, first in zip(arrays, first_prompts, strict=True)]
         setattr(whole, name, np.concatenate(arrays))

@@ -47,7 +47,8 @@ class Reward:
 
 
 class Rollout(Samples):
-    """The answers with what training needs of them. Arrays of tokens are side by side over all answers, as in :class:`Samples`."""
+    """The answers with what training needs of them. Arrays of tokens are side by side over all answers, as in
+    :class:`Samples`."""
 
     ref_logprobs: np.ndarray
     """float32 [tokens], of the reference; empty without one, and so the next three"""
@@ -107,7 +108,9 @@ class RolloutRequest:
         clip_reward: tuple[float, float] | None,
     ) -> None:
         self._sample = sample
-        self.struct: Any = struct("rrt_rollout_req", sample=sample.struct, advantage=one_of(_ADVANTAGE, advantage, "advantage"))
+        self.struct: Any = struct(
+            "rrt_rollout_req", sample=sample.struct, advantage=one_of(_ADVANTAGE, advantage, "advantage")
+        )
         if reference == "base":
             self.struct.flags |= lib.RRT_ROLLOUT_BASE_REFERENCE
         elif isinstance(reference, str):

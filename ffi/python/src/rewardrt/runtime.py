@@ -73,11 +73,11 @@ class Runtime:
     """An engine on one device, which the models that are loaded on it share.
 
     ``device`` is "auto" (a real GPU if there is one, else the CPU), "cpu", "gpu", or "gpu:PART" of an adapter's name.
-    ``threads`` is for the CPU; 0 is one a core. Any thread may use it, and all that comes from it, at any time. Not after a
-    fork: open a runtime in each process.
+    ``threads`` is for the CPU; 0 is one a core. Any thread may use it, and all that comes from it, at any time. Not
+    after a fork: open a runtime in each process.
 
-    ``max_jobs`` may wait or run at a time (0: 65,536), and may come to ``max_queued_tokens`` (0: 2^26); more are :class:`Full`.
-    ``shader_cache`` is a folder that keeps a GPU's compiled shaders.
+    ``max_jobs`` may wait or run at a time (0: 65,536), and may come to ``max_queued_tokens`` (0: 2^26); more are
+    :class:`Full`. ``shader_cache`` is a folder that keeps a GPU's compiled shaders.
     """
 
     def __init__(
@@ -90,8 +90,14 @@ class Runtime:
         shader_cache: str | os.PathLike[str] | None = None,
     ) -> None:
         name = Bytes(device)
-        options = struct("rrt_open_opts", device=name.pointer, device_len=name.length, threads=threads, max_jobs=max_jobs,
-                         max_queued_tokens=max_queued_tokens)  # fmt: skip
+        options = struct(
+            "rrt_open_opts",
+            device=name.pointer,
+            device_len=name.length,
+            threads=threads,
+            max_jobs=max_jobs,
+            max_queued_tokens=max_queued_tokens,
+        )
         if shader_cache is not None:
             folder = Bytes(os.fspath(shader_cache))
             options.shader_cache, options.shader_cache_len = folder.pointer, folder.length
@@ -113,7 +119,8 @@ class Runtime:
         version: int = 0,
         mmap: bool = True,
     ) -> Model:
-        """Loads a folder with config.json, safetensors, and tokenizer.json if there is one. The GIL is released meanwhile.
+        """Loads a folder with config.json, safetensors, and tokenizer.json if there is one. The GIL is released
+        meanwhile.
 
         - ``precision``: "f32" rounds nothing; "auto" may round the inputs of products to the weights' 16-bit type.
         - ``weights``: "int8" and "int4" quantise the weights of products.
@@ -121,16 +128,27 @@ class Runtime:
         - ``kv_tokens``: positions in the KV cache; 0 is up to 32,768, as memory allows.
         - ``memory``: bytes that the model may allocate; 0 is no bound. More are :class:`LimitError`.
         - ``max_context``: the longest sequence; 0 is what config.json says.
-        - ``steps_at_once``: decode steps between two looks at streams, cancels and new jobs; 0 is 8 on a GPU, 1 on the CPU.
-          Results do not depend on it.
+        - ``steps_at_once``: decode steps between two looks at streams, cancels and new jobs; 0 is 8 on a GPU, 1 on the
+          CPU. Results do not depend on it.
         - ``version``: of the weights, as results carry it.
         - ``mmap``: False reads the files instead of mapping them.
         """
+        handle, events = self._open(), self._events
+        assert events is not None
         model = load_model(
-            self._open(), path, events=self._events, precision=precision, weights=weights, version=version, mmap=mmap,
-            max_batch_tokens=max_batch_tokens, kv_tokens=kv_tokens, memory=memory, max_context=max_context,
+            handle,
+            path,
+            events=events,
+            precision=precision,
+            weights=weights,
+            version=version,
+            mmap=mmap,
+            max_batch_tokens=max_batch_tokens,
+            kv_tokens=kv_tokens,
+            memory=memory,
+            max_context=max_context,
             steps_at_once=steps_at_once,
-        )  # fmt: skip
+        )
         self._models.add(model)
         return model
 
@@ -154,7 +172,7 @@ class Runtime:
 
     @property
     def state(self) -> str:
-        """"running", "paused", "lost" (the device is: close the runtime and open another) or "poisoned" (a bug)."""
+        """ "running", "paused", "lost" (the device is: close the runtime and open another) or "poisoned" (a bug)."""
         state = ffi.new("int32_t *")
         call(lib.rrt_runtime_state, self._open().pointer, state)
         return _STATES[state[0]]

@@ -82,12 +82,24 @@ class Sampling(TypedDict, total=False):
 
 # Option → field, where the value is passed on as it is.
 _PLAIN = {
-    "n": "n_samples", "max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "temperature": "temperature",
-    "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "typical_p": "typical_p",
-    "repetition_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty", "seed": "seed", "best_of": "best_of", "top_logprobs": "top_logprobs",
-    "kept_ids": "kept_ids", "speculate": "speculate", "priority": "priority",
-}  # fmt: skip
+    "n": "n_samples",
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "seed": "seed",
+    "best_of": "best_of",
+    "top_logprobs": "top_logprobs",
+    "kept_ids": "kept_ids",
+    "speculate": "speculate",
+    "priority": "priority",
+}
 _GUIDES = {
     "json_schema": lib.RRT_GUIDE_JSON_SCHEMA,
     "regex": lib.RRT_GUIDE_REGEX,
@@ -99,10 +111,14 @@ _GUIDES = {
 class SampleRequest:
     """An rrt_sample_req, with all that it points to."""
 
-    def __init__(self, model: Handle | None, prompts: Sequence[np.ndarray], options: Sampling, *, stream: bool = False) -> None:
+    def __init__(
+        self, model: Handle | None, prompts: Sequence[np.ndarray], options: Sampling, *, stream: bool = False
+    ) -> None:
         unknown = set(options) - set(Sampling.__annotations__)
         if unknown:
-            raise TypeError(f"{sorted(unknown)[0]!r} is no option of sampling; there are {', '.join(Sampling.__annotations__)}")
+            raise TypeError(
+                f"{sorted(unknown)[0]!r} is no option of sampling; there are {', '.join(Sampling.__annotations__)}"
+            )
         self._kept: list[Any] = []
         plain = {_PLAIN[name]: value for name, value in options.items() if name in _PLAIN}
         flags = lib.RRT_SAMPLE_IGNORE_EOS if options.get("ignore_eos") else 0
@@ -116,8 +132,9 @@ class SampleRequest:
         adapter = options.get("adapter")
         if adapter is not None:
             self.struct.adapter = self._keep(adapter._open()).pointer
-        if options.get("deadline") is not None:
-            self.struct.deadline_ns = deadline_ns(options["deadline"])
+        deadline = options.get("deadline")
+        if deadline is not None:
+            self.struct.deadline_ns = deadline_ns(deadline)
         self._stops(options)
         self._bias(options)
         self._guide(options)
@@ -128,7 +145,9 @@ class SampleRequest:
         if stops.count:
             self.struct.stop_text, self.struct.stop_count = stops.pointer, stops.count
             self.struct.stop_offsets = pointer("size_t", stops.offsets)
-        self.struct.stop_id_count = self._array("stop_ids", "uint32_t", token_ids(options.get("stop_ids", ()), "stop_ids"))
+        self.struct.stop_id_count = self._array(
+            "stop_ids", "uint32_t", token_ids(options.get("stop_ids", ()), "stop_ids")
+        )
 
     def _bias(self, options: Sampling) -> None:
         bias = options.get("logit_bias") or {}

@@ -36,7 +36,9 @@ class ScoreRequest:
         **plain: int,
     ) -> None:
         self._sequences = Packed(sequences)
-        self.struct: Any = struct("rrt_score_req", kind=kind, model=model.pointer, adapter=adapter_pointer(adapter), **plain)
+        self.struct: Any = struct(
+            "rrt_score_req", kind=kind, model=model.pointer, adapter=adapter_pointer(adapter), **plain
+        )
         self._sequences.write(self.struct.sequences)
         if deadline is not None:
             self.struct.deadline_ns = deadline_ns(deadline)
@@ -48,7 +50,9 @@ class ScoreRequest:
             self.struct.prompt_lens = pointer("size_t", self._lengths)
         if positions is not None:
             if len(positions) != len(sequences):
-                raise errors.ArgumentError(f"positions has {len(positions)} elements, it must have one for each of the {len(sequences)} sequences")
+                raise errors.ArgumentError(
+                    f"positions has {len(positions)} elements, it must have one for each of {len(sequences)} sequences"
+                )
             rows = [numbers(row, "uintp", f"positions[{i}]") for i, row in enumerate(positions)]
             self._offsets = np.cumsum([0, *map(len, rows)], dtype=np.uintp)
             self._positions = np.concatenate(rows) if rows else np.empty(0, np.uintp)

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A sequence that grows by what is appended (a prompt, a tool's answer) and by what is sampled, from :meth:`Model.session`.
+    """A sequence that grows by what is appended (a prompt, a tool's answer) and by what is sampled, from
+    :meth:`Model.session`.
 
-    Ids stay as they are, nothing is encoded again, and the KV cache keeps the turns as long as there is room. Sampling in a session
-    returns what sampling its tokens as one prompt returns, to the bit.
+    Ids stay as they are, nothing is encoded again, and the KV cache keeps the turns as long as there is room. Sampling
+    in a session returns what sampling its tokens as one prompt returns, to the bit.
     """
 
     def __init__(self, handle: Handle, model: Any) -> None:
@@ -32,7 +33,8 @@ class Session:
         self._model = model
 
     def append(self, turn: Prompt) -> None:
-        """Appends a text, ids or messages. :class:`Busy` while a job samples, :class:`LimitError` beyond the model's context."""
+        """Appends a text, ids or messages. :class:`Busy` while a job samples, :class:`LimitError` beyond the model's
+        context."""
         ids = self._model._sequences([turn], "turn")[0]
         call(lib.rrt_session_append, self._open().pointer, pointer("uint32_t", ids), ids.size)
 
@@ -52,12 +54,16 @@ class Session:
     def ids(self) -> np.ndarray:
         """All its tokens, uint32."""
         handle = self._open().pointer
-        return np.frombuffer(filled("uint32_t", 1024, lambda *out: call(lib.rrt_session_tokens, handle, *out)), np.uint32)
+        return np.frombuffer(
+            filled("uint32_t", 1024, lambda *out: call(lib.rrt_session_tokens, handle, *out)), np.uint32
+        )
 
     def fork(self) -> Session:
         """Another session with the same tokens, which goes its own way."""
         handle = self._open()
-        forked = open_handle("rrt_session", lib.rrt_session_fork, lib.rrt_session_free, handle.pointer, parent=handle.parent)
+        forked = open_handle(
+            "rrt_session", lib.rrt_session_fork, lib.rrt_session_free, handle.pointer, parent=handle.parent
+        )
         return self._model._tracked(Session(forked, self._model))
 
     def close(self) -> None:

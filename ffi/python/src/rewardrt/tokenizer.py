@@ -29,8 +29,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> np.ndarray:
         """The ids of a text, uint32 [tokens].
 
-        ``add_special`` adds what the tokenizer adds by itself, BOS for instance. ``parse_special`` lets special tokens in
-        the text count; without it a text cannot forge them.
+        ``add_special`` adds what the tokenizer adds by itself, BOS for instance. ``parse_special`` lets special tokens
+        in the text count; without it a text cannot forge them.
         """
         flags = (lib.RRT_ADD_SPECIAL if add_special else 0) | (lib.RRT_PARSE_SPECIAL if parse_special else 0)
         data = Bytes(text)
@@ -46,7 +46,8 @@ class Tokenizer:
     def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> np.ndarray:
         """The ids of a conversation through the chat template, uint32 [tokens].
 
-        ``add_generation_prompt`` opens the assistant's answer. Special tokens count in the template, not in the messages.
+        ``add_generation_prompt`` opens the assistant's answer. Special tokens count in the template, not in the
+        messages.
         """
         turns = Turns(messages)
         return self._ids(turns.bytes + 256, lib.rrt_chat_encode, *turns.arguments, _opened(add_generation_prompt))
@@ -68,7 +69,9 @@ class Tokenizer:
 
     def _ids(self, guess: int, function: Callable[..., int], *arguments: Any) -> np.ndarray:
         handle = self._open().pointer
-        return np.frombuffer(filled("uint32_t", guess, lambda *out: call(function, handle, *arguments, *out)), np.uint32)
+        return np.frombuffer(
+            filled("uint32_t", guess, lambda *out: call(function, handle, *arguments, *out)), np.uint32
+        )
 
     def _text(self, guess: int, function: Callable[..., int], *arguments: Any) -> str:
         handle = self._open().pointer

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,8 +32,9 @@ _PLACE_BITS, _PROCESS_BITS = 24, 16
 def load_policy(runtime: Runtime, model: Any, tokenizer: Any = None, **options: Any) -> Model:
     """Loads a transformers model that is in memory, in the dtype of its parameters.
 
-    The runtime's model then has the same dtype as the one that is trained, so that no update rounds anything. ``options`` are those
-    of :meth:`Runtime.load_model`; precision is "f32" unless they say otherwise, the arithmetic of torch's own products.
+    The runtime's model then has the same dtype as the one that is trained, so that no update rounds anything.
+    ``options`` are those of :meth:`Runtime.load_model`; precision is "f32" unless they say otherwise, the arithmetic of
+    torch's own products.
     """
     with tempfile.TemporaryDirectory(prefix="rewardrt-policy-") as folder:
         model.save_pretrained(folder)
@@ -45,25 +47,27 @@ def load_policy(runtime: Runtime, model: Any, tokenizer: Any = None, **options: 
 def rollout_func(policy: Model, *, in_flight: str = "wait") -> Callable[[list[Any], Any], dict[str, Any]]:
     """A ``rollout_func`` for GRPOTrainer that samples from ``policy``.
 
-    It returns, an entry a prompt, ``prompt_ids``, ``completion_ids`` and ``logprobs`` (ln p of each token in the distribution that
-    it was drawn from). Prompts are tokenized as TRL does it, by the trainer's tokenizer and chat template; how is sampled is taken
-    from the trainer's arguments. Whenever the trainer's step has moved on, its weights are pushed first, as one transaction.
+    It returns, an entry a prompt, ``prompt_ids``, ``completion_ids`` and ``logprobs`` (ln p of each token in the
+    distribution that it was drawn from). Prompts are tokenized as TRL does it, by the trainer's tokenizer and chat
+    template; how is sampled is taken from the trainer's arguments. Whenever the trainer's step has moved on, its
+    weights are pushed first, as one transaction.
 
-    An answer's draws depend on ``args.seed``, the step, the process and the place of its prompt in the batch alone: a run that is
-    resumed at a checkpoint samples what the undisturbed run samples.
+    An answer's draws depend on ``args.seed``, the step, the process and the place of its prompt in the batch alone: a
+    run that is resumed at a checkpoint samples what the undisturbed run samples.
 
-    Each process of a distributed run has its own runtime. Parameters that are sharded over processes (FSDP, ZeRO-3) are refused.
+    Each process of a distributed run has its own runtime. Parameters that are sharded over processes (FSDP, ZeRO-3) are
+    refused.
     """
     state = _Pushed()
 
     def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         step = trainer.state.global_step
-        if state.step != step:
+        if state.trainer() is not trainer or state.step != step:
             push(policy, trainer.accelerator.unwrap_model(trainer.model), in_flight=in_flight)
-            state.step, state.calls = step, 0
+            state.trainer, state.step, state.answers = weakref.ref(trainer), step, 0
         prompt_ids = _tokenized(prompts, trainer)
-        streams = _streams(trainer, step, state.calls, len(prompts))
-        state.calls += len(prompts)
+        streams = _streams(trainer, step, state.answers, len(prompts))
+        state.answers += len(prompts)
         samples = policy.sample(prompt_ids, streams=streams, **_sampling(trainer)).result()
         return {
             "prompt_ids": prompt_ids,
@@ -77,8 +81,8 @@ def rollout_func(policy: Model, *, in_flight: str = "wait") -> Callable[[list[An
 def push(policy: Model, model: Any, *, in_flight: str = "wait") -> int:
     """Puts a transformers (or PEFT) model's parameters into ``policy``, and returns the new version.
 
-    All or nothing: a tensor that is missing, unknown or of another shape or dtype is :class:`ShapeError` or :class:`NotFound`, and the
-    old weights serve on. Tied parameters, which have several names, count once.
+    All or nothing: a tensor that is missing, unknown or of another shape or dtype is :class:`ShapeError` or
+    :class:`NotFound`, and the old weights serve on. Tied parameters, which have several names, count once.
     """
     known = {t.name for t in policy.tensors()}
     with policy.update(in_flight=in_flight) as update:  # type: ignore[arg-type]
@@ -97,11 +101,12 @@ def push(policy: Model, model: Any, *, in_flight: str = "wait") -> int:
 
 
 class _Pushed:
-    """The step whose weights the policy has, and how many answers were sampled from them."""
+    """Whose weights of which step the policy has, and how many answers were sampled from them."""
 
     def __init__(self) -> None:
-        self.step: int | None = None
-        self.calls = 0
+        self.trainer: Callable[[], Any] = lambda: None
+        self.step = 0
+        self.answers = 0
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
@@ -128,7 +133,9 @@ def _tokenized(prompts: list[Any], trainer: Any) -> list[list[int]]:
     for prompt in prompts:
         for message in prompt:
             if not isinstance(message["content"], str):
-                raise errors.Unsupported(f"a message's content is {type(message['content']).__name__}, only text is supported")
+                raise errors.Unsupported(
+                    f"a message's content is {type(message['content']).__name__}, only text is supported"
+                )
     encoded = tokenizer.apply_chat_template(
         conversation=prompts,
         tools=trainer.tools or None,
@@ -152,7 +159,9 @@ def _streams(trainer: Any, step: int, first: int, count: int) -> list[int]:
 def _sampling(trainer: Any) -> dict[str, Any]:
     """The trainer's arguments in the runtime's words."""
     if trainer.args.generation_kwargs:
-        raise errors.Unsupported(f"generation_kwargs {sorted(trainer.args.generation_kwargs)} are those of another engine")
+        raise errors.Unsupported(
+            f"generation_kwargs {sorted(trainer.args.generation_kwargs)} are those of another engine"
+        )
     return {
         "max_tokens": trainer.max_completion_length,
         "temperature": trainer.temperature,
@@ -171,8 +180,9 @@ def reward_func(
     """A reward function for TRL's trainers that scores by ``model``.
 
     Conversations go through the reward model's own chat template, texts through its tokenizer. ``rule`` as in
-    :meth:`Model.score`; ``label`` says which of its values is the reward. An answer that is longer than the model's context, and a
-    value that is not finite, is None: TRL gives it no advantage. ``name`` is what TRL logs it under; without it the model folder's.
+    :meth:`Model.score`; ``label`` says which of its values is the reward. An answer that is longer than the model's
+    context, and a value that is not finite, is None: TRL gives it no advantage. ``name`` is what TRL logs it under;
+    without it the model folder's.
     """
     longest = model.info.max_context
 

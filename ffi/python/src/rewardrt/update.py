@@ -30,9 +30,16 @@ def in_flight_mode(value: str) -> int:
     return one_of(_IN_FLIGHT, value, "in_flight")
 
 
-def update_options(*, storage: str = "shadow", in_flight: str = "wait", require: str = "all",
-                   expect_version: int | None = None, check_finite: bool = False, convert: bool = False,
-                   timeout: float | None = None) -> Any:
+def update_options(
+    *,
+    storage: str = "shadow",
+    in_flight: str = "wait",
+    require: str = "all",
+    expect_version: int | None = None,
+    check_finite: bool = False,
+    convert: bool = False,
+    timeout: float | None = None,
+) -> Any:
     flags = lib.RRT_UPDATE_CHECK_FINITE if check_finite else 0
     flags |= lib.RRT_UPDATE_CONVERT if convert else 0
     flags |= lib.RRT_UPDATE_EXPECT_VERSION if expect_version is not None else 0
@@ -61,9 +68,9 @@ class Update:
     def put(self, name: str, value: Any) -> None:
         """Puts a whole tensor under the checkpoint's own name, also where the library fuses tensors.
 
-        ``value`` is a numpy array, anything with DLPack on the host (bfloat16 torch tensors, for instance), or with the buffer
-        protocol. :class:`NotFound` for a name that the model does not have, :class:`ShapeError` for another shape or dtype,
-        :class:`Duplicate` if it was put before.
+        ``value`` is a numpy array, anything with DLPack on the host (bfloat16 torch tensors, for instance), or with the
+        buffer protocol. :class:`NotFound` for a name that the model does not have, :class:`ShapeError` for another
+        shape or dtype, :class:`Duplicate` if it was put before.
         """
         description, _kept = _described(name, value)
         call(lib.rrt_update_tensor, self._open().pointer, description)
@@ -94,8 +101,8 @@ class Update:
     def commit(self, version: int | None = None) -> int:
         """Changes all weights between two steps, and returns the new version; caches of the old ones are gone.
 
-        :class:`ShapeError` lists tensors that are missing. After an error in shadow the old weights serve on and the update can go
-        on.
+        :class:`ShapeError` lists tensors that are missing. After an error in shadow the old weights serve on and the
+        update can go on.
         """
         handle = self._open()
         chosen = next(v for v in (version, self._version, self._next) if v is not None)

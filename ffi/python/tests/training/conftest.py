@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
-from small import small_config
 
+from small import small_config
 
 # The models are tiny: threads would only wait for each other.
 torch.set_num_threads(1)

@@ -7,10 +7,11 @@ import threading
 import numpy as np
 import pytest
 import ray
-from checkpoints import GOLDEN, SMOLLM2, expected, read_safetensors
 
 import rewardrt
 import rewardrt.ray
+
+from checkpoints import GOLDEN, SMOLLM2, expected, read_safetensors
 
 CLASSIFIER, F32 = "llama-labels-3", "qwen2-tied-window"
 PROMPTS = [[5 + i, 6, 7 + i % 3] for i in range(30)]
@@ -43,7 +44,9 @@ def test_two_actors_return_what_one_runtime_returns(pool, golden):
     model = golden(F32)
     assert_equal(pool.sample(PROMPTS, **SAMPLING), model.sample(PROMPTS, **SAMPLING).result(60))
     streams = [7 * i for i in range(30)]
-    assert_equal(pool.sample(PROMPTS, streams=streams, **SAMPLING), model.sample(PROMPTS, streams=streams, **SAMPLING).result(60))
+    assert_equal(
+        pool.sample(PROMPTS, streams=streams, **SAMPLING), model.sample(PROMPTS, streams=streams, **SAMPLING).result(60)
+    )
     lengths = [1 + i % 2 for i in range(30)]
     assert_equal(pool.logprobs(PROMPTS, prompt_lens=lengths), model.logprobs(PROMPTS, prompt_lens=lengths).result(60))
     assert_equal(pool.sample(PROMPTS[:1], **SAMPLING), model.sample(PROMPTS[:1], **SAMPLING).result(60))
@@ -137,13 +140,22 @@ def test_closed(pool):
 def test_ray_data():
     want = expected(CLASSIFIER)
     rows = [{"ids": ids, "row": i} for i, ids in enumerate(want["sequences"])]
-    scored = ray.data.from_items(rows).map_batches(
-        rewardrt.ray.Scorer,
-        fn_constructor_kwargs={"path": str(GOLDEN / CLASSIFIER), "column": "ids", "label": 1, "device": "cpu",
-                               "model_options": {"precision": "f32"}},
-        concurrency=2,
-        batch_size=2,
-    ).take_all()  # fmt: skip
+    scored = (
+        ray.data.from_items(rows)
+        .map_batches(
+            rewardrt.ray.Scorer,
+            fn_constructor_kwargs={
+                "path": str(GOLDEN / CLASSIFIER),
+                "column": "ids",
+                "label": 1,
+                "device": "cpu",
+                "model_options": {"precision": "f32"},
+            },
+            concurrency=2,
+            batch_size=2,
+        )
+        .take_all()
+    )
     assert len(scored) == len(rows)
     for row in scored:
         assert row["score"] == pytest.approx(want["scores"][row["row"]][1], abs=1e-4)

@@ -1,7 +1,8 @@
 """The code of docs/trl.md and docs/ray.md runs as it stands."""
 
-import pages
 import pytest
+
+import pages
 
 
 @pytest.mark.parametrize("page", ["docs/trl.md", "docs/ray.md"])

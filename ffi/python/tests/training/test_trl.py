@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import ROOT
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from small import small_config
 from trl import GRPOConfig, GRPOTrainer
 
 import rewardrt
 import rewardrt.trl
+
+from checkpoints import ROOT
+from small import small_config
 
 EXAMPLE = ROOT / "ffi" / "python" / "examples" / "grpo.py"
 IDS = [[101, 2002, 300, 4004, 55, 66], [7, 8, 9, 1010]]
@@ -72,9 +73,12 @@ def test_an_adapter_is_pushed_merged(runtime, model, tokenizer):
 def test_another_model_is_refused(runtime, smollm2, model, tokenizer):
     with rewardrt.trl.load_policy(runtime, model, tokenizer) as policy:
         before = policy.logprobs(IDS).result(60).values.copy()
-        for changes, kind in (({"hidden_size": 32}, rewardrt.ShapeError), ({"num_hidden_layers": 3}, rewardrt.NotFound),
-                              ({"num_hidden_layers": 1}, rewardrt.ShapeError),
-                              ({"tie_word_embeddings": False}, rewardrt.NotFound)):  # fmt: skip
+        for changes, kind in (
+            ({"hidden_size": 32}, rewardrt.ShapeError),
+            ({"num_hidden_layers": 3}, rewardrt.NotFound),
+            ({"num_hidden_layers": 1}, rewardrt.ShapeError),
+            ({"tie_word_embeddings": False}, rewardrt.NotFound),
+        ):
             other = transformers.AutoModelForCausalLM.from_config(small_config(smollm2, **changes), dtype=torch.float32)
             with pytest.raises(kind):
                 rewardrt.trl.push(policy, other)
@@ -100,13 +104,25 @@ def trainer(runtime, model, tokenizer, tmp_path):
 
     def trained(**options):
         config = GRPOConfig(
-            output_dir=str(tmp_path), save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
-            per_device_train_batch_size=8, num_generations=4, max_completion_length=6,
+            output_dir=str(tmp_path),
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=6,
             **{"learning_rate": 1e-2, "seed": 3, **options},
-        )  # fmt: skip
-        trainer = GRPOTrainer(model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
-                              reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
-                              rollout_func=rollout)  # fmt: skip
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows),
+            reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
+            rollout_func=rollout,
+        )
         trainer.train()
         return trainer
 
@@ -117,7 +133,7 @@ def trainer(runtime, model, tokenizer, tmp_path):
 def test_what_the_trainer_is_given(trainer, tokenizer):
     train, _, returned = trainer
     train(max_steps=1)
-    (prompts, output, _), = returned
+    ((prompts, output, _),) = returned
     assert len(prompts) == len(output["prompt_ids"]) == len(output["completion_ids"]) == len(output["logprobs"]) == 8
     for prompt, ids in zip(prompts, output["prompt_ids"], strict=True):
         assert ids == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -127,7 +143,8 @@ def test_what_the_trainer_is_given(trainer, tokenizer):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_weights_after_each_step(trainer, temperature):
-    """Whatever the optimiser did: the trainer's own log-probs, at its temperature, of every answer, at each of three steps."""
+    """Whatever the optimiser did: the trainer's own log-probs, at its temperature, of every answer, at each of three
+    steps."""
     train, policy, returned = trainer
     train(max_steps=3, temperature=temperature)
     assert len(returned) == 3
@@ -179,7 +196,9 @@ def test_rewards_are_those_of_transformers(classifier, tokenizer, label):
     completions = [[{"role": "assistant", "content": text}] for text in ("One.", "Two, of course.")]
     reward = rewardrt.trl.reward_func(loaded, label=label)
     assert reward.__name__ == "reward"
-    for p, c, got in zip(prompts, completions, reward(prompts=prompts, completions=completions, other=[1, 2]), strict=True):
+    for p, c, got in zip(
+        prompts, completions, reward(prompts=prompts, completions=completions, other=[1, 2]), strict=True
+    ):
         text = tokenizer.apply_chat_template(p + c, tokenize=False)
         with torch.no_grad():
             want = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, label]
@@ -199,8 +218,27 @@ def test_what_cannot_be_scored_is_none(classifier):
 def test_the_example(smollm2, tmp_path):
     """Three steps with a random model: the whole script, and ratios as DESIGN.md wants them in f32."""
     report = tmp_path / "report.json"
-    command = [sys.executable, EXAMPLE, "--model", smollm2, "--random", "--steps", "3", "--prompts", "2", "--generations", "4",
-               "--device", "cpu", "--max-tokens", "8", "--json", report, "--plot", tmp_path / "grpo.svg"]  # fmt: skip
+    command = [
+        sys.executable,
+        EXAMPLE,
+        "--model",
+        smollm2,
+        "--random",
+        "--steps",
+        "3",
+        "--prompts",
+        "2",
+        "--generations",
+        "4",
+        "--device",
+        "cpu",
+        "--max-tokens",
+        "8",
+        "--json",
+        report,
+        "--plot",
+        tmp_path / "grpo.svg",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
