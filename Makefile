@@ -2,6 +2,8 @@
 # make test         everything that must hold
 # make test-threads  the C library under the thread sanitizer (10 minutes)
 # make install      the C library: PREFIX=/usr/local, DESTDIR=
+# make test-training  rewardrt.trl and rewardrt.ray (torch, TRL, Ray: 6 GB)
+# make wheel        the Python package, in target/wheels
 # make bench        criterion benches; REWARDRT_BENCH_MODEL=FOLDER for a real model
 # make bench-peers  against transformers and llama.cpp, in one run
 # make bench-gpu    tests and times on a GPU, against transformers where torch has CUDA
@@ -24,6 +26,7 @@ test: model tools .cache/venv-openai/ready lint
 	$(CARGO) build --release --workspace --all-targets
 	$(CARGO) test --release --workspace
 	scripts/test_cpu_paths
+	$(MAKE) test-python
 
 # Apart from `make test`, since everything is built anew for it.
 test-threads:
@@ -58,6 +61,33 @@ tools:
 	$(PYTHON) -m venv .cache/venv-openai
 	.cache/venv-openai/bin/python -m pip install --quiet --disable-pip-version-check -r tests/hosts/requirements-openai.txt
 	touch $@
+
+.PHONY: wheel test-python test-training
+# One wheel for every Python of this platform. Its build reads ffi/include/rewardrt.h.
+wheel: .cache/venv-maturin/ready
+	rm -rf target/wheels
+	PATH="$(CURDIR)/.cache/venv-maturin/bin:$$PATH" .cache/venv-maturin/bin/python -m pip wheel --quiet \
+		--disable-pip-version-check --no-build-isolation --no-deps --wheel-dir target/wheels ffi/python
+.cache/venv-maturin/ready: ffi/python/requirements-build.txt
+	$(PYTHON) -m venv .cache/venv-maturin
+	.cache/venv-maturin/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# Python environments that have the wheel and no compiler's work: whatever is not a wheel already is refused.
+.cache/venv-python/ready: ffi/python/requirements-test.txt
+.cache/venv-training/ready: ffi/python/requirements-training.txt ffi/python/requirements-test.txt
+.cache/venv-python/ready .cache/venv-training/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+test-python: wheel model .cache/venv-python/ready
+	.cache/venv-python/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --force-reinstall \
+		--no-deps target/wheels/rewardrt-*.whl
+	.cache/venv-python/bin/python -m pytest -c ffi/python/pyproject.toml ffi/python/tests --ignore ffi/python/tests/training
+test-training: wheel model .cache/venv-training/ready
+	.cache/venv-training/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --force-reinstall \
+		--no-deps target/wheels/rewardrt-*.whl
+	.cache/venv-training/bin/python -m pytest -c ffi/python/pyproject.toml ffi/python/tests
 
 bench:
 	$(CARGO) bench
