@@ -19,8 +19,9 @@ pub extern "C" fn rrt_abi_version() -> u32 {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn rrt_abi_check(header_abi: u32) -> i32 {
-    let (major, minor) = (header_abi >> 16, header_abi & 0xffff);
-    if major == MAJOR && minor <= MINOR { OK } else { E_ABI }
+    // The same major, and no minor that is newer than the library's.
+    let served = MAJOR << 16..=rrt_abi_version();
+    if served.contains(&header_abi) { OK } else { E_ABI }
 }
 
 #[unsafe(no_mangle)]

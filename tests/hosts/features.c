@@ -643,28 +643,44 @@ static void rollouts(const char *folder) {
     WANT(RRT_E_NULL, rrt_rollout(runtime, &req, &job, &err));
     req.sample = &policy;
 
-    /* A reward model of another vocabulary, which cannot read the ids: the job fails and says why. */
+    /* A reward model of another vocabulary and without a tokenizer, which could not read the answers. */
     judges[1] = judges[0];
     judges[1].model = classifier;
     judges[1].rule = judges[1].question = NULL;
-    policy.allowed_ids = PROMPT;
-    policy.allowed_count = 4;
-    OK(rrt_rollout(runtime, &req, &job, &err)); /* but it can read these */
-    rrt_result_free(take(job));
-    policy.allowed_ids = NULL;
-    policy.allowed_count = 0;
-    policy.banned_ids = PROMPT;
-    policy.bias_ids = PROMPT;
-    OK(rrt_rollout(runtime, &req, &job, &err));
-    OK(rrt_wait(runtime, &job, 1, RRT_WAIT_ALL, UINT64_MAX, &err));
-    do OK(rrt_poll(runtime, &event, 1, sizeof event, &count, &err)); while (count == 0 || event.job != job);
-    THAT(event.kind == RRT_EVENT_FAILED && event.status == RRT_E_ARG);
-    WANT(RRT_E_ARG, rrt_job_take(runtime, job, &result, &err));
+    WANT(RRT_E_ARG, rrt_rollout(runtime, &req, &job, &err));
     THAT(strstr(err.text, "reward 1") != NULL);
-    WANT(RRT_E_NOT_FOUND, rrt_job_take(runtime, job, &result, &err));
+    req.reward_count = 1;
     OK(rrt_rollout(runtime, &req, &job, &err));
     OK(rrt_job_cancel(runtime, job, &err));
     OK(rrt_job_drop(runtime, job, &err));
+}
+
+/* A job that fails: the weights are gone before its turn comes. */
+static void failing(const char *folder) {
+    rrt_update_opts opts = RRT_UPDATE_OPTS_INIT;
+    rrt_sample_req req = greedy(4);
+    rrt_update *update = NULL;
+    rrt_result *result = NULL;
+    rrt_event event;
+    uint64_t job = 0;
+    size_t count = 0;
+
+    opts.storage = RRT_STORAGE_IN_PLACE;
+    OK(rrt_update_begin(model, &opts, &update, &err));
+    OK(rrt_update_file(update, folder, strlen(folder), &err));
+    OK(rrt_submit_sample(runtime, &req, &job, &err));
+    OK(rrt_update_abort(update, &err));
+    rrt_update_free(update);
+    OK(rrt_wait(runtime, &job, 1, RRT_WAIT_ALL, UINT64_MAX, &err));
+    do OK(rrt_poll(runtime, &event, 1, sizeof event, &count, &err)); while (count == 0 || event.job != job);
+    THAT(event.kind == RRT_EVENT_FAILED && event.status == RRT_E_CONFLICT);
+    WANT(RRT_E_CONFLICT, rrt_job_take(runtime, job, &result, &err));
+    THAT(err.len > 0);
+    WANT(RRT_E_NOT_FOUND, rrt_job_take(runtime, job, &result, &err));
+    OK(rrt_update_begin(model, &opts, &update, &err));
+    OK(rrt_update_file(update, folder, strlen(folder), &err));
+    OK(rrt_update_commit(update, 1, &err));
+    rrt_update_free(update);
 }
 
 /* Numbers, memory, text, and a folder that is followed. */
@@ -798,6 +814,7 @@ int main(int argc, char **argv) {
     sessions();
     steps();
     rollouts(argv[1]);
+    failing(argv[1]);
     the_rest(argv[1], argv[3], argv[4]);
     rrt_model_free(model);
     rrt_model_free(classifier);
