@@ -37,10 +37,17 @@ fn equals_text_choice(choice: &Value, answer: &SampledSequence) {
     let of = |f: fn(&rewardrt::SampledToken) -> f32| answer.tokens.iter().map(f).collect::<Vec<f32>>();
     assert_eq!(floats(&logprobs["token_logprobs"]), of(|t| t.model_logprob));
     assert_eq!(floats(&logprobs["sampling_logprobs"]), of(|t| t.logprob));
-    for (top, token) in logprobs["top_logprobs"].as_array().unwrap().iter().zip(&answer.tokens) {
+    let tops = logprobs["top_logprobs"].as_array().unwrap();
+    assert_eq!(tops.len(), answer.tokens.len());
+    for (top, token) in tops.iter().zip(&answer.tokens) {
         let mut got: Vec<f32> = top.as_object().unwrap().values().map(|v| v.as_f64().unwrap() as f32).collect();
         got.sort_by(|a, b| b.total_cmp(a));
-        assert_eq!(got, token.top.iter().map(|(_, l)| *l).collect::<Vec<f32>>());
+        // The sampled one is always among them.
+        let sampled = [(token.id, token.model_logprob)];
+        let sampled = sampled.iter().filter(|(id, _)| token.top.iter().all(|(other, _)| other != id));
+        let mut expected: Vec<f32> = token.top.iter().chain(sampled).map(|(_, l)| *l).collect();
+        expected.sort_by(|a, b| b.total_cmp(a));
+        assert_eq!(got, expected);
     }
 }
 
@@ -107,6 +114,7 @@ fn text_completions_equal_the_rust_api() {
         let offsets: Vec<usize> = serde_json::from_value(choice["logprobs"]["text_offset"].clone()).unwrap();
         let tokens: Vec<String> = serde_json::from_value(choice["logprobs"]["tokens"].clone()).unwrap();
         let mut at = 0;
+        assert_eq!((offsets.len(), tokens.len()), (expected[0].tokens.len(), expected[0].tokens.len()));
         for (offset, token) in offsets.iter().zip(&tokens) {
             assert_eq!(*offset, at);
             at += token.chars().count();
@@ -134,6 +142,7 @@ fn text_completions_equal_the_rust_api() {
         ..SampleRequest::default()
     };
     let expected = model.sample(&request).unwrap().wait().unwrap();
+    assert_eq!((answer["choices"].as_array().unwrap().len(), expected.len()), (2, 2));
     for (i, choice) in answer["choices"].as_array().unwrap().iter().enumerate() {
         assert_eq!(choice["index"], i);
         assert_eq!(ids(&choice["token_ids"]), expected[i].tokens.iter().map(|t| t.id).collect::<Vec<_>>());
@@ -169,6 +178,7 @@ fn chat_completions_equal_the_rust_api() {
     let answer = server.ask("/v1/chat/completions", chat_body());
     assert_eq!(ids(&answer["prompt_token_ids"]), request.prompts[0]);
     let expected = model.sample(&request).unwrap().wait().unwrap();
+    assert_eq!((answer["choices"].as_array().unwrap().len(), expected.len()), (2, 2));
     for (choice, expected) in answer["choices"].as_array().unwrap().iter().zip(&expected) {
         assert_eq!(choice["message"]["role"], "assistant");
         assert_eq!(choice["message"]["content"].as_str(), expected.text.as_deref());
@@ -195,7 +205,8 @@ fn chat_completions_equal_the_rust_api() {
     let answer = server.ask("/v1/chat/completions", body);
     let (prompt, completion) = (ids(&answer["prompt_token_ids"]).len(), ids(&answer["choices"][0]["token_ids"]).len());
     assert_eq!((prompt + completion, &answer["choices"][0]["finish_reason"]), (512, &json!("length")));
-    // A seed is drawn where none is given, and replays the answer.
+    // A seed is drawn where none is given, and replays the answer; every language can read it.
+    assert!(answer["seed"].as_u64().unwrap() < 1 << 53);
     let again = json!({"messages": [{"role": "user", "content": "x"}], "ignore_eos": true, "return_token_ids": true, "seed": answer["seed"]});
     assert_eq!(server.ask("/v1/chat/completions", again)["choices"], answer["choices"]);
 }
@@ -296,6 +307,10 @@ fn stops_and_guides() {
     assert_eq!(answer["choices"][0]["message"]["content"].as_str(), expected[0].text.as_deref());
     assert!(regex["message"]["content"].as_str().unwrap().parse::<u32>().is_ok());
     assert!(chat(json!({"allowed_token_ids": [40], "max_tokens": 3}))["message"]["content"] == "CCC");
+    // A guide and a mask that leave nothing to draw.
+    let blocked = chat(json!({"allowed_token_ids": [40], "structured_outputs": {"regex": "[0-9]{4}"}}));
+    assert_eq!((&blocked["finish_reason"], &blocked["stop_reason"]), (&json!("stop"), &json!("blocked")));
+    assert!(regex.get("stop_reason").is_none());
 }
 
 /// Alone or in a crowd: the same bits. And the crowd shares steps.

@@ -44,7 +44,7 @@ fn requests_are_refused_by_name() {
         (json!({"logit_bias": {"x": 1}}), "logit_bias", "not a token id"),
         (json!({"logit_bias": {"101": 1}}), "logit_bias", "vocabulary size 101"),
         (json!({"top_logprobs": 2}), "top_logprobs", "logprobs: true"),
-        (json!({"logprobs": true, "top_logprobs": 129}), "top_logprobs", "at most 128"),
+        (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs", "at most 20"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options", "stream"),
         (json!({"response_format": {"type": "xml"}}), "response_format", "xml"),
         (
@@ -111,10 +111,10 @@ fn requests_are_refused_by_name() {
     refused(
         &server,
         "/v1/embeddings",
-        &json!({"input": "x", "encoding_format": "base64"}),
+        &json!({"input": "x", "encoding_format": "hex"}),
         400,
         json!("encoding_format"),
-        "not supported",
+        "base64",
     );
     refused(&server, "/score", &json!({"text_1": ["a", "b"], "text_2": ["c"]}), 400, json!("text_1"), "as many");
     refused(&server, "/score", &json!({"text_1": "a", "text_2": []}), 400, Value::Null, "no sequences");

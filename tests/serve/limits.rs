@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::common::golden;
-use crate::server::{Server, command};
+use crate::server::{Server, command, with_tokenizer};
 
 const JOBS: &str = "rewardrt_jobs{model=\"p\"}";
 
@@ -23,10 +23,31 @@ fn long() -> Value {
 
 /// A request on a connection of its own, not waited for.
 fn send(server: &Server, body: &Value) -> TcpStream {
-    let mut stream = TcpStream::connect(server.url.strip_prefix("http://").unwrap()).unwrap();
+    post(server, "/v1/completions", body)
+}
+
+fn post(server: &Server, path: &str, body: &Value) -> TcpStream {
+    let stream = TcpStream::connect(server.url.strip_prefix("http://").unwrap()).unwrap();
+    write_request(stream, path, body)
+}
+
+/// As a client does whose window is small, so that what it does not read stays with the server.
+fn post_slowly(server: &Server, path: &str, body: &Value) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let address: std::net::SocketAddr = server.url.strip_prefix("http://").unwrap().parse().unwrap();
+    socket.connect(&address.into()).unwrap();
+    write_request(socket.into(), path, body)
+}
+
+fn write_request(mut stream: TcpStream, path: &str, body: &Value) -> TcpStream {
     let body = body.to_string();
-    write!(stream, "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    write!(stream, "POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
     stream
+}
+
+fn answered(endpoint: &str, status: &str) -> String {
+    format!("rewardrt_http_requests_total{{endpoint=\"{endpoint}\",status=\"{status}\"}}")
 }
 
 #[track_caller]
@@ -82,8 +103,113 @@ fn a_full_queue_answers_429() {
     assert_eq!(server.get("/health").0, 200);
     drop((first, second));
     until("room", || server.post("/v1/completions", &json!({"prompt": [1]})).0 == 200);
-    let refused = "rewardrt_http_requests_total{endpoint=\"/v1/completions\",status=\"429\"}";
-    assert!(server.metric(refused) >= 1.0);
+    assert!(server.metric(&answered("/v1/completions", "429")) >= 1.0);
+}
+
+#[test]
+fn others_wait_for_their_place() {
+    let server = start(&["--max-concurrent", "1"]);
+    let first = send(&server, &long());
+    until("the first job", || server.metric(JOBS) == 1.0);
+    let mut second = send(&server, &json!({"prompt": [1], "max_tokens": 1}));
+    until("the second request", || server.metric("rewardrt_http_waiting") == 1.0);
+    assert_eq!((server.metric(JOBS), server.metric("rewardrt_http_in_flight")), (1.0, 2.0));
+    drop(first);
+    let mut start = [0; 12];
+    second.read_exact(&mut start).unwrap();
+    assert_eq!(&start, b"HTTP/1.1 200");
+    until("the count", || server.metric(&answered("/v1/completions", "cancelled")) == 1.0);
+}
+
+/// What the engine could not hold together waits as well.
+#[test]
+fn others_wait_for_tokens() {
+    let server = start(&["--max-queued-tokens", "1000"]);
+    let body = json!({"prompt": [1, 9], "n": 4, "max_tokens": 200, "ignore_eos": true});
+    let mut all: Vec<TcpStream> = (0..8).map(|_| send(&server, &body)).collect();
+    for connection in &mut all {
+        let mut start = [0; 12];
+        connection.read_exact(&mut start).unwrap();
+        assert_eq!(&start, b"HTTP/1.1 200");
+    }
+}
+
+/// verl sends a chunk of any size at once, and takes no second try.
+#[test]
+fn a_thousand_at_once_are_answered() {
+    let rewards = format!("r={}", golden("llama-labels-1").display());
+    let server = Server::start(command().args(["--reward", &rewards, "--max-context", "512", "--kv-tokens", "4096"]));
+    let body = |i: u32| json!({"input": [1, 6 + i % 90, 9]});
+    let mut all: Vec<TcpStream> = (0..1024).map(|i| post(&server, "/classify", &body(i))).collect();
+    for connection in &mut all {
+        let mut start = [0; 12];
+        connection.read_exact(&mut start).unwrap();
+        assert_eq!(&start, b"HTTP/1.1 200");
+    }
+    assert_eq!(server.metric(&answered("/classify", "200")), 1024.0);
+}
+
+#[test]
+fn bodies_beyond_their_memory_answer_429() {
+    let server = start(&["--max-queued-bytes", "8K", "--max-body", "6K"]);
+    let mut slow = TcpStream::connect(server.url.strip_prefix("http://").unwrap()).unwrap();
+    write!(slow, "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 6000\r\n\r\n").unwrap();
+    until("the slow one", || server.metric("rewardrt_http_waiting") == 1.0);
+    let body = json!({"prompt": [1], "user": "x".repeat(4000)});
+    let (status, answer) = server.post("/v1/completions", &body);
+    assert_eq!(status, 429, "{answer}");
+    assert!(answer["error"]["message"].as_str().unwrap().contains("--max-queued-bytes"), "{answer}");
+    drop(slow);
+    until("room", || server.post("/v1/completions", &body).0 == 200);
+}
+
+/// A few megabytes that would be gigabytes of ids are refused at the first bound.
+#[test]
+fn a_long_query_for_many_documents_is_not_encoded() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = with_tokenizer("llama-labels-1", folder.path());
+    let server = Server::start(command().args(["--reward", path.to_str().unwrap(), "--max-queued-tokens", "5000"]));
+    let began = Instant::now();
+    let refused = |query: &str, documents: Vec<&str>, says: &str| {
+        for (path, first, second) in [("/rerank", "query", "documents"), ("/score", "text_1", "text_2")] {
+            let (status, answer) = server.post(path, &json!({first: query, second: documents}));
+            assert_eq!((status, &answer["error"]["param"]), (400, &json!(second)), "{answer}");
+            assert!(answer["error"]["message"].as_str().unwrap().contains(says), "{answer}");
+        }
+    };
+    refused(&"q".repeat(1 << 20), vec!["d"; 60_000], "sequence 0 has");
+    refused("q", vec!["d"; 70_000], "at most 65536");
+    refused(&"q".repeat(40), vec!["d"; 60_000], "at most 5000 are taken");
+    // One encoding of the first takes less than a second; all of them would take hours.
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+}
+
+/// hyper asks for no more of an answer that is not read, so it is the connection that ends.
+#[test]
+fn clients_that_do_not_read_are_cut_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let policy = format!("p={}", with_tokenizer("llama-tied", folder.path()).display());
+    let reward = format!("r={}", golden("llama-labels-3").display());
+    let mut command = command();
+    command.args(["--model", &policy, "--reward", &reward, "--max-context", "512", "--kv-tokens", "4096"]);
+    let server = Server::start(command.args(["--timeout", "3"]));
+    let mut body = long();
+    body["prompt"] = json!(vec![9; 200]);
+    body["max_tokens"] = json!(300);
+    body["stream"] = json!(true);
+    body["logprobs"] = json!(2);
+    body["return_token_ids"] = json!(true);
+    let began = Instant::now();
+    let streamed = post_slowly(&server, "/v1/completions", &body);
+    let whole = post_slowly(&server, "/classify", &json!({"input": vec![[1]; 20_000]}));
+    until("the whole answer", || server.metric(&answered("/classify", "200")) == 1.0);
+    // Its bytes are not written, and the stream's are not even asked for.
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(server.metric("rewardrt_http_in_flight"), 2.0);
+    until("the end", || server.metric("rewardrt_http_in_flight") == 0.0 && server.metric(JOBS) == 0.0);
+    assert!(began.elapsed() > Duration::from_secs(10));
+    assert_eq!(server.metric(&answered("/v1/completions", "cancelled")), 1.0);
+    drop((streamed, whole));
 }
 
 #[test]
@@ -99,7 +225,8 @@ fn large_bodies_and_long_work() {
     );
     assert!(began.elapsed() < Duration::from_secs(20));
     until("the cancel", || server.metric(JOBS) == 0.0);
-    // A stream has begun by then: the error is its last event.
+    assert_eq!(server.metric(&answered("/v1/completions", "504")), 1.0);
+    // A stream has begun by then: the error is its last event, and what it is counted with.
     let mut streamed = long();
     streamed["stream"] = json!(true);
     let events = server.events("/v1/completions", &streamed);
@@ -107,12 +234,13 @@ fn large_bodies_and_long_work() {
     let last: Value = serde_json::from_str(last).unwrap();
     assert_eq!(last["error"]["code"], "timeout", "{last}");
     assert!(!chunks.is_empty());
-    // A body that never comes is late as well.
+    assert_eq!(server.metric(&answered("/v1/completions", "504")), 2.0);
+    // A body that never comes is late sooner than the work would be.
     let mut stream = TcpStream::connect(server.url.strip_prefix("http://").unwrap()).unwrap();
     write!(stream, "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{").unwrap();
     let mut start = [0; 12];
     stream.read_exact(&mut start).unwrap();
-    assert_eq!(&start, b"HTTP/1.1 504");
+    assert_eq!(&start, b"HTTP/1.1 408");
     until("room", || server.metric("rewardrt_http_in_flight") == 0.0);
 }
 
@@ -130,6 +258,7 @@ fn clients_that_go_away_cancel_their_work() {
         drop(connection);
         until("its end", || server.metric(JOBS) == 0.0 && server.metric("rewardrt_http_in_flight") == 0.0);
     }
+    assert_eq!(server.metric(&answered("/v1/completions", "cancelled")), 2.0);
 }
 
 #[test]
@@ -177,7 +306,7 @@ fn metrics_are_open_metrics() {
         assert!(value.parse::<f64>().is_ok(), "{line}");
     }
     assert_eq!(server.metric("rewardrt_sampled_tokens_total{model=\"p\"}"), 7.0);
-    assert_eq!(server.metric("rewardrt_http_requests_total{endpoint=\"/v1/completions\",status=\"200\"}"), 1.0);
+    assert_eq!(server.metric(&answered("/v1/completions", "200")), 1.0);
     assert_eq!(server.metric("rewardrt_http_request_seconds_count{endpoint=\"/v1/completions\"}"), 1.0);
     assert_eq!(server.metric("rewardrt_kv_blocks{model=\"p\"}"), 256.0);
 }

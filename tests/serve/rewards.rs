@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use rewardrt::{EncodeOptions, Message, Model, Rule, ScoreRequest};
 use serde_json::{Value, json};
 
@@ -21,9 +23,12 @@ struct Stack {
 fn stack(folder: &Path) -> Stack {
     let paths: Vec<PathBuf> = [ONE, THREE, "llama-tied"].iter().map(|n| with_tokenizer(n, folder)).collect();
     let mut command = command();
-    for (name, path, rule) in
-        [("one", &paths[0], ""), ("three", &paths[1], ":sequence"), ("judge", &paths[2], ":judge:y,n")]
-    {
+    for (name, path, rule) in [
+        ("one", &paths[0], ""),
+        ("three", &paths[1], ":sequence"),
+        ("judge", &paths[2], ":judge:y,n"),
+        ("judge3", &paths[2], ":judge:y,n,x"),
+    ] {
         command.args(["--reward", &format!("{name}={}{rule}", path.display())]);
     }
     let server = Server::start(command.args(["--max-context", "512", "--kv-tokens", "4096"]));
@@ -74,6 +79,7 @@ fn classify_as_verl_and_vllm_ask() {
     assert_eq!(floats(&answer["data"][0]["probs"]), logits);
     let answer = s.server.ask("/classify", json!({"model": "one", "input": [ids, [1, 40]]}));
     let both = values(&s.one, None, vec![ids.clone(), vec![1, 40]]);
+    assert_eq!(answer["data"].as_array().unwrap().len(), 2);
     for (data, logits) in answer["data"].as_array().unwrap().iter().zip(&both) {
         close(&floats(&data["probs"]), &[1.0 / (1.0 + (-f64::from(logits[0])).exp())]);
     }
@@ -95,8 +101,20 @@ fn classify_as_verl_and_vllm_ask() {
     for activation in [true, false] {
         let body = json!({"model": "judge", "messages": messages, "use_activation": activation});
         let answer = s.server.ask("/classify", body);
-        assert_eq!(floats(&answer["data"][0]["probs"]), expected);
+        // verl takes the last value: it must be the first label's.
+        assert_eq!(floats(&answer["data"][0]["probs"]), expected[..1]);
+        assert_eq!((&answer["data"][0]["num_classes"], &answer["data"][0]["label"]), (&json!(1), &json!("y")));
     }
+    let answer = s.server.ask("/v1/embeddings", json!({"model": "judge", "messages": messages}));
+    assert_eq!(floats(&answer["data"][0]["embedding"]).last(), Some(&expected[0]));
+    let (status, answer) = s.server.post("/v1/embeddings", &json!({"model": "judge3", "messages": messages}));
+    assert_eq!((status, &answer["error"]["param"]), (400, &json!("model")), "{answer}");
+    let answer = s.server.ask("/classify", json!({"model": "judge3", "messages": messages}));
+    assert_eq!(answer["data"][0]["num_classes"], 3);
+    let answer = s.server.ask("/v1/embeddings", json!({"model": "three", "input": "ab", "encoding_format": "base64"}));
+    let bytes = BASE64_STANDARD.decode(answer["data"][0]["embedding"].as_str().unwrap()).unwrap();
+    let decoded: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!((decoded, bytes.len()), (logits[0].clone(), 12));
     let answer = s.server.ask("/v1/embeddings", json!({"model": "three", "input": "ab", "encoding_format": "float"}));
     assert_eq!(floats(&answer["data"][0]["embedding"]), logits[0], "SGLang's flavour, raw");
 }
@@ -125,13 +143,79 @@ fn activations_follow_the_config() {
     }
 }
 
+fn change_config(path: &Path, field: &str, value: Value) {
+    let file = path.join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    config[field] = value;
+    std::fs::write(file, config.to_string()).unwrap();
+}
+
+/// A cross-encoder's own activation is that of pairs, not of classes.
+#[test]
+fn pairs_follow_sentence_transformers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = with_tokenizer(ONE, folder.path());
+    let raw = values(&open("cpu", 2).load_model(&path, &small()).unwrap(), None, vec![vec![1, 46, 45]]).remove(0)[0];
+    let (raw, sigmoid) = (f64::from(raw), |x: f64| 1.0 / (1.0 + (-x).exp()));
+    let ids = json!([1, 46, 45]);
+    for (field, value, expected) in [
+        ("sentence_transformers", json!({"activation_fn": "torch.nn.modules.linear.Identity"}), raw),
+        ("sentence_transformers", json!({"activation_fn": "torch.nn.Tanh"}), raw.tanh()),
+        ("sentence_transformers", json!({"version": "5"}), sigmoid(raw)),
+        ("sbert_ce_default_activation_function", json!("torch.nn.modules.activation.Tanh"), raw.tanh()),
+        ("sbert_ce_default_activation_function", json!("torch.nn.Identity"), raw),
+        ("sbert_ce_default_activation_function", json!("torch.nn.modules.activation.Sigmoid"), sigmoid(raw)),
+    ] {
+        let path = with_tokenizer(ONE, folder.path());
+        change_config(&path, field, value.clone());
+        let server = Server::start(command().args(["--reward", path.to_str().unwrap()]));
+        let answer = server.ask("/score", json!({"text_1": "I", "text_2": "H"}));
+        close(&[answer["data"][0]["score"].as_f64().unwrap() as f32], &[expected]);
+        let answer = server.ask("/classify", json!({"input": ids}));
+        close(&floats(&answer["data"][0]["probs"]), &[sigmoid(raw)]);
+    }
+    let path = with_tokenizer(ONE, folder.path());
+    change_config(&path, "sbert_ce_default_activation_function", json!("my.module.Relu"));
+    let output = command().args(["--reward", path.to_str().unwrap()]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && text.contains("my.module.Relu"), "{text}");
+}
+
+/// TRL's reward models pad with the end of sequence: what it ends with must be read all the same.
+#[test]
+fn a_head_is_read_at_the_last_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let (pads, plain) = (with_tokenizer(ONE, &folder.path().join("a")), with_tokenizer(ONE, &folder.path().join("b")));
+    change_config(&pads, "pad_token_id", json!(2));
+    // Without padding the library's rule has no token to pass over.
+    change_config(&plain, "pad_token_id", Value::Null);
+    let expected = |ids: &[u32]| {
+        let model = open("cpu", 2).load_model(&plain, &small()).unwrap();
+        values(&model, None, vec![ids.to_vec()]).remove(0)[0]
+    };
+    let (ended, open) = (expected(&[1, 45, 2]), expected(&[1, 45]));
+    assert_ne!(ended, open);
+    let server = Server::start(command().args(["--reward", pads.to_str().unwrap()]));
+    let answer = server.ask("/classify", json!({"input": "H</s>", "use_activation": false}));
+    assert_eq!(floats(&answer["data"][0]["probs"]), [ended]);
+    let answer = server.ask("/v1/embeddings", json!({"input": [1, 45, 2]}));
+    assert_eq!(floats(&answer["data"][0]["embedding"]), [ended]);
+    let answer = server.ask("/score", json!({"text_1": "H", "text_2": "</s>", "use_activation": false}));
+    assert_eq!(answer["data"][0]["score"].as_f64().unwrap() as f32, ended);
+    let answer = server.ask("/get_reward", json!({"query": ["<s>H</s>"]}));
+    assert_eq!(floats(&answer["rewards"]), [ended]);
+    let answer = server.ask("/remote_rm", json!({"prompt": "H", "response": "</s>"}));
+    assert_eq!(answer.as_f64().unwrap() as f32, ended);
+}
+
 #[test]
 fn score_and_rerank() {
     let folder = tempfile::tempdir().unwrap();
     let s = stack(folder.path());
     let documents = ["Rome", "Paris", "<|end|>"];
-    // What a text spells is no special token.
-    let pair = |q: &str, d: &str| encode(&s.one, &format!("{q}{d}"), false);
+    // The marks of a client's template are tokens.
+    let pair = |q: &str, d: &str| encode(&s.one, &format!("{q}{d}"), true);
+    assert_eq!(pair("", "<|end|>"), [1, 5]);
     let raw = values(&s.one, None, documents.iter().map(|d| pair("Capital?", d)).collect()).concat();
     let sigmoid = |l: f32| 1.0 / (1.0 + (-f64::from(l)).exp());
     for (path, first, second) in [
@@ -155,6 +239,7 @@ fn score_and_rerank() {
     for path in ["/rerank", "/v1/rerank", "/v2/rerank"] {
         let body = json!({"model": "one", "query": "Capital?", "documents": documents, "use_activation": false});
         let answer = s.server.ask(path, body);
+        assert_eq!(answer["results"].as_array().unwrap().len(), 3);
         for (result, i) in answer["results"].as_array().unwrap().iter().zip(&order) {
             assert_eq!((&result["index"], &result["document"]["text"]), (&json!(i), &json!(documents[*i])));
             assert_eq!(result["relevance_score"].as_f64().unwrap() as f32, raw[*i]);
@@ -175,12 +260,12 @@ fn score_and_rerank() {
 fn rewards_of_openrlhf_and_slime() {
     let folder = tempfile::tempdir().unwrap();
     let s = stack(folder.path());
-    // OpenRLHF: one end of sequence, whatever the query ends with. (The model's pad token is 0.)
+    // OpenRLHF: the tokens of the text, no more and no less.
     let text = "<s><|user|>Q<|end|><|assistant|>A";
-    let mut ids = encode(&s.one, &text["<s>".len()..], true);
-    ids.push(2);
-    let expected = values(&s.one, None, vec![ids]).concat();
-    for ending in ["", "</s>", "</s></s>"] {
+    let ids = encode(&s.one, &text["<s>".len()..], true);
+    assert_eq!(ids[..2], [1, 3]);
+    for (ending, added) in [("", &[][..]), ("</s>", &[2]), ("</s></s>", &[2, 2])] {
+        let expected = values(&s.one, None, vec![[&ids, added].concat()]).concat();
         let body = json!({"query": [format!("{text}{ending}")], "prompts": ["Q"], "labels": [null]});
         let answer = s.server.ask("/get_reward", body);
         assert_eq!(floats(&answer["rewards"]), expected, "{ending}");
@@ -188,7 +273,7 @@ fn rewards_of_openrlhf_and_slime() {
     }
     let answer =
         s.server.ask("/get_reward?model=three", json!({"query": ["x", "y"], "prompts": ["", ""], "labels": ["", ""]}));
-    let sequences = ["x", "y"].map(|t| [encode(&s.three, t, true), vec![2]].concat()).to_vec();
+    let sequences = ["x", "y"].map(|t| encode(&s.three, t, true)[1..].to_vec()).to_vec();
     let expected: Vec<f32> = values(&s.three, None, sequences).iter().map(|v| v[0]).collect();
     assert_eq!(floats(&answer["rewards"]), expected);
 

@@ -28,12 +28,18 @@ pub struct Serve {
     /// Ask for `Authorization: Bearer TOKEN`, the token that this file holds, on everything but /health.
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
-    /// Requests under way at a time; more are answered with 429.
+    /// Requests under way at a time; others wait for their place, as long as --timeout lets them.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one)]
+    pub max_concurrent: usize,
+    /// Requests that wait or are under way; more are answered with 429.
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = at_least_one)]
     pub max_queue: usize,
-    /// Tokens that the requests under way may come to, prompts included; more are answered with 429. A request that could
-    /// come to more by itself is refused.
-    #[arg(long, value_name = "N", default_value_t = 1 << 22)]
+    /// Bytes of their bodies, with an optional suffix K, M or G; more are answered with 429.
+    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = body_bytes)]
+    pub max_queued_bytes: usize,
+    /// Tokens that the requests under way may come to, prompts included, an alternative counted as a token; others wait. A
+    /// request that could come to more by itself is refused.
+    #[arg(long, value_name = "N", default_value_t = 1 << 22, value_parser = at_least_one)]
     pub max_queued_tokens: usize,
     /// Longest body of a request, in bytes, with an optional suffix K, M or G.
     #[arg(long, value_name = "BYTES", default_value = "4M", value_parser = body_bytes)]
@@ -49,15 +55,18 @@ pub struct Serve {
 }
 
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {
-    // The largest number of places that a queue can have.
+    // The largest number of permits that a semaphore has everywhere.
     match text.parse() {
-        Ok(n) if (1..=1 << 20).contains(&n) => Ok(n),
-        _ => Err("it must be a number from 1 to 1048576".into()),
+        Ok(n) if (1..1 << 29).contains(&n) => Ok(n),
+        _ => Err("it must be a number from 1 to 536870911".into()),
     }
 }
 
 fn body_bytes(text: &str) -> std::result::Result<usize, String> {
-    bytes(text).and_then(|n| usize::try_from(n).map_err(|e| e.to_string()))
+    match bytes(text).map(usize::try_from)? {
+        Ok(n) if n < 1 << 38 => Ok(n),
+        _ => Err("it must be less than 256G".into()),
+    }
 }
 
 fn seconds(text: &str) -> std::result::Result<Duration, String> {

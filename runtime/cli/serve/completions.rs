@@ -6,24 +6,24 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use rewardrt::{Finish, JobStats, Message, SampledSequence};
+use rewardrt::{Finish, JobStats, Message, SampleRequest, SampledSequence};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::App;
-use super::admission::Ticket;
-use super::encode;
+use super::encode::Encoder;
 use super::error::{ApiError, ApiResult};
 use super::fields::{Fields, Prompts};
 use super::models::Served;
 use super::respond::{PromptDetails, Usage, identifier, json_response, now};
 use super::sampling::Asked;
-use super::shape::{Choice, Content, Reply, Shape, Span, Speller, finish_reason};
+use super::shape::{Choice, Content, Reply, Shape, Span, Speller, finish_reason, stop_reason};
 use super::stream::stream;
+use super::ticket::Ticket;
 use super::wait::{Waiting, blocking};
 
-/// Alternatives that a completion asks for at most; OpenAI allows 20 and 5.
-const MAX_TOP: usize = 128;
+/// Alternatives that a completion asks for at most, as in OpenAI and vLLM.
+const MAX_TOP: usize = 20;
 
 /// What an answer is written with.
 pub struct Writer {
@@ -114,6 +114,7 @@ impl Writer {
                 content,
                 logprobs,
                 finish_reason: Some(finish_reason(answer.finish)),
+                stop_reason: stop_reason(answer.finish),
                 token_ids: self.return_token_ids.then(|| answer.tokens.iter().map(|t| t.id).collect()),
                 prompt_token_ids: self.prompt_ids(Shape::Text, answer.prompt),
                 weight_versions: match &answer.versions[..] {
@@ -135,50 +136,63 @@ struct Order {
     default_max_tokens: Option<usize>,
 }
 
+/// Tokens that a request may come to, each with its alternatives.
+fn size(app: &App, served: &Served, request: &SampleRequest) -> ApiResult<usize> {
+    let context = served.model.max_context();
+    let drawn = request.best_of.unwrap_or(request.n);
+    let whole = |prompt: &Vec<u32>| prompt.len().saturating_add(request.max_tokens).min(context).saturating_mul(drawn);
+    let answers = request.prompts.iter().map(whole).fold(0, usize::saturating_add);
+    let tokens = answers.saturating_mul(1 + request.top_logprobs);
+    let most = app.max_queued_tokens;
+    if tokens > most {
+        let message = format!(
+            "the answers can come to {tokens} tokens, alternatives included; at most {most} are taken (--max-queued-tokens)"
+        );
+        return Err(ApiError::field("n", message));
+    }
+    Ok(tokens)
+}
+
 async fn run(
     app: Arc<App>,
     ticket: Arc<Ticket>,
     order: Order,
-    encode: impl FnOnce(&Served) -> ApiResult<Vec<Vec<u32>>> + Send + 'static,
+    encode: impl FnOnce(&Encoder) -> ApiResult<Vec<Vec<u32>>> + Send + 'static,
 ) -> ApiResult<Response> {
     let Order { shape, asked, logprobs, default_max_tokens } = order;
     let served = app.models.policy(asked.model.as_deref())?;
     let mut request = asked.request;
-    let (streamed, n, seed) = (request.stream, request.n, request.seed);
-    let (writer, job) = blocking(move || {
+    let (fingerprint, max_queued_tokens) = (app.fingerprint.clone(), app.max_queued_tokens);
+    let (served, request, tokens) = blocking(&ticket, move |wanted| {
         let model = &served.model;
-        let prompts = encode(&served)?;
-        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        let room = model.max_context().min(model.kv_tokens()).saturating_sub(longest).max(1);
-        request.max_tokens = asked.max_tokens.or(default_max_tokens).unwrap_or(room);
-        let drawn = request.best_of.unwrap_or(n);
-        let whole = |prompt: &Vec<u32>| prompt.len().saturating_add(request.max_tokens).min(model.max_context());
-        let grown = |prompt: &Vec<u32>| whole(prompt).saturating_mul(drawn);
-        let tokens = prompts.iter().map(grown).fold(0, usize::saturating_add);
-        if tokens > app.max_queued_tokens {
-            let most = app.max_queued_tokens;
-            let message =
-                format!("the answers can come to {tokens} tokens, at most {most} are taken (--max-queued-tokens)");
-            return Err(ApiError::field("n", message));
-        }
         if logprobs.is_some() {
             // To spell tokens, which is better known before they are sampled.
             model.tokenizer()?;
         }
-        request.prompts = prompts.clone();
+        request.prompts = encode(&Encoder { served: &served, max_queued_tokens, wanted })?;
         request.top_logprobs = logprobs.unwrap_or(0);
-        let job = model.sample(&request)?;
+        let longest = request.prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let room = model.max_context().min(model.kv_tokens()).saturating_sub(longest).max(1);
+        request.max_tokens = asked.max_tokens.or(default_max_tokens).unwrap_or(room);
+        let tokens = size(&app, &served, &request)?;
+        Ok((served, request, tokens))
+    })
+    .await?;
+    ticket.charge_tokens(tokens).await?;
+    let streamed = request.stream;
+    let (writer, job) = blocking(&ticket, move |_| {
+        let job = served.model.sample(&request)?;
         let writer = Writer {
             shape,
-            prompts,
-            n,
-            seed,
+            n: request.n,
+            seed: request.seed,
+            prompts: request.prompts,
             logprobs,
             return_token_ids: asked.return_token_ids,
             stream_usage: asked.stream_usage,
             id: identifier(if shape == Shape::Chat { "chatcmpl" } else { "cmpl" }),
             created: now(),
-            fingerprint: app.fingerprint.clone(),
+            fingerprint,
             served,
         };
         Ok((writer, job))
@@ -189,7 +203,7 @@ async fn run(
         return Ok(stream(writer, waiting, ticket).into_response());
     }
     let (answers, stats) = waiting.result().await?;
-    Ok(json_response(StatusCode::OK, &writer.whole(answers, stats)?))
+    blocking(&ticket, move |_| Ok(json_response(StatusCode::OK, &writer.whole(answers, stats)?))).await
 }
 
 /// A message's content: text, or parts of text.
@@ -258,10 +272,7 @@ pub async fn chat(
     ]);
     fields.finish()?;
     let order = Order { shape: Shape::Chat, asked, logprobs, default_max_tokens: None };
-    run(app, ticket, order, move |served| {
-        Ok(vec![served.model.tokenizer()?.encode_chat(&messages, add_generation_prompt)?])
-    })
-    .await
+    run(app, ticket, order, move |encoder| encoder.chat(&messages, add_generation_prompt)).await
 }
 
 /// POST /v1/completions.
@@ -287,7 +298,7 @@ pub async fn text(
     fields.ignore_if(&[("echo", json!(false)), ("suffix", json!(""))]);
     fields.finish()?;
     let order = Order { shape: Shape::Text, asked, logprobs, default_max_tokens: Some(DEFAULT_MAX_TOKENS) };
-    run(app, ticket, order, move |served| encode::prompts(&served.model, prompts, add_special)).await
+    run(app, ticket, order, move |encoder| encoder.prompts("prompt", prompts, add_special)).await
 }
 
 fn check_top(field: &str, top: Option<usize>) -> ApiResult<()> {

@@ -64,6 +64,10 @@ impl ApiError {
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, Some("body_too_large"), message)
     }
 
+    pub fn slow_body() -> Self {
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, Some("slow_body"), "the request's body did not come in time")
+    }
+
     pub fn unauthorized() -> Self {
         let message = "the header `Authorization: Bearer TOKEN` is missing or has another token";
         ApiError::new(StatusCode::UNAUTHORIZED, Some("invalid_api_key"), message)

@@ -2,7 +2,6 @@
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
-use axum::http::StatusCode;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
@@ -17,10 +16,8 @@ impl FromRequest<Arc<App>> for Fields {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &Arc<App>) -> ApiResult<Self> {
-        let bytes = Bytes::from_request(request, app).await.map_err(|e| match e.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(app.max_body),
-            _ => ApiError::body(e.to_string()),
-        })?;
+        // Admission has read it.
+        let bytes = Bytes::from_request(request, app).await.map_err(|e| ApiError::body(e.to_string()))?;
         Fields::parse(&bytes)
     }
 }

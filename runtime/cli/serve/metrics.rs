@@ -4,7 +4,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::StatusCode;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
@@ -13,14 +12,15 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use rewardrt::{ModelStats, Runtime};
-use tokio::sync::Semaphore;
 
 use super::models::Models;
+use super::ticket::Bounds;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Answered {
     endpoint: String,
-    status: u16,
+    /// A number, or `cancelled`: the client left, or did not read in time.
+    status: String,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -42,8 +42,7 @@ pub struct Metrics {
 pub struct Sources {
     pub runtime: Runtime,
     pub models: Arc<Models>,
-    pub places: Arc<Semaphore>,
-    pub max_queue: usize,
+    pub bounds: Arc<Bounds>,
 }
 
 impl Metrics {
@@ -54,19 +53,17 @@ impl Metrics {
         registry.register("http_requests", "Requests answered, by endpoint and status", answered.clone());
         registry.register(
             "http_request_seconds",
-            "Time from a request's admission to the end of its answer, streams included",
+            "Time from a request's head to the end of its answer, streams included",
             seconds.clone(),
         );
         registry.register_collector(Box::new(Engine(sources)));
         Metrics { registry, answered, seconds }
     }
 
-    pub fn answered(&self, endpoint: &str, status: StatusCode) {
-        let labels = Answered { endpoint: endpoint.into(), status: status.as_u16() };
+    /// Counts a request that took this long.
+    pub fn answered(&self, endpoint: &str, status: &str, time: Duration) {
+        let labels = Answered { endpoint: endpoint.into(), status: status.into() };
         self.answered.get_or_create(&labels).inc();
-    }
-
-    pub fn took(&self, endpoint: &str, time: Duration) {
         self.seconds.get_or_create(&Endpoint { endpoint: endpoint.into() }).observe(time.as_secs_f64());
     }
 
@@ -88,7 +85,7 @@ impl fmt::Debug for Engine {
 
 type Read = fn(&ModelStats) -> f64;
 
-/// Of each model, under the label `model`.
+/// Of each model, under the label `model`: the first of its names.
 const COUNTERS: [(&str, &str, Read); 9] = [
     ("steps", "Steps run", |s| s.steps as f64),
     ("step_seconds", "Time spent in steps", |s| s.step_time.as_secs_f64()),
@@ -112,8 +109,10 @@ const GAUGES: [(&str, &str, Read); 6] = [
 
 impl Collector for Engine {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
-        let Sources { runtime, models, places, max_queue } = &self.0;
-        let stats: Vec<(&str, ModelStats)> = models.iter().map(|m| (m.name.as_str(), m.model.stats())).collect();
+        let Sources { runtime, models, bounds } = &self.0;
+        let stats: Vec<(&str, ModelStats)> = models.distinct().map(|m| (m.name.as_str(), m.model.stats())).collect();
+        let there = bounds.max_queue.saturating_sub(bounds.queue.available_permits());
+        let under_way = bounds.max_concurrent.saturating_sub(bounds.places.available_permits());
         for (name, help, read) in COUNTERS {
             let metric = ConstCounter::new(0.0);
             let mut family = encoder.encode_descriptor(name, help, None, metric.metric_type())?;
@@ -130,7 +129,12 @@ impl Collector for Engine {
         }
         let engine = runtime.stats();
         let alone = [
-            ("http_in_flight", "Requests under way", (max_queue - places.available_permits()) as f64),
+            ("http_in_flight", "Requests that are there, those that wait included", there as f64),
+            (
+                "http_waiting",
+                "Requests that wait for their body or their place",
+                there.saturating_sub(under_way) as f64,
+            ),
             ("queued_tokens", "Positions that the engine's jobs can come to", engine.queued_tokens as f64),
         ];
         for (name, help, value) in alone {

@@ -9,6 +9,7 @@ mod completions;
 mod encode;
 mod error;
 mod fields;
+mod held;
 mod listen;
 mod metrics;
 mod models;
@@ -17,6 +18,7 @@ mod rewards;
 mod sampling;
 mod shape;
 mod stream;
+mod ticket;
 mod wait;
 
 use std::io::Write;
@@ -34,7 +36,6 @@ use axum::routing::{get, post};
 use rewardrt::{Error, ErrorKind, Result, Runtime, RuntimeOptions, RuntimeState};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio::task::JoinError;
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -43,18 +44,21 @@ use error::{ApiError, ApiResult};
 use metrics::{Metrics, Sources};
 use models::{Models, Role};
 use respond::json_response;
+use ticket::Bounds;
 
 /// Threads that encode and compile guides, however many requests come.
 const BLOCKING_THREADS: usize = 8;
+
+/// Time for what these threads do, at the end.
+const LAST_WORK: Duration = Duration::from_secs(10);
 
 /// What all requests share.
 pub struct App {
     runtime: Runtime,
     models: Arc<Models>,
     metrics: Metrics,
-    places: Arc<Semaphore>,
+    bounds: Arc<Bounds>,
     token: Option<String>,
-    max_queue: usize,
     max_queued_tokens: usize,
     max_body: usize,
     timeout: Duration,
@@ -64,20 +68,24 @@ pub struct App {
 /// Serves until SIGINT or SIGTERM.
 pub fn run(args: &Serve) -> Result<()> {
     let token = args.token_file.as_deref().map(read_token).transpose()?;
-    let options = RuntimeOptions { max_queued_tokens: args.max_queued_tokens, ..args.loading.runtime_options() };
+    if args.max_body > args.max_queued_bytes {
+        let message = format!("--max-body {} is more than --max-queued-bytes {}", args.max_body, args.max_queued_bytes);
+        return Err(Error::new(ErrorKind::Argument, message));
+    }
+    // Requests wait here, not there, where what was cancelled lingers for a step.
+    let max_queued_tokens = args.max_queued_tokens.saturating_mul(2);
+    let options = RuntimeOptions { max_queued_tokens, ..args.loading.runtime_options() };
     let runtime = Runtime::open(&options)?;
     let models = Arc::new(Models::load(&runtime, &args.loading, &args.model, &args.reward)?);
-    let places = Arc::new(Semaphore::new(args.max_queue));
-    let sources =
-        Sources { runtime: runtime.clone(), models: models.clone(), places: places.clone(), max_queue: args.max_queue };
+    let bounds = Arc::new(Bounds::new(args));
+    let sources = Sources { runtime: runtime.clone(), models: models.clone(), bounds: bounds.clone() };
     let fingerprint = format!("rewardrt-{} {}", env!("CARGO_PKG_VERSION"), runtime.device_name());
     let app = Arc::new(App {
         runtime,
         models,
         metrics: Metrics::new(sources),
-        places,
+        bounds,
         token,
-        max_queue: args.max_queue,
         max_queued_tokens: args.max_queued_tokens,
         max_body: args.max_body,
         timeout: args.timeout,
@@ -91,8 +99,8 @@ pub fn run(args: &Serve) -> Result<()> {
         .build()
         .map_err(failed)?;
     let served = event_loop.block_on(serve(app, args));
-    // What did not end in time is dropped, which cancels it.
-    event_loop.shutdown_background();
+    // What did not end in time is dropped, which cancels it; the last one who holds the engine waits for its step to end.
+    event_loop.shutdown_timeout(LAST_WORK);
     served
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rewardrt::model::Head;
 use rewardrt::{Error, ErrorKind, Model, Result, Rule, Runtime};
 
-use super::activation::Activation;
+use super::activation::Activations;
 use super::error::{ApiError, ApiResult};
 use super::respond::now;
 use crate::args::{Loading, RewardArg};
@@ -43,7 +43,7 @@ pub enum Role {
     /// It samples.
     Policy,
     /// It scores.
-    Reward { rule: Rule, activation: Activation },
+    Reward { rule: Rule, activations: Activations },
 }
 
 /// A model under a name.
@@ -52,7 +52,8 @@ pub struct Served {
     pub model: Model,
     pub role: Role,
     pub created: u64,
-    path: PathBuf,
+    /// As it was given, and where that leads.
+    paths: [PathBuf; 2],
 }
 
 /// All of them, in the order of the command line.
@@ -73,7 +74,7 @@ impl Models {
                 let message = format!("--model {name}: {what} has no language-model head; serve it by --reward");
                 return Err(Error::new(ErrorKind::Argument, message));
             }
-            models.add(name, path, model, Role::Policy);
+            models.add(name, path, model, Role::Policy)?;
         }
         for reward in rewards {
             let (name, path, rule) = (&reward.name(), &reward.model, &reward.rule);
@@ -89,8 +90,8 @@ impl Models {
                 ..rewardrt::ScoreRequest::default()
             };
             model.score(&probe).and_then(rewardrt::Job::wait).map_err(|e| e.at(format!("--reward {name}")))?;
-            let activation = Activation::of(&rule, model.spec(), path)?;
-            models.add(name, path, model, Role::Reward { rule, activation });
+            let activations = Activations::of(&rule, model.spec(), path)?;
+            models.add(name, path, model, Role::Reward { rule, activations })?;
         }
         Ok(models)
     }
@@ -102,15 +103,26 @@ impl Models {
         if self.0.iter().any(|m| m.name == name) {
             return Err(Error::new(ErrorKind::Argument, format!("the name {name:?} is given to two models")));
         }
-        match self.0.iter().find(|m| m.path == path) {
+        let real = canonical(path)?;
+        match self.0.iter().find(|m| m.paths[1] == real) {
             Some(same) => Ok(same.model.clone()),
             None => loading.load(runtime, path, loading.kv_tokens),
         }
     }
 
-    fn add(&mut self, name: &str, path: &Path, model: Model, role: Role) {
-        let served = Served { name: name.into(), model, role, created: now(), path: path.into() };
-        self.0.push(Arc::new(served));
+    fn add(&mut self, name: &str, path: &Path, model: Model, role: Role) -> Result<()> {
+        let paths = [path.into(), canonical(path)?];
+        self.0.push(Arc::new(Served { name: name.into(), model, role, created: now(), paths }));
+        Ok(())
+    }
+
+    /// Each model once, by the first of its names.
+    pub fn distinct(&self) -> impl Iterator<Item = &Arc<Served>> {
+        self.0
+            .iter()
+            .enumerate()
+            .filter(|(i, m)| !self.0[..*i].iter().any(|other| other.model.is(&m.model)))
+            .map(|(_, m)| m)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Served>> {
@@ -129,7 +141,7 @@ impl Models {
 
     fn find(&self, name: Option<&str>, what: &str, fits: impl Fn(&Served) -> bool) -> ApiResult<Arc<Served>> {
         // Trainers name a model by the path that they were given themselves.
-        let is = |m: &Served, name: &str| m.name == name || m.path == Path::new(name);
+        let is = |m: &Served, name: &str| m.name == name || m.paths.iter().any(|path| path == Path::new(name));
         let found = self.0.iter().find(|m| fits(m) && name.is_none_or(|name| is(m, name)));
         found.cloned().ok_or_else(|| {
             let names: Vec<&str> = self.0.iter().filter(|m| fits(m)).map(|m| m.name.as_str()).collect();
@@ -139,4 +151,8 @@ impl Models {
             })
         })
     }
+}
+
+fn canonical(path: &Path) -> Result<PathBuf> {
+    path.canonicalize().map_err(|e| Error::new(ErrorKind::NotFound, format!("{}: {e}", path.display())))
 }

@@ -3,27 +3,32 @@
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
-use rewardrt::{EncodeOptions, Message, Rule, ScoreRequest, SequenceScore};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use rewardrt::{Message, Rule, ScoreRequest, SequenceScore, Steps};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::App;
-use super::activation::Activation;
+use super::activation::{Activation, Activations};
 use super::completions::messages;
-use super::encode::{self, rendered};
+use super::encode::Encoder;
 use super::error::{ApiError, ApiResult};
 use super::fields::{Fields, OneOrMany, Prompts};
 use super::models::{Role, Served};
 use super::respond::{Usage, identifier, json_response, now};
+use super::ticket::Ticket;
 use super::wait::{Waiting, blocking};
 
 /// Scores, and what they are of.
 struct Scored {
     served: Arc<Served>,
-    activation: Activation,
+    rule: Rule,
+    activations: Activations,
     scores: Vec<SequenceScore>,
     tokens: usize,
 }
@@ -33,10 +38,23 @@ impl Scored {
         self.scores.last().map(|s| s.weight_version)
     }
 
-    /// Every label's value: logits, or what the activation makes of them.
-    fn values(&self, activated: bool) -> impl Iterator<Item = Vec<f32>> {
-        let activation = if activated { self.activation } else { Activation::Identity };
-        self.scores.iter().map(move |s| activation.apply(&s.score.values))
+    fn is_judge(&self) -> bool {
+        matches!(self.rule, Rule::Judge { .. })
+    }
+
+    fn labels(&self) -> usize {
+        self.scores.first().map_or(1, |s| s.labels.len())
+    }
+
+    /// Every label's value. A judge of two has one, the first one's: it says both, and whoever takes the last value of an
+    /// answer for the reward, as verl does, takes the right one. vLLM has it so for such judges (`from_2_way_softmax`).
+    fn values(&self, activation: Activation) -> impl Iterator<Item = Vec<f32>> {
+        let count = if self.is_judge() && self.labels() == 2 { 1 } else { usize::MAX };
+        self.scores.iter().map(move |s| {
+            let mut values = activation.apply(&s.score.values);
+            values.truncate(count);
+            values
+        })
     }
 
     /// One value a sequence, for endpoints that rank.
@@ -44,40 +62,50 @@ impl Scored {
     /// # Errors
     /// For a classifier with several labels, of which none is the score.
     fn relevance(&self, activated: bool) -> ApiResult<Vec<f32>> {
-        let labels = self.scores.first().map_or(1, |s| s.labels.len());
-        let is_judge = matches!(&self.served.role, Role::Reward { rule: Rule::Judge { .. }, .. });
-        if labels > 1 && !is_judge {
-            let name = &self.served.name;
+        let (name, labels) = (&self.served.name, self.labels());
+        if labels > 1 && !self.is_judge() {
             return Err(ApiError::field(
                 "model",
                 format!("{name} has {labels} labels, this endpoint takes models with one"),
             ));
         }
-        Ok(self.values(activated).map(|values| values.first().copied().unwrap_or(f32::NAN)).collect())
+        let activation = if activated { self.activations.pairs } else { Activation::Identity };
+        Ok(self.values(activation).map(|values| values.first().copied().unwrap_or(f32::NAN)).collect())
     }
 }
 
 /// Encodes beside the event loop, queues one job, and waits for it.
+///
+/// A head is read at the last token, whatever that is, as vLLM, SGLang and OpenRLHF do it. (The rule by itself passes over
+/// padding, as transformers does, which loses the end of a sequence where pad and end are one token.)
 async fn score(
     app: &App,
+    ticket: &Arc<Ticket>,
     model: Option<String>,
-    encode: impl FnOnce(&Served) -> ApiResult<Vec<Vec<u32>>> + Send + 'static,
+    encode: impl FnOnce(&Encoder) -> ApiResult<Vec<Vec<u32>>> + Send + 'static,
 ) -> ApiResult<Scored> {
     let served = app.models.reward(model.as_deref())?;
-    let Role::Reward { rule, activation } = &served.role else {
+    let Role::Reward { rule, activations } = &served.role else {
         return Err(ApiError::internal("a policy was taken for a reward model"));
     };
-    let (rule, activation) = (rule.clone(), *activation);
-    let (served, tokens, job) = blocking(move || {
-        let sequences = encode(&served)?;
-        let tokens = sequences.iter().map(Vec::len).sum();
-        let request = ScoreRequest { sequences, rule: Some(rule), ..ScoreRequest::default() };
+    let (rule, activations, max_queued_tokens) = (rule.clone(), *activations, app.max_queued_tokens);
+    let (served, sequences) = blocking(ticket, move |wanted| {
+        let sequences = encode(&Encoder { served: &served, max_queued_tokens, wanted })?;
+        Ok((served, sequences))
+    })
+    .await?;
+    let tokens = sequences.iter().map(Vec::len).sum();
+    ticket.charge_tokens(tokens).await?;
+    let last = sequences.iter().map(|s| s.len().checked_sub(1).into_iter().collect()).collect();
+    let request =
+        ScoreRequest { sequences, rule: Some(rule.clone()), steps: Some(Steps::At(last)), ..ScoreRequest::default() };
+    let (served, job) = blocking(ticket, move |_| {
         let job = served.model.score(&request)?;
-        Ok((served, tokens, job))
+        Ok((served, job))
     })
     .await?;
     let (scores, _) = Waiting::new(job).result().await?;
-    Ok(Scored { served, activation, scores, tokens })
+    Ok(Scored { served, rule, activations, scores, tokens })
 }
 
 /// `use_activation`, or `activation` as older vLLM has it; both default to true.
@@ -110,12 +138,11 @@ impl Input {
         Ok(Input::Prompts { prompts: fields.need("input")?, add_special })
     }
 
-    fn encode(self, served: &Served) -> ApiResult<Vec<Vec<u32>>> {
+    fn encode(self, encoder: &Encoder) -> ApiResult<Vec<Vec<u32>>> {
         match self {
-            Input::Prompts { prompts, add_special } => encode::prompts(&served.model, prompts, add_special),
+            Input::Prompts { prompts, add_special } => encoder.prompts("input", prompts, add_special),
             Input::Messages { messages, add_generation_prompt } => {
-                let opens = add_generation_prompt.unwrap_or(reads_next_token(served));
-                Ok(vec![served.model.tokenizer()?.encode_chat(&messages, opens)?])
+                encoder.chat(&messages, add_generation_prompt.unwrap_or(reads_next_token(encoder.served)))
             }
         }
     }
@@ -161,20 +188,25 @@ struct Classification {
 }
 
 /// POST /classify.
-pub async fn classify(State(app): State<Arc<App>>, mut fields: Fields) -> ApiResult<Response> {
+pub async fn classify(
+    State(app): State<Arc<App>>,
+    Extension(ticket): Extension<Arc<Ticket>>,
+    mut fields: Fields,
+) -> ApiResult<Response> {
     let model = fields.take("model")?;
     let activated = activated(&mut fields)?;
     let input = Input::take(&mut fields)?;
     ignore(&mut fields);
     fields.finish()?;
-    let scored = score(&app, model, move |served| input.encode(served)).await?;
+    let scored = score(&app, &ticket, model, move |encoder| input.encode(encoder)).await?;
+    let activation = if activated { scored.activations.classes } else { Activation::Identity };
     let one = |((index, probs), score): ((usize, Vec<f32>), &SequenceScore)| {
         // As numpy's argmax: the first of equal ones.
         let best = (0..probs.len()).fold(0, |best, i| if probs[i] > probs[best] { i } else { best });
         let label = score.labels.get(best).cloned().unwrap_or_default();
         Classification { index, label, num_classes: probs.len(), probs }
     };
-    let data = scored.values(activated).enumerate().zip(&scored.scores).map(one).collect();
+    let data = scored.values(activation).enumerate().zip(&scored.scores).map(one).collect();
     Ok(List::respond("classify", &scored, data))
 }
 
@@ -182,28 +214,60 @@ pub async fn classify(State(app): State<Arc<App>>, mut fields: Fields) -> ApiRes
 struct Embedding {
     object: &'static str,
     index: usize,
-    embedding: Vec<f32>,
+    embedding: Vector,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Vector {
+    Floats(Vec<f32>),
+    /// Little-endian f32, which the `openai` client asks for by itself.
+    Base64(String),
+}
+
+impl Vector {
+    fn base64(values: Vec<f32>) -> Self {
+        let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+        Vector::Base64(BASE64_STANDARD.encode(bytes))
+    }
 }
 
 /// POST /v1/embeddings as SGLang answers it for reward models: the embedding is the raw logits.
-pub async fn embeddings(State(app): State<Arc<App>>, mut fields: Fields) -> ApiResult<Response> {
+pub async fn embeddings(
+    State(app): State<Arc<App>>,
+    Extension(ticket): Extension<Arc<Ticket>>,
+    mut fields: Fields,
+) -> ApiResult<Response> {
     let model = fields.take("model")?;
     let input = Input::take(&mut fields)?;
+    let vector = match fields.take::<String>("encoding_format")?.as_deref() {
+        None | Some("float") => Vector::Floats,
+        Some("base64") => Vector::base64,
+        Some(other) => {
+            let message = format!("it is {other:?}, it must be \"float\" or \"base64\"");
+            return Err(ApiError::field("encoding_format", message));
+        }
+    };
     ignore(&mut fields);
     fields.finish()?;
-    let scored = score(&app, model, move |served| input.encode(served)).await?;
-    let one = |(index, embedding)| Embedding { object: "embedding", index, embedding };
-    let data = scored.values(false).enumerate().map(one).collect();
+    let scored = score(&app, &ticket, model, move |encoder| input.encode(encoder)).await?;
+    if scored.is_judge() && scored.labels() > 2 {
+        let (name, labels) = (&scored.served.name, scored.labels());
+        let message =
+            format!("{name} is a judge of {labels} labels, of which a reader would take the last; ask /classify");
+        return Err(ApiError::field("model", message));
+    }
+    let one = |(index, values)| Embedding { object: "embedding", index, embedding: vector(values) };
+    let data = scored.values(Activation::Identity).enumerate().map(one).collect();
     Ok(List::respond("embd", &scored, data))
 }
 
-/// Pairs as vLLM writes them for decoders: one text after the other. What the texts spell are no special tokens.
-fn pairs(served: &Served, queries: &[String], documents: &[String]) -> ApiResult<Vec<Vec<u32>>> {
-    let tokenizer = served.model.tokenizer()?;
-    let options = EncodeOptions { add_special: true, parse_special: false };
+/// Pairs as vLLM writes them for decoders: one text after the other. Clients of generative rerankers put the template's
+/// marks into them, so special tokens are recognised.
+fn pairs(encoder: &Encoder, field: &'static str, queries: &[String], documents: &[String]) -> ApiResult<Vec<Vec<u32>>> {
     let query = |i: usize| if queries.len() == 1 { &queries[0] } else { &queries[i] };
-    let one = |(i, document): (usize, &String)| Ok(tokenizer.encode(&format!("{}{document}", query(i)), options)?);
-    documents.iter().enumerate().map(one).collect()
+    let texts = documents.iter().enumerate().map(|(i, document)| format!("{}{document}", query(i)));
+    encoder.rendered(field, texts, true)
 }
 
 #[derive(Serialize)]
@@ -214,7 +278,11 @@ struct ScoreData {
 }
 
 /// POST /score: the relevance of pairs.
-pub async fn score_pairs(State(app): State<Arc<App>>, mut fields: Fields) -> ApiResult<Response> {
+pub async fn score_pairs(
+    State(app): State<Arc<App>>,
+    Extension(ticket): Extension<Arc<Ticket>>,
+    mut fields: Fields,
+) -> ApiResult<Response> {
     const NAMES: [(&str, &str); 4] =
         [("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2")];
     let model = fields.take("model")?;
@@ -229,7 +297,7 @@ pub async fn score_pairs(State(app): State<Arc<App>>, mut fields: Fields) -> Api
             format!("{} texts for {} of {second}; there must be 1 or as many", queries.len(), documents.len());
         return Err(ApiError::field(first, message));
     }
-    let scored = score(&app, model, move |served| pairs(served, &queries, &documents)).await?;
+    let scored = score(&app, &ticket, model, move |encoder| pairs(encoder, second, &queries, &documents)).await?;
     let one = |(index, score)| ScoreData { index, object: "score", score };
     let data = scored.relevance(activated)?.into_iter().enumerate().map(one).collect();
     Ok(List::respond("score", &scored, data))
@@ -260,7 +328,11 @@ struct Ranked {
 }
 
 /// POST /rerank: documents in the order of their relevance, ties in the order they came.
-pub async fn rerank(State(app): State<Arc<App>>, mut fields: Fields) -> ApiResult<Response> {
+pub async fn rerank(
+    State(app): State<Arc<App>>,
+    Extension(ticket): Extension<Arc<Ticket>>,
+    mut fields: Fields,
+) -> ApiResult<Response> {
     let model = fields.take("model")?;
     let activated = activated(&mut fields)?;
     let query: Document = fields.need("query")?;
@@ -273,7 +345,7 @@ pub async fn rerank(State(app): State<Arc<App>>, mut fields: Fields) -> ApiResul
     let query = vec![query.into_text()];
     let documents: Arc<[String]> = documents.into_iter().map(Document::into_text).collect();
     let texts = documents.clone();
-    let scored = score(&app, model, move |served| pairs(served, &query, &texts)).await?;
+    let scored = score(&app, &ticket, model, move |encoder| pairs(encoder, "documents", &query, &texts)).await?;
     let one = |(index, relevance_score): (usize, f32)| {
         let document = return_documents.then(|| json!({"text": documents[index]}));
         Ranked { index, relevance_score, document }
@@ -307,9 +379,10 @@ pub struct Chosen {
 
 /// POST /get_reward: OpenRLHF's remote reward. `prompts` and `labels` are not looked at: the query holds the prompt.
 ///
-/// As OpenRLHF's own server has it, padding and end-of-sequence tokens at a query's end give way to one end of sequence.
+/// As OpenRLHF's own server has it, the tokenizer adds nothing to a query, and nothing is taken away.
 pub async fn get_reward(
     State(app): State<Arc<App>>,
+    Extension(ticket): Extension<Arc<Ticket>>,
     Query(chosen): Query<Chosen>,
     mut fields: Fields,
 ) -> ApiResult<Response> {
@@ -317,20 +390,7 @@ pub async fn get_reward(
     fields.ignore(&["prompts", "labels"]);
     fields.finish()?;
     let queries = queries.into_vec();
-    let scored = score(&app, chosen.model, move |served| {
-        let (tokenizer, spec) = (served.model.tokenizer()?, served.model.spec());
-        let one = |query: &String| {
-            let mut ids = rendered(tokenizer, query, true)?;
-            let is_end = |id: &u32| Some(*id) == spec.pad_token_id || spec.eos_token_ids.contains(id);
-            while ids.last().is_some_and(is_end) {
-                ids.pop();
-            }
-            ids.extend(spec.eos_token_ids.first());
-            Ok(ids)
-        };
-        queries.iter().map(one).collect()
-    })
-    .await?;
+    let scored = score(&app, &ticket, chosen.model, move |encoder| encoder.literal("query", queries.iter())).await?;
     #[derive(Serialize)]
     struct Reply {
         rewards: Vec<f32>,
@@ -353,6 +413,7 @@ enum SlimePrompt {
 /// POST /remote_rm: slime's `--rm-type remote_rm`. The body of the answer is the reward. `label` is not looked at.
 pub async fn remote_rm(
     State(app): State<Arc<App>>,
+    Extension(ticket): Extension<Arc<Ticket>>,
     Query(chosen): Query<Chosen>,
     mut fields: Fields,
 ) -> ApiResult<Response> {
@@ -368,12 +429,9 @@ pub async fn remote_rm(
             Ok(conversation)
         }
     };
-    let scored = score(&app, chosen.model, move |served| {
-        let tokenizer = served.model.tokenizer()?;
-        Ok(vec![match conversation {
-            Ok(messages) => tokenizer.encode_chat(&messages, reads_next_token(served))?,
-            Err(text) => rendered(tokenizer, &text, true)?,
-        }])
+    let scored = score(&app, &ticket, chosen.model, move |encoder| match conversation {
+        Ok(messages) => encoder.chat(&messages, reads_next_token(encoder.served)),
+        Err(text) => encoder.rendered("prompt", [text].into_iter(), true),
     })
     .await?;
     let reward = scored.scores.first().map_or(f32::NAN, |s| s.score.score);

@@ -24,6 +24,9 @@ const IGNORED: [&str; 10] = [
     "request_id",
 ];
 
+/// Drawn seeds are integers that a JSON number is in every language.
+const MAX_DRAWN: u64 = (1 << 53) - 1;
+
 /// What is asked for, the prompts aside.
 pub struct Asked {
     pub model: Option<String>,
@@ -51,7 +54,7 @@ impl Asked {
         fields.ignore_if(&[("tools", json!([])), ("skip_special_tokens", json!(true))]);
         let seed = fields.take::<Number>("seed")?;
         let seed = match &seed {
-            None => random(),
+            None => random() & MAX_DRAWN,
             Some(n) => n.as_u64().or_else(|| n.as_i64().map(i64::cast_unsigned)).ok_or_else(|| {
                 ApiError::field("seed", format!("it is {n}, it must be an integer from -2^63 to 2^64 - 1"))
             })?,
@@ -147,18 +150,17 @@ fn guide(fields: &mut Fields) -> ApiResult<Option<Guide>> {
         Some(ResponseFormat::JsonObject {}) => Some(Guide::JsonSchema(json!({"type": "object"}).to_string())),
         Some(ResponseFormat::JsonSchema { json_schema }) => Some(Guide::JsonSchema(json_schema.schema.to_string())),
     };
-    let from_structured = structured.map(|s| match s {
-        // A schema may come as text.
-        StructuredOutputs::Json(Value::String(text)) => Guide::JsonSchema(text),
-        StructuredOutputs::Json(schema) => Guide::JsonSchema(schema.to_string()),
-        StructuredOutputs::Regex(regex) => Guide::Regex(regex),
-        StructuredOutputs::Grammar(grammar) => Guide::Grammar(grammar),
-        StructuredOutputs::Choice(choices) => {
-            // A string of Lark is written like one of JSON.
-            let choices: Vec<String> = choices.into_iter().map(|c| Value::String(c).to_string()).collect();
-            Guide::Grammar(format!("start: {}", choices.join(" | ")))
-        }
-    });
+    let read = |s| -> ApiResult<Guide> {
+        Ok(match s {
+            // A schema may come as text.
+            StructuredOutputs::Json(Value::String(text)) => Guide::JsonSchema(text),
+            StructuredOutputs::Json(schema) => Guide::JsonSchema(schema.to_string()),
+            StructuredOutputs::Regex(regex) => Guide::Regex(regex),
+            StructuredOutputs::Grammar(grammar) => Guide::Grammar(grammar),
+            StructuredOutputs::Choice(choices) => Guide::choices(&choices)?,
+        })
+    };
+    let from_structured = structured.map(read).transpose()?;
     match (from_format, from_structured) {
         (Some(_), Some(_)) => Err(ApiError::field("structured_outputs", "response_format asks for something too")),
         (format, structured) => Ok(format.or(structured)),

@@ -44,6 +44,9 @@ pub struct Choice {
     pub content: Content,
     pub logprobs: Option<Logprobs>,
     pub finish_reason: Option<&'static str>,
+    /// As in vLLM: more about a stop.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -127,9 +130,17 @@ fn finite(logprob: f32) -> f32 {
     if logprob.is_finite() { logprob } else { LEAST }
 }
 
-/// OpenAI's name of an end. `blocked` is none of theirs: it says that a guide came to where no token may follow.
+/// OpenAI's name of an end.
 pub fn finish_reason(finish: Finish) -> &'static str {
-    finish.name()
+    match finish {
+        Finish::Blocked => Finish::Stop.name(),
+        other => other.name(),
+    }
+}
+
+/// What OpenAI has no name for: `blocked` says that a guide came to where no token may follow.
+pub fn stop_reason(finish: Finish) -> Option<&'static str> {
+    (finish == Finish::Blocked).then(|| finish.name())
 }
 
 /// Spells tokens one by one, where an answer stands by now.
@@ -184,8 +195,11 @@ impl Speller {
                 token_logprobs: entries.iter().map(|e| e.token.logprob).collect(),
                 sampling_logprobs: entries.iter().map(|e| e.sampling_logprob).collect(),
                 top_logprobs: (top > 0).then(|| {
-                    let map = |e: &Entry| e.top_logprobs.iter().map(|a| (a.token.clone(), a.logprob)).collect();
-                    entries.iter().map(map).collect()
+                    // The sampled token is always there, as OpenAI has it.
+                    let all = |e: &Entry| {
+                        e.top_logprobs.iter().chain([&e.token]).map(|a| (a.token.clone(), a.logprob)).collect()
+                    };
+                    entries.iter().map(all).collect()
                 }),
                 tokens: entries.into_iter().map(|e| e.token.token).collect(),
                 text_offset: offsets,

@@ -9,10 +9,10 @@ use futures_util::stream::{Stream, unfold};
 use rewardrt::{Chunk, Finish, SampledSequence, Streamed};
 use serde::Serialize;
 
-use super::admission::Ticket;
 use super::completions::Writer;
 use super::error::{ApiError, ApiResult};
-use super::shape::{Choice, Content, Reply, Shape, Speller, finish_reason};
+use super::shape::{Choice, Content, Reply, Shape, Speller, finish_reason, stop_reason};
+use super::ticket::Ticket;
 use super::wait::Waiting;
 
 struct State {
@@ -83,6 +83,7 @@ impl State {
         if let Err(error) = next {
             // Dropping the job cancels it.
             self.waiting = None;
+            self.ticket.set_status(error.status);
             self.push(&error.to_json());
         }
         Some(())
@@ -103,6 +104,7 @@ impl State {
         let choice = Choice {
             logprobs,
             finish_reason: finish.map(finish_reason),
+            stop_reason: finish.and_then(stop_reason),
             token_ids: self.writer.return_token_ids.then(|| tokens.iter().map(|t| t.id).collect()),
             prompt_token_ids: if first == 0 { self.writer.prompt_ids(Shape::Text, prompt) } else { None },
             ..plain(index, content)
@@ -133,6 +135,7 @@ fn plain(index: usize, content: Content) -> Choice {
         content,
         logprobs: None,
         finish_reason: None,
+        stop_reason: None,
         token_ids: None,
         prompt_token_ids: None,
         weight_versions: Vec::new(),
