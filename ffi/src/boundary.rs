@@ -268,7 +268,10 @@ impl Owner {
     pub fn check(self) -> Outcome<()> {
         self.check_process()?;
         if POISONED.load(Ordering::SeqCst) {
-            return Err(Failure::new(E_POISONED, "an earlier call had RRT_E_PANIC; only waiting, taking, closing and freeing work now"));
+            return Err(Failure::new(
+                E_POISONED,
+                "an earlier call had RRT_E_PANIC; only waiting, taking, closing and freeing work now",
+            ));
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use runtime::model::Head;
 use runtime::weights::{Dtype, WeightFormat};
 use runtime::{Model, ModelOptions, Precision};
 
-use crate::boundary::{Outcome, array, Sized32, enter, input, only, output, quietly, reference, text, write};
+use crate::boundary::{Outcome, Sized32, array, enter, input, only, output, quietly, reference, text, write};
 use crate::runtime::{Child, open_runtime, rrt_runtime, size};
 use crate::status::{E_ARG, Failure, rrt_error};
 use crate::structs::{rrt_model_info, rrt_model_opts};

@@ -114,13 +114,20 @@ pub unsafe extern "C" fn rrt_list_devices(
         }
         if capacity > 0 && stride < rrt_device_info::FIRST_SIZE {
             let least = rrt_device_info::FIRST_SIZE;
-            return Err(Failure::new(E_ABI, format!("stride is {stride}, an rrt_device_info has at least {least} bytes")));
+            return Err(Failure::new(
+                E_ABI,
+                format!("stride is {stride}, an rrt_device_info has at least {least} bytes"),
+            ));
         }
         for i in 0..list.len().min(capacity) {
             // SAFETY: the caller's array of `capacity` structs, `stride` bytes apart, of which this is one.
-            let room = unsafe { room(out.byte_add(i * stride).cast_const()) }.map_err(|e| Failure::new(e.status, format!("element {i}: {}", e.text)))?;
+            let room = unsafe { room(out.byte_add(i * stride).cast_const()) }
+                .map_err(|e| Failure::new(e.status, format!("element {i}: {}", e.text)))?;
             if room > stride {
-                return Err(Failure::new(E_ABI, format!("element {i}: struct_size is {room}, stride is only {stride}")));
+                return Err(Failure::new(
+                    E_ABI,
+                    format!("element {i}: struct_size is {room}, stride is only {stride}"),
+                ));
             }
         }
         // SAFETY: not NULL.

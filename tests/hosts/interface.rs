@@ -5,9 +5,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 
-use super::header::{
-    HEADER, constants, functions, functions_of, initialiser_bodies, initialisers, sized_structs,
-};
+use super::header::{HEADER, constants, functions, functions_of, initialiser_bodies, initialisers, sized_structs};
 use super::{compile, library, root, run, text, without_vulkan};
 use crate::common::golden;
 
