@@ -1,10 +1,12 @@
 //! Taking weights from a folder in which a trainer leaves them, step by step.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::engine::panic_text;
 use crate::error::{Error, ErrorKind, Result, io_error};
 use crate::runtime::Model;
 use crate::update::{Require, UpdateOptions};
@@ -13,7 +15,7 @@ use crate::weights::Delta;
 /// How a folder is followed.
 #[derive(Clone, Copy, Debug)]
 pub struct FollowOptions {
-    /// How often the folder is looked at.
+    /// How often the folder is looked at; not zero.
     pub interval: Duration,
     /// How each update is made; `expect_version` and `require` are not used.
     pub update: UpdateOptions,
@@ -27,6 +29,7 @@ impl Default for FollowOptions {
 
 /// Keeps a model at the newest weights of a folder, until it is dropped.
 pub struct Follower {
+    model: Model,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -40,7 +43,8 @@ struct Shared {
 #[derive(Clone, Default)]
 struct State {
     stop: bool,
-    version: Option<u64>,
+    /// A commit is under way: the model's version may be ahead of `updates`.
+    commits: bool,
     updates: u64,
     error: Option<Error>,
 }
@@ -62,8 +66,12 @@ impl Model {
     /// removed once they are taken, but files must not be changed in place: the model may have them mapped.
     ///
     /// # Errors
-    /// `NotFound` or `Io` if the folder cannot be read, `HostMemory` if no thread can be started.
+    /// `Argument` for an interval of zero, `NotFound` or `Io` if the folder cannot be read, `HostMemory` if no thread can be
+    /// started.
     pub fn follow(&self, folder: &Path, options: &FollowOptions) -> Result<Follower> {
+        if options.interval.is_zero() {
+            return Err(Error::argument("interval is 0, it must be the time between two looks at the folder"));
+        }
         steps(folder)?;
         let shared = Arc::new(Shared::default());
         let (for_thread, model, folder, options) = (shared.clone(), self.clone(), folder.to_owned(), *options);
@@ -71,7 +79,7 @@ impl Model {
             .name("rewardrt-follow".into())
             .spawn(move || run(&for_thread, &model, &folder, options))
             .map_err(|e| Error::new(ErrorKind::HostMemory, format!("cannot start a thread: {e}")))?;
-        Ok(Follower { shared, thread: Some(thread) })
+        Ok(Follower { model: self.clone(), shared, thread: Some(thread) })
     }
 }
 
@@ -86,18 +94,31 @@ impl Follower {
         self.shared.lock().error.clone()
     }
 
-    /// Waits until an update has brought the model to `version` or beyond; false if that takes longer than `timeout`.
-    pub fn wait_for(&self, version: u64, timeout: Duration) -> bool {
+    /// Waits until the model has `version` or a later one, whoever brought it there.
+    ///
+    /// # Errors
+    /// `Timeout` if that takes longer than `timeout`; what stopped the follower, if it has stopped by an error (`Poisoned`,
+    /// `DeviceLost` or `Internal`).
+    pub fn wait_for(&self, version: u64, timeout: Duration) -> Result<()> {
         let deadline = Instant::now().checked_add(timeout);
         let mut state = self.shared.lock();
         loop {
-            if state.version.is_some_and(|v| v >= version) {
-                return true;
+            let has = self.model.weights_version();
+            if has >= version && !state.commits {
+                return Ok(());
+            }
+            if let Some(error) = state.error.as_ref().filter(|_| state.stop) {
+                return Err(error.clone());
             }
             let left = deadline.map_or(timeout, |d| d.saturating_duration_since(Instant::now()));
-            if left.is_zero() || state.stop {
-                return false;
+            if left.is_zero() {
+                let why = state.error.as_ref().map_or_else(String::new, |e| format!(": {e}"));
+                return Err(Error::new(
+                    ErrorKind::Timeout,
+                    format!("the model has version {has}, not yet {version}{why}"),
+                ));
             }
+            // Told after every look at the folder: others may have updated the model.
             state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -115,24 +136,34 @@ impl Drop for Follower {
 
 fn run(shared: &Shared, model: &Model, folder: &Path, options: FollowOptions) {
     loop {
-        let looked = advance(shared, model, folder, options.update);
-        let mut state = shared.lock();
+        // Whoever waits must hear of a panic, too.
+        let looked = catch_unwind(AssertUnwindSafe(|| advance(shared, model, folder, options.update)))
+            .unwrap_or_else(|panic| Err(Error::internal(panic_text(&*panic))));
+        let known = shared.lock().error.as_ref().map(Error::to_string);
         if let Err(error) = &looked
-            && state.error.as_ref().is_none_or(|known| known.to_string() != error.to_string())
+            && known.is_none_or(|known| known != error.to_string())
         {
+            // Not under the lock: the host's logger may wait for a thread that asks this follower something.
             log::warn!("following {}: {error}", folder.display());
         }
+        let mut state = shared.lock();
+        state.commits = false;
         state.error = looked.err();
         let is_over = matches!(
             state.error.as_ref().map(Error::kind),
             Some(ErrorKind::Poisoned | ErrorKind::DeviceLost | ErrorKind::Internal)
         );
         state.stop |= is_over;
-        if !state.stop {
-            state = shared.changed.wait_timeout(state, options.interval).unwrap_or_else(PoisonError::into_inner).0;
+        shared.changed.notify_all();
+        let begun = Instant::now();
+        while !state.stop {
+            let left = options.interval.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            state = shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         if state.stop {
-            shared.changed.notify_all();
             return;
         }
     }
@@ -154,9 +185,10 @@ fn advance(shared: &Shared, model: &Model, folder: &Path, options: UpdateOptions
         } else {
             update.put_files(&path)?;
         }
+        shared.lock().commits = true;
         update.commit(next)?;
         let mut state = shared.lock();
-        state.version = Some(next);
+        state.commits = false;
         state.updates += 1;
         shared.changed.notify_all();
         if state.stop {

@@ -73,7 +73,9 @@ pub use request::{
     LogprobRequest, MAX_SEQUENCES, RequestLimits, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs,
     SequenceScore,
 };
-pub use rollout::{Advantage, Group, Kl, Reference, Reward, Rollout, RolloutJob, RolloutRequest, RolloutWatch};
+pub use rollout::{
+    Advantage, Group, Kl, MAX_ROLLOUTS, Reference, Reward, Rollout, RolloutJob, RolloutRequest, RolloutWatch,
+};
 pub use runtime::{CpuInfo, MAX_THREADS, Model, ModelOptions, Runtime, RuntimeOptions, RuntimeState, devices};
 pub use score::{Rule, Score, Step, Steps};
 pub use session::Session;

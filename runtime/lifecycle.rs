@@ -33,8 +33,12 @@ impl Runtime {
     ///
     /// # Errors
     /// `Timeout` if sequences did not finish in time, `Busy` if they cannot (a model sleeps, or the runtime is paused with
-    /// sequences kept); everything goes on then, or stays paused if it was.
+    /// sequences kept); everything goes on then, unless another pause is in force or on its way.
     pub fn pause(&self, in_flight: InFlight, timeout: Option<Duration>) -> Result<()> {
+        if in_flight == InFlight::Cancel {
+            // Their next jobs would be submitted after the pause, and wait for its end.
+            self.rollouts().cancel();
+        }
         self.engine().pause(in_flight, deadline(timeout))
     }
 

@@ -22,6 +22,7 @@ use crate::request::{
     Checker, LogprobRequest, Prompt, SampleRequest, SampledSequence, Samples, ScoreRequest, SequenceLogprobs,
     SequenceScore, read_logprobs, read_samples, read_scores,
 };
+use crate::rollout::Rollouts;
 use crate::score::{Rule, Steps};
 use crate::text::Tokenizer;
 use crate::weights::{Dtype, LoadOptions, Tensor, WeightFormat, read_bounded};
@@ -130,6 +131,7 @@ struct RuntimeInner {
     device: Device,
     engine: Engine,
     models: Mutex<Vec<Weak<ModelInner>>>,
+    rollouts: Rollouts,
 }
 
 impl RuntimeInner {
@@ -172,12 +174,22 @@ impl Runtime {
         };
         let limits = QueueLimits { jobs: options.max_jobs, tokens: options.max_queued_tokens };
         Ok(Runtime {
-            inner: Arc::new(RuntimeInner { device, engine: Engine::start(limits)?, models: Mutex::default() }),
+            inner: Arc::new(RuntimeInner {
+                device,
+                engine: Engine::start(limits)?,
+                models: Mutex::default(),
+                rollouts: Rollouts::default(),
+            }),
         })
     }
 
     pub(crate) fn engine(&self) -> &Engine {
         &self.inner.engine
+    }
+
+    /// Those whose policy is one of its models.
+    pub(crate) fn rollouts(&self) -> &Rollouts {
+        &self.inner.rollouts
     }
 
     /// What waits and runs.
@@ -568,6 +580,11 @@ impl Model {
         let inner = &self.inner;
         let new = || GuideVocabulary::new(self.tokenizer()?, inner.spec.vocab_size, &inner.spec.eos_token_ids);
         inner.guides.get_or_init(new).as_ref().map_err(Error::clone)?.compile(guide)
+    }
+
+    /// Those of its runtime that are under way.
+    pub(crate) fn rollouts(&self) -> &Rollouts {
+        &self.inner.runtime.rollouts
     }
 
     /// The content of a request's adapter.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use common::{devices, golden, load, open, small, smollm2};
 use rewardrt::{
-    ErrorKind, Finish, Guide, LogprobRequest, Model, ModelOptions, Runtime, RuntimeOptions, SampleRequest, Scheduling,
-    ScoreRequest, Streamed,
+    Ending, ErrorKind, Finish, Guide, LogprobRequest, Model, ModelOptions, Runtime, RuntimeOptions, SampleRequest,
+    Scheduling, ScoreRequest, Streamed,
 };
 
 const NAME: &str = "llama-gqa-9-3";
@@ -190,6 +190,22 @@ fn deadlines_and_cancels_return_what_there_is() {
         job.cancel();
         assert_eq!(job.wait().unwrap().len(), 6);
     }
+}
+
+/// Taking the error of a failed job leaves the others who wait for it with the same.
+#[test]
+fn a_failed_job_stays_failed() {
+    let model = load(&open("cpu", 1), NAME, &small());
+    let late = LogprobRequest {
+        scheduling: Scheduling { priority: 0, deadline: Some(Duration::ZERO) },
+        sequences: vec![ids(500, 0); 300],
+        ..LogprobRequest::default()
+    };
+    let job = model.logprobs(&late).unwrap();
+    let watch = job.watch();
+    assert_eq!(job.wait().unwrap_err().kind(), ErrorKind::Cancelled);
+    assert!(watch.wait_timeout(Duration::ZERO), "done once, done for ever");
+    assert_eq!(watch.ending(), Some(Ending::Failed(ErrorKind::Cancelled)));
 }
 
 #[test]

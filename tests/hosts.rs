@@ -20,6 +20,7 @@ mod sweeps;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Once;
+use std::time::SystemTime;
 
 use common::golden;
 use serde_json::{Map, Value, json};
@@ -35,12 +36,36 @@ fn library() -> PathBuf {
     let file = folder.join("librewardrt.so");
     assert!(file.exists(), "{} is not there: run `cargo build --release --workspace` first", file.display());
     LINK.call_once(|| {
+        let built = file.metadata().unwrap().modified().unwrap();
+        for sources in ["ffi/src", "runtime", "shaders"] {
+            assert_older(&root().join(sources), built);
+        }
         let link = folder.join("librewardrt.so.1");
         if !link.exists() {
             std::os::unix::fs::symlink("librewardrt.so", link).unwrap();
         }
     });
     folder
+}
+
+/// Fails if a source of the library was changed since: the tests would be of another library. The command is none of it.
+fn assert_older(sources: &Path, built: SystemTime) {
+    for entry in std::fs::read_dir(sources).unwrap() {
+        let path = entry.unwrap().path();
+        if path.ends_with("runtime/cli") {
+            continue;
+        }
+        if path.is_dir() {
+            assert_older(&path, built);
+        } else {
+            let changed = path.metadata().unwrap().modified().unwrap();
+            assert!(
+                changed <= built,
+                "{} is newer than librewardrt.so: run `cargo build --release --workspace` first",
+                path.display()
+            );
+        }
+    }
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -8,11 +8,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::checkpoints::{save, tensors, trained};
-use common::updates::refused;
+use common::updates::{put_all, refused};
 use common::{devices, golden, load, open, small, smollm2};
 use rewardrt::{
-    AdapterOptions, Advantage, EncodeOptions, ErrorKind, Finish, InFlight, LogprobRequest, Message, Model,
-    ModelOptions, Reference, Reward, Rollout, RolloutRequest, Rule, Runtime, SampleRequest, Scheduling, ScoreRequest,
+    AdapterOptions, Advantage, EncodeOptions, ErrorKind, Finish, InFlight, LogprobRequest, MAX_ROLLOUTS, Message,
+    Model, ModelOptions, Reference, Reward, Rollout, RolloutRequest, Rule, Runtime, SampleRequest, Scheduling,
+    ScoreRequest, UpdateOptions,
 };
 use serde_json::json;
 
@@ -344,6 +345,46 @@ fn a_rollout_can_be_cancelled_or_dropped() {
         job.cancel();
         refused(job.wait(), ErrorKind::Cancelled, &["cancelled"]);
     }
+}
+
+/// What cancels a model's jobs cancels the rollouts that they belong to: nothing of one waits for the end of a pause.
+#[test]
+fn what_cancels_its_jobs_cancels_a_rollout() {
+    for device in devices() {
+        let runtime = open(&device, 2);
+        let policy = load(&runtime, POLICY, &small());
+        let endless = SampleRequest { max_tokens: 400, stop_ids: Vec::new(), ..sample() };
+        let request = RolloutRequest { reference: Some(Reference::Base), ..RolloutRequest::new(endless) };
+        let begun = || {
+            let tokens = policy.stats().sampled_tokens;
+            let job = policy.rollout(&request).unwrap();
+            while policy.stats().sampled_tokens == tokens {}
+            job
+        };
+        let job = begun();
+        runtime.pause(InFlight::Cancel, None).unwrap();
+        assert!(job.wait_timeout(Duration::from_secs(60)), "{device}: it waits for the end of the pause");
+        refused(job.wait(), ErrorKind::Cancelled, &["cancelled"]);
+        runtime.resume().unwrap();
+        let job = begun();
+        let how = UpdateOptions { in_flight: InFlight::Cancel, ..UpdateOptions::default() };
+        put_all(&policy, &how, &tensors(&golden(POLICY))).commit(1).unwrap();
+        refused(job.wait(), ErrorKind::Cancelled, &["cancelled"]);
+    }
+}
+
+/// Each takes threads, so there are only so many; one that has ended makes room.
+#[test]
+fn too_many_rollouts_are_refused() {
+    let runtime = open("cpu", 1);
+    let policy = load(&runtime, POLICY, &small());
+    let request = RolloutRequest::new(SampleRequest { prompts: vec![vec![7, 8]], n: 1, max_tokens: 1, ..sample() });
+    runtime.pause(InFlight::Keep, None).unwrap();
+    let jobs: Vec<_> = (0..MAX_ROLLOUTS).map(|_| policy.rollout(&request).unwrap()).collect();
+    refused(policy.rollout(&request).map(|_| ()), ErrorKind::Full, &["64 rollouts are under way"]);
+    runtime.resume().unwrap();
+    jobs.into_iter().for_each(|job| drop(job.wait().unwrap()));
+    policy.rollout(&request).unwrap().wait().unwrap();
 }
 
 /// One answer of one token and one of 400: the first is scored long before the second ends.

@@ -145,7 +145,7 @@ fn a_folder_is_followed() {
         let wait = Duration::from_secs(60);
         publish(dir.path(), 1);
         let follower = model.follow(dir.path(), &fast()).unwrap();
-        assert!(follower.wait_for(1, wait));
+        follower.wait_for(1, wait).unwrap();
         assert_eq!(fingerprint(&model), fingerprint(&loaded(&device, &step(1))), "{device}");
         // What is not complete, or no step, is left alone.
         for name in ["step_9.partial-1", "step_x", "other", "step_"] {
@@ -161,14 +161,16 @@ fn a_folder_is_followed() {
         let error = follower.last_error().unwrap();
         assert!(error.to_string().contains("step_8"), "{error}");
         std::fs::remove_dir_all(&half).unwrap();
-        assert!(follower.wait_for(3, wait));
+        follower.wait_for(3, wait).unwrap();
+        // Wherever a version came from.
+        follower.wait_for(2, Duration::ZERO).unwrap();
         assert_eq!(fingerprint(&model), fingerprint(&loaded(&device, &step(3))), "{device}");
         // A delta leads on.
         let options = DeltaOptions { base_version: 3, version: 4, ..DeltaOptions::default() };
         let next = tempfile::tempdir().unwrap();
         save(&touched(&step(3), 2), &golden(NAME), next.path());
         write_delta(&dir.path().join("step_3"), next.path(), &dir.path().join("step_4"), &options, |_, _| {}).unwrap();
-        assert!(follower.wait_for(4, wait), "{:?}", follower.last_error());
+        follower.wait_for(4, wait).unwrap();
         assert_eq!(fingerprint(&model), fingerprint(&loaded(&device, &touched(&step(3), 2))), "{device}");
         assert!(follower.last_error().is_none() && follower.updates() >= 3);
         drop(follower);
@@ -177,6 +179,9 @@ fn a_folder_is_followed() {
         assert_eq!(model.weights_version(), 4, "nobody follows any more");
     }
     let model = load(&open("cpu", 1), NAME, &small());
+    let zero = FollowOptions { interval: Duration::ZERO, ..fast() };
+    let error = model.follow(&std::env::temp_dir(), &zero).map(|_| ()).unwrap_err();
+    assert!(error.kind() == ErrorKind::Argument && error.to_string().contains("interval is 0"), "{error}");
     let error = model.follow(Path::new("/nowhere"), &fast()).map(|_| ()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
 }

@@ -10,7 +10,8 @@ use common::updates::{fingerprint, fresh, long, prompt, put_all, refused, subset
 use common::{devices, golden, load, open, small};
 use rewardrt::weights::WeightFormat;
 use rewardrt::{
-    ErrorKind, Finish, InFlight, LogprobRequest, Model, ModelOptions, SampleRequest, Tags, UpdateOptions, VersionSpan,
+    ErrorKind, Finish, InFlight, LogprobRequest, Model, ModelOptions, RuntimeState, SampleRequest, Tags, UpdateOptions,
+    VersionSpan,
 };
 
 fn whole(version: u64) -> Vec<VersionSpan> {
@@ -171,6 +172,33 @@ fn pausing_and_going_on() {
         let got = job.wait().unwrap();
         assert!(got.iter().all(|s| s.versions.len() == 2 && s.weight_version == 1), "{device}: {:?}", got[0].versions);
     }
+}
+
+/// Of two threads that pause at the same time one is late; the other one's pause stays in force.
+#[test]
+fn a_pause_that_fails_leaves_anothers_alone() {
+    let runtime = open("cpu", 2);
+    let model = load(&runtime, "llama-gqa-9-3", &small());
+    let endless = SampleRequest { n: 200, ..long((0..3).map(prompt).collect()) };
+    let job = model.sample(&endless).unwrap();
+    under_way(&job);
+    std::thread::scope(|scope| {
+        let late = scope.spawn(|| runtime.pause(InFlight::Wait, Some(Duration::from_millis(200))));
+        while runtime.state() != RuntimeState::Paused {}
+        // Its turn comes when the first one is late.
+        runtime.pause(InFlight::Keep, None).unwrap();
+        refused(late.join().unwrap(), ErrorKind::Timeout, &["did not finish"]);
+    });
+    assert_eq!(runtime.state(), RuntimeState::Paused);
+    let before = model.stats().steps;
+    std::thread::sleep(Duration::from_millis(30));
+    assert_eq!(model.stats().steps, before, "it stands still");
+    runtime.resume().unwrap();
+    // One that fails alone leaves nothing behind.
+    refused(runtime.pause(InFlight::Wait, Some(Duration::from_millis(20))), ErrorKind::Timeout, &["did not finish"]);
+    let before = model.stats().steps;
+    while model.stats().steps < before + 10 {}
+    assert_eq!(runtime.state(), RuntimeState::Running);
 }
 
 #[test]

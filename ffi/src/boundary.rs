@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::status::{E_ABI, E_ARG, E_FORKED, E_NULL, E_PANIC, E_POISONED, E_SHORT_BUFFER, Failure, OK, rrt_error};
 
-/// Set by the first panic that reached the boundary: what the objects are like then, nobody knows.
+/// Set by the first bug that reached the boundary, as a panic or as what a thread reports of its own: what the objects are like
+/// then, nobody knows.
 static POISONED: AtomicBool = AtomicBool::new(false);
 
 pub type Outcome<T> = Result<T, Failure>;
@@ -22,11 +23,11 @@ pub unsafe fn enter(err: *mut rrt_error, body: impl FnOnce() -> Outcome<()>) -> 
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return OK,
         Ok(Err(failure)) => failure,
-        Err(_) => {
-            POISONED.store(true, Ordering::SeqCst);
-            Failure::new(E_PANIC, "internal error: a panic was caught at the C boundary")
-        }
+        Err(_) => Failure::new(E_PANIC, "internal error: a panic was caught at the C boundary"),
     };
+    if failure.status == E_PANIC {
+        POISONED.store(true, Ordering::SeqCst);
+    }
     // SAFETY: the caller's promise.
     if let Some(err) = unsafe { err.as_mut() } {
         err.set(&failure);
@@ -34,9 +35,11 @@ pub unsafe fn enter(err: *mut rrt_error, body: impl FnOnce() -> Outcome<()>) -> 
     failure.status
 }
 
-/// Frees something; a panic on the way is swallowed, there is nobody to tell.
+/// Frees something; of a panic on the way there is nobody to tell but the next call.
 pub fn quietly(body: impl FnOnce()) {
-    let _ = catch_unwind(AssertUnwindSafe(body));
+    if catch_unwind(AssertUnwindSafe(body)).is_err() {
+        POISONED.store(true, Ordering::SeqCst);
+    }
 }
 
 pub fn null(what: &str) -> Failure {
@@ -53,6 +56,11 @@ pub unsafe fn reference<'a, T>(p: *const T, what: &str) -> Outcome<&'a T> {
 /// Checks an output pointer before any work is done for it.
 pub fn output<T>(p: *mut T, what: &str) -> Outcome<*mut T> {
     if p.is_null() { Err(null(what)) } else { Ok(p) }
+}
+
+/// An array in an output struct, borrowed by the caller: NULL if it has no elements.
+pub fn array<T>(list: &[T]) -> *const T {
+    if list.is_empty() { std::ptr::null() } else { list.as_ptr() }
 }
 
 /// Elements that a caller passes as pointer and count; NULL only with count 0.
@@ -198,20 +206,26 @@ pub unsafe fn input<T: Sized32>(p: *const T) -> Outcome<T> {
     Ok(value)
 }
 
-/// Writes an output struct up to the size that the caller set.
+/// The size that the caller set in an output struct.
 ///
 /// # Safety
 /// `p` is NULL or points to a struct whose first field is its size.
-pub unsafe fn write<T: Sized32>(p: *mut T, value: &T) -> Outcome<()> {
+pub unsafe fn room<T: Sized32>(p: *const T) -> Outcome<usize> {
     if p.is_null() {
         return Err(null(T::NAME));
     }
     // SAFETY: the caller's promise.
     let size = unsafe { p.cast::<u32>().read_unaligned() } as usize;
-    if !(T::FIRST_SIZE..=LARGEST).contains(&size) {
-        return Err(misfit::<T>(size));
-    }
-    let count = size.min(size_of::<T>());
+    if (T::FIRST_SIZE..=LARGEST).contains(&size) { Ok(size) } else { Err(misfit::<T>(size)) }
+}
+
+/// Writes an output struct up to the size that the caller set.
+///
+/// # Safety
+/// `p` is NULL or points to a struct whose first field is its size.
+pub unsafe fn write<T: Sized32>(p: *mut T, value: &T) -> Outcome<()> {
+    // SAFETY: the caller's promise.
+    let count = unsafe { room(p.cast_const()) }?.min(size_of::<T>());
     let from = std::ptr::from_ref(value).cast::<u8>();
     // SAFETY: `count` bytes on both sides; the caller's struct_size stays.
     unsafe { std::ptr::copy_nonoverlapping(from.add(4), p.cast::<u8>().add(4), count - 4) };
@@ -254,7 +268,10 @@ impl Owner {
     pub fn check(self) -> Outcome<()> {
         self.check_process()?;
         if POISONED.load(Ordering::SeqCst) {
-            return Err(Failure::new(E_POISONED, "an earlier call panicked; only close and free work now"));
+            return Err(Failure::new(
+                E_POISONED,
+                "an earlier call had RRT_E_PANIC; only waiting, taking, closing and freeing work now",
+            ));
         }
         Ok(())
     }
@@ -318,5 +335,12 @@ mod tests {
         // SAFETY: eight bytes are there, and more.
         unsafe { write(words.as_mut_ptr().cast::<Grown>(), &value) }.ok().unwrap();
         assert_eq!(words, [8, 3, 9, 9]);
+    }
+
+    #[test]
+    fn an_array_without_elements_is_null() {
+        assert!(array::<u64>(&[]).is_null());
+        let list = [3u64];
+        assert_eq!(array(&list), list.as_ptr());
     }
 }

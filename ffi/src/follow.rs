@@ -9,7 +9,7 @@ use runtime::{FollowOptions, Follower, UpdateOptions};
 use crate::boundary::{Outcome, enter, input, only, output, quietly, reference, text};
 use crate::model::{live_model, rrt_model};
 use crate::runtime::Child;
-use crate::status::{Failure, TIMEOUT, rrt_error};
+use crate::status::rrt_error;
 use crate::structs::rrt_follow_opts;
 use crate::update::update_options;
 
@@ -48,7 +48,11 @@ pub unsafe extern "C" fn rrt_follow(
             // SAFETY: the header's condition on structs.
             update_options(&unsafe { input(opts.update) }?)?
         };
-        let options = FollowOptions { interval: Duration::from_nanos(opts.interval_ns), update };
+        let interval = match opts.interval_ns {
+            0 => FollowOptions::default().interval,
+            ns => Duration::from_nanos(ns),
+        };
+        let options = FollowOptions { interval, update };
         let follower = model.model.follow(Path::new(path), &options)?;
         let handle = rrt_follower { follower, child: Child::of(&model.child.0) };
         // SAFETY: not NULL.
@@ -70,11 +74,7 @@ pub unsafe extern "C" fn rrt_follower_wait(
         // SAFETY: the header's condition on handles.
         let follower = unsafe { live_follower(follower) }?;
         let timeout = if timeout_ns == u64::MAX { Duration::MAX } else { Duration::from_nanos(timeout_ns) };
-        if follower.wait_for(version, timeout) {
-            return Ok(());
-        }
-        let why = follower.last_error().map_or_else(String::new, |e| format!(": {e}"));
-        Err(Failure::new(TIMEOUT, format!("no update has led to version {version}{why}")))
+        Ok(follower.wait_for(version, timeout)?)
     };
     // SAFETY: the header's condition on err.
     unsafe { enter(err, body) }

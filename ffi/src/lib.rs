@@ -6,6 +6,9 @@
 #[cfg(panic = "abort")]
 compile_error!("rewardrt-ffi turns panics into RRT_E_PANIC, which needs panic = \"unwind\"");
 
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("the sizes that structs had in ABI 1.0 are known for 64-bit systems");
+
 mod adapter;
 mod boundary;
 mod events;
@@ -14,6 +17,9 @@ mod job;
 mod log_callback;
 mod model;
 mod numbers;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod poison;
 mod poll;
 mod request;
 mod result;

@@ -8,7 +8,7 @@ use runtime::model::Head;
 use runtime::weights::{Dtype, WeightFormat};
 use runtime::{Model, ModelOptions, Precision};
 
-use crate::boundary::{Outcome, Sized32, enter, input, only, output, quietly, reference, text, write};
+use crate::boundary::{Outcome, Sized32, array, enter, input, only, output, quietly, reference, text, write};
 use crate::runtime::{Child, open_runtime, rrt_runtime, size};
 use crate::status::{E_ARG, Failure, rrt_error};
 use crate::structs::{rrt_model_info, rrt_model_opts};
@@ -144,9 +144,9 @@ pub unsafe extern "C" fn rrt_get_model_info(
             weights_version: model.weights_version(),
             asleep: tags_number(model.sleeping()),
             pad_id: spec.pad_token_id.map_or(-1, i64::from),
-            eos_ids: spec.eos_token_ids.as_ptr(),
+            eos_ids: array(&spec.eos_token_ids),
             eos_count: spec.eos_token_ids.len(),
-            architecture: spec.architecture.as_ptr().cast(),
+            architecture: array(spec.architecture.as_bytes()).cast(),
             architecture_len: spec.architecture.len(),
             ..rrt_model_info::initial()
         };

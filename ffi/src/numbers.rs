@@ -141,7 +141,9 @@ pub unsafe extern "C" fn rrt_trim(runtime: *mut rrt_runtime, err: *mut rrt_error
     let body = || {
         // SAFETY: the header's condition on handles.
         let models = unsafe { open_runtime(runtime) }?.runtime.models();
-        Ok(models.iter().try_for_each(Model::trim)?)
+        // One that fails keeps none of the others from giving back what it can.
+        let failed: Vec<_> = models.iter().filter_map(|model| model.trim().err()).collect();
+        failed.into_iter().next().map_or(Ok(()), |first| Err(first.into()))
     };
     // SAFETY: the header's condition on err.
     unsafe { enter(err, body) }

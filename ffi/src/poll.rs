@@ -154,21 +154,22 @@ pub unsafe extern "C" fn rrt_poll(
     err: *mut rrt_error,
 ) -> i32 {
     let body = || {
-        /// The events of ABI 1.0 end here.
-        const FIRST_SIZE: usize = size_of::<rrt_event>();
         output(count, "count")?;
         // SAFETY: the header's condition on handles.
         let runtime = unsafe { open_runtime(runtime) }?;
         if out.is_null() && capacity > 0 {
             return Err(null("out"));
         }
-        if stride < FIRST_SIZE {
-            return Err(Failure::new(E_ABI, format!("stride is {stride}, an rrt_event has {FIRST_SIZE} bytes")));
+        let least = rrt_event::FIRST_SIZE;
+        if stride < least {
+            return Err(Failure::new(E_ABI, format!("stride is {stride}, an rrt_event has at least {least} bytes")));
         }
         let events = poll(&runtime.shared, capacity);
         for (i, event) in events.iter().enumerate() {
-            // SAFETY: the caller's array of `capacity` elements, `stride` bytes apart, and there are no more events.
-            unsafe { out.byte_add(i * stride).write_unaligned(*event) };
+            let (from, bytes) = (std::ptr::from_ref(event).cast::<u8>(), stride.min(size_of::<rrt_event>()));
+            // SAFETY: the caller's array of `capacity` elements, `stride` bytes apart, and there are no more events. An older
+            // caller's are smaller than these.
+            unsafe { std::ptr::copy_nonoverlapping(from, out.byte_add(i * stride).cast::<u8>(), bytes) };
         }
         // SAFETY: not NULL.
         unsafe { count.write(events.len()) };

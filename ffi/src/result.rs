@@ -2,7 +2,7 @@
 
 use runtime::{Group, JobStats, Rollout, SampledSequence, SequenceLogprobs, SequenceScore};
 
-use crate::boundary::{Outcome, Sized32, enter, quietly, reference, write};
+use crate::boundary::{Outcome, Sized32, array, enter, quietly, reference, write};
 use crate::job::{Pending, Reports};
 use crate::numbers::nanoseconds;
 use crate::runtime::Child;
@@ -263,8 +263,9 @@ unsafe fn live_result<'a>(p: *const rrt_result) -> Outcome<&'a rrt_result> {
     Ok(result)
 }
 
-fn pointer<T>(list: Option<&Vec<T>>) -> *const T {
-    list.map_or(std::ptr::null(), Vec::as_ptr)
+/// An array that a result need not have.
+fn optional<T>(list: Option<&Vec<T>>) -> *const T {
+    array(list.map_or(&[], Vec::as_slice))
 }
 
 #[unsafe(no_mangle)]
@@ -280,26 +281,26 @@ pub unsafe extern "C" fn rrt_result_sequences(
         };
         let view = rrt_sequences_view {
             count: s.finish.len(),
-            offsets: s.ids.offsets.as_ptr(),
-            ids: s.ids.items.as_ptr(),
-            logprob: s.logprob.as_ptr(),
-            sample_logprob: s.sample_logprob.as_ptr(),
-            entropy: s.entropy.as_ptr(),
-            kept: s.kept.as_ptr(),
-            threshold: s.threshold.as_ptr(),
-            finish: s.finish.as_ptr(),
-            prompt_index: s.prompt_index.as_ptr(),
-            sample_index: s.sample_index.as_ptr(),
-            version: s.version.as_ptr(),
-            text_offsets: s.text.offsets.as_ptr(),
-            text: s.text.items.as_ptr().cast(),
-            span_offsets: s.span_end.offsets.as_ptr(),
-            span_end: s.span_end.items.as_ptr(),
-            span_version: s.span_version.as_ptr(),
-            adapter_version: s.adapter_version.as_ptr(),
-            ceiling: s.ceiling.as_ptr(),
-            kept_offsets: pointer(s.kept_ids.as_ref().map(|k| &k.offsets)),
-            kept_ids: pointer(s.kept_ids.as_ref().map(|k| &k.items)),
+            offsets: array(&s.ids.offsets),
+            ids: array(&s.ids.items),
+            logprob: array(&s.logprob),
+            sample_logprob: array(&s.sample_logprob),
+            entropy: array(&s.entropy),
+            kept: array(&s.kept),
+            threshold: array(&s.threshold),
+            finish: array(&s.finish),
+            prompt_index: array(&s.prompt_index),
+            sample_index: array(&s.sample_index),
+            version: array(&s.version),
+            text_offsets: array(&s.text.offsets),
+            text: array(&s.text.items).cast(),
+            span_offsets: array(&s.span_end.offsets),
+            span_end: array(&s.span_end.items),
+            span_version: array(&s.span_version),
+            adapter_version: array(&s.adapter_version),
+            ceiling: array(&s.ceiling),
+            kept_offsets: optional(s.kept_ids.as_ref().map(|k| &k.offsets)),
+            kept_ids: optional(s.kept_ids.as_ref().map(|k| &k.items)),
             ..rrt_sequences_view::initial()
         };
         // SAFETY: the header's condition on structs.
@@ -322,16 +323,16 @@ pub unsafe extern "C" fn rrt_result_scores(
         };
         let view = rrt_scores_view {
             count: s.version.len(),
-            offsets: s.values.offsets.as_ptr(),
-            values: s.values.items.as_ptr(),
-            version: s.version.as_ptr(),
-            adapter_version: s.adapter_version.as_ptr(),
-            score: s.score.as_ptr(),
+            offsets: array(&s.values.offsets),
+            values: array(&s.values.items),
+            version: array(&s.version),
+            adapter_version: array(&s.adapter_version),
+            score: array(&s.score),
             label_count: s.labels.offsets.len() - 1,
-            label_offsets: s.labels.offsets.as_ptr(),
-            label_text: s.labels.items.as_ptr().cast(),
-            position: pointer(s.position.as_ref()),
-            entropy: pointer(s.entropy.as_ref()),
+            label_offsets: array(&s.labels.offsets),
+            label_text: array(&s.labels.items).cast(),
+            position: optional(s.position.as_ref()),
+            entropy: optional(s.entropy.as_ref()),
             ..rrt_scores_view::initial()
         };
         // SAFETY: the header's condition on structs.
@@ -354,9 +355,9 @@ pub unsafe extern "C" fn rrt_result_topk(
         };
         let view = rrt_topk_view {
             count: top.ids.offsets.len() - 1,
-            offsets: top.ids.offsets.as_ptr(),
-            ids: top.ids.items.as_ptr(),
-            logprob: top.logprob.as_ptr(),
+            offsets: array(&top.ids.offsets),
+            ids: array(&top.ids.items),
+            logprob: array(&top.logprob),
             ..rrt_topk_view::initial()
         };
         // SAFETY: the header's condition on structs.
@@ -377,25 +378,25 @@ pub unsafe extern "C" fn rrt_result_rollout(
         let Data::Rollout(_, r) = &unsafe { live_result(result) }?.data else {
             return Err(Failure::new(E_ARG, "the result is not that of a rollout"));
         };
-        let with_reference = |list| pointer(r.reference.as_ref().map(|_| list));
+        let with_reference = |list| optional(r.reference.as_ref().map(|_| list));
         let view = rrt_rollout_view {
             count: r.reward.len(),
-            ref_logprob: pointer(r.reference.as_ref()),
+            ref_logprob: optional(r.reference.as_ref()),
             kl1: with_reference(&r.kl1),
             kl2: with_reference(&r.kl2),
             kl3: with_reference(&r.kl3),
             reward_count: r.reward_count,
-            rewards: r.rewards.as_ptr(),
-            reward: r.reward.as_ptr(),
-            advantage: r.advantage.as_ptr(),
+            rewards: array(&r.rewards),
+            reward: array(&r.reward),
+            advantage: array(&r.advantage),
             group_count: r.mean.len(),
-            group_mean: r.mean.as_ptr(),
-            group_std: r.std.as_ptr(),
-            group_zero_variance: r.zero_variance.as_ptr(),
-            group_best: r.best.as_ptr(),
-            group_worst: r.worst.as_ptr(),
-            reward_version: r.reward_version.as_ptr(),
-            ref_version: pointer(r.ref_version.as_ref()),
+            group_mean: array(&r.mean),
+            group_std: array(&r.std),
+            group_zero_variance: array(&r.zero_variance),
+            group_best: array(&r.best),
+            group_worst: array(&r.worst),
+            reward_version: array(&r.reward_version),
+            ref_version: optional(r.ref_version.as_ref()),
             ..rrt_rollout_view::initial()
         };
         // SAFETY: the header's condition on structs.
@@ -430,9 +431,9 @@ pub unsafe extern "C" fn rrt_result_timing(
         };
         if let Some(s) = result.data.sequences() {
             view.count = s.queued.len();
-            view.sequence_queued_ns = s.queued.as_ptr();
-            view.sequence_prefill_ns = s.prefill.as_ptr();
-            view.sequence_decode_ns = s.decode.as_ptr();
+            view.sequence_queued_ns = array(&s.queued);
+            view.sequence_prefill_ns = array(&s.prefill);
+            view.sequence_decode_ns = array(&s.decode);
         }
         // SAFETY: the header's condition on structs.
         unsafe { write(out, &view) }

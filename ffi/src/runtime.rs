@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use runtime::{DeviceType, Runtime, RuntimeOptions, RuntimeState};
 
 use crate::boundary::{
-    Outcome, Owner, Sized32, enter, fill, input, null, only, output, reference, reserved, text, write,
+    Outcome, Owner, Sized32, enter, fill, input, null, only, output, reference, reserved, room, text, write,
 };
 use crate::job::Jobs;
-use crate::status::{E_ARG, E_BUSY, E_SHORT_BUFFER, Failure, TIMEOUT, rrt_error};
+use crate::status::{E_ABI, E_ARG, E_BUSY, E_SHORT_BUFFER, Failure, TIMEOUT, rrt_error};
 use crate::structs::{rrt_device_info, rrt_open_opts};
 
 /// RRT_STATE_POISONED
@@ -112,6 +112,24 @@ pub unsafe extern "C" fn rrt_list_devices(
             put(&gpu.driver, &mut info.driver);
             list.push(info);
         }
+        if capacity > 0 && stride < rrt_device_info::FIRST_SIZE {
+            let least = rrt_device_info::FIRST_SIZE;
+            return Err(Failure::new(
+                E_ABI,
+                format!("stride is {stride}, an rrt_device_info has at least {least} bytes"),
+            ));
+        }
+        for i in 0..list.len().min(capacity) {
+            // SAFETY: the caller's array of `capacity` structs, `stride` bytes apart, of which this is one.
+            let room = unsafe { room(out.byte_add(i * stride).cast_const()) }
+                .map_err(|e| Failure::new(e.status, format!("element {i}: {}", e.text)))?;
+            if room > stride {
+                return Err(Failure::new(
+                    E_ABI,
+                    format!("element {i}: struct_size is {room}, stride is only {stride}"),
+                ));
+            }
+        }
         // SAFETY: not NULL.
         unsafe { need.write(list.len()) };
         if list.len() > capacity {
@@ -121,10 +139,7 @@ pub unsafe extern "C" fn rrt_list_devices(
             ));
         }
         for (i, info) in list.iter().enumerate() {
-            if stride < rrt_device_info::FIRST_SIZE {
-                return Err(Failure::new(E_ARG, format!("stride is {stride}, that is no rrt_device_info")));
-            }
-            // SAFETY: the caller's array of `capacity` structs, `stride` bytes apart, of which this is one.
+            // SAFETY: as above.
             unsafe { write(out.byte_add(i * stride), info) }?;
         }
         Ok(())

@@ -1,4 +1,5 @@
-//! The structs of the header, field by field.
+//! The structs of the header, field by field. In brackets: the size that a struct had in the first version of the ABI that has
+//! it, on 64-bit systems. It is what a caller has at least, and never changes.
 
 use std::ffi::{c_char, c_void};
 use std::ptr::null;
@@ -10,7 +11,7 @@ use crate::model::rrt_model;
 use crate::status::rrt_error;
 
 macro_rules! structs {
-    ($($(#[$meta:meta])* struct $name:ident { $($field:ident: $ty:ty = $default:expr,)* })*) => {
+    ($($(#[$meta:meta])* struct $name:ident [$first:literal] { $($field:ident: $ty:ty = $default:expr,)* })*) => {
         $(
             $(#[$meta])*
             #[repr(C)]
@@ -20,13 +21,19 @@ macro_rules! structs {
             // SAFETY: repr(C), begins with struct_size; integers, floats and pointers.
             unsafe impl Sized32 for $name {
                 const NAME: &'static str = stringify!($name);
-                const FIRST_SIZE: usize = size_of::<$name>();
+                const FIRST_SIZE: usize = $first;
 
                 fn initial() -> Self {
                     $name { $($field: $default,)* }
                 }
             }
         )*
+
+        /// (struct, its first size), for the test that compares with the first header.
+        #[cfg(test)]
+        pub fn first_sizes() -> Vec<(&'static str, usize)> {
+            vec![$((stringify!($name), $first),)*]
+        }
 
         /// For the test that compares with the C compiler.
         #[cfg(test)]
@@ -65,6 +72,11 @@ pub struct rrt_event {
     pub text_len: u64,
 }
 
+impl rrt_event {
+    /// Its size in ABI 1.0, as the bracketed ones below.
+    pub const FIRST_SIZE: usize = 48;
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct rrt_sequences {
@@ -88,7 +100,7 @@ pub struct rrt_message {
 }
 
 structs! {
-    struct rrt_device_info {
+    struct rrt_device_info [280] {
         struct_size: u32 = size_of::<rrt_device_info>() as u32,
         r#type: i32 = 0,
         max_binding_bytes: u64 = 0,
@@ -97,7 +109,7 @@ structs! {
         name: [c_char; 128] = [0; 128],
         driver: [c_char; 128] = [0; 128],
     }
-    struct rrt_open_opts {
+    struct rrt_open_opts [64] {
         struct_size: u32 = size_of::<rrt_open_opts>() as u32,
         flags: u32 = 0,
         device: *const c_char = null(),
@@ -109,7 +121,7 @@ structs! {
         shader_cache: *const c_char = null(),
         shader_cache_len: usize = 0,
     }
-    struct rrt_limits {
+    struct rrt_limits [80] {
         struct_size: u32 = size_of::<rrt_limits>() as u32,
         reserved: u32 = 0,
         max_sequences: u64 = 0,
@@ -125,7 +137,7 @@ structs! {
         max_messages: u64 = 0,
         max_threads: u64 = 0,
     }
-    struct rrt_model_opts {
+    struct rrt_model_opts [72] {
         struct_size: u32 = size_of::<rrt_model_opts>() as u32,
         flags: u32 = 0,
         path: *const c_char = null(),
@@ -139,7 +151,7 @@ structs! {
         weights: i32 = 0,
         steps_at_once: u32 = 0,
     }
-    struct rrt_model_info {
+    struct rrt_model_info [128] {
         struct_size: u32 = size_of::<rrt_model_info>() as u32,
         head: i32 = 0,
         vocab_size: u32 = 0,
@@ -163,7 +175,7 @@ structs! {
         architecture: *const c_char = null(),
         architecture_len: usize = 0,
     }
-    struct rrt_sample_req {
+    struct rrt_sample_req [280] {
         struct_size: u32 = size_of::<rrt_sample_req>() as u32,
         flags: u32 = 0,
         model: *const rrt_model = null(),
@@ -208,7 +220,7 @@ structs! {
         deadline_ns: u64 = 0,
         user_tag: u64 = 0,
     }
-    struct rrt_score_req {
+    struct rrt_score_req [128] {
         struct_size: u32 = size_of::<rrt_score_req>() as u32,
         flags: u32 = 0,
         model: *const rrt_model = null(),
@@ -228,7 +240,7 @@ structs! {
         deadline_ns: u64 = 0,
         user_tag: u64 = 0,
     }
-    struct rrt_reward {
+    struct rrt_reward [80] {
         struct_size: u32 = size_of::<rrt_reward>() as u32,
         flags: u32 = 0,
         model: *const rrt_model = null(),
@@ -242,7 +254,7 @@ structs! {
         question: *const c_char = null(),
         question_len: usize = 0,
     }
-    struct rrt_rollout_req {
+    struct rrt_rollout_req [88] {
         struct_size: u32 = size_of::<rrt_rollout_req>() as u32,
         flags: u32 = 0,
         sample: *const rrt_sample_req = null(),
@@ -258,20 +270,20 @@ structs! {
         clip_high: f32 = 0.0,
         reserved: u32 = 0,
     }
-    struct rrt_follow_opts {
+    struct rrt_follow_opts [24] {
         struct_size: u32 = size_of::<rrt_follow_opts>() as u32,
         flags: u32 = 0,
         interval_ns: u64 = 200_000_000,
         update: *const rrt_update_opts = null(),
     }
-    struct rrt_adapter_opts {
+    struct rrt_adapter_opts [32] {
         struct_size: u32 = size_of::<rrt_adapter_opts>() as u32,
         flags: u32 = 0,
         path: *const c_char = null(),
         path_len: usize = 0,
         version: u64 = 0,
     }
-    struct rrt_update_opts {
+    struct rrt_update_opts [40] {
         struct_size: u32 = size_of::<rrt_update_opts>() as u32,
         flags: u32 = 0,
         expect_version: u64 = 0,
@@ -281,7 +293,7 @@ structs! {
         reserved: u32 = 0,
         timeout_ns: u64 = u64::MAX,
     }
-    struct rrt_tensor_desc {
+    struct rrt_tensor_desc [72] {
         struct_size: u32 = size_of::<rrt_tensor_desc>() as u32,
         flags: u32 = 0,
         name: *const c_char = null(),
@@ -294,7 +306,7 @@ structs! {
         bytes: usize = 0,
         checksum: *const u8 = null(),
     }
-    struct rrt_tensor_info {
+    struct rrt_tensor_info [96] {
         struct_size: u32 = size_of::<rrt_tensor_info>() as u32,
         dtype: i32 = 0,
         name: *const c_char = null(),
@@ -303,7 +315,7 @@ structs! {
         rank: u32 = 0,
         reserved: u32 = 0,
     }
-    struct rrt_sequences_view {
+    struct rrt_sequences_view [176] {
         struct_size: u32 = size_of::<rrt_sequences_view>() as u32,
         reserved: u32 = 0,
         count: usize = 0,
@@ -328,7 +340,7 @@ structs! {
         kept_offsets: *const usize = null(),
         kept_ids: *const u32 = null(),
     }
-    struct rrt_scores_view {
+    struct rrt_scores_view [96] {
         struct_size: u32 = size_of::<rrt_scores_view>() as u32,
         reserved: u32 = 0,
         count: usize = 0,
@@ -343,7 +355,7 @@ structs! {
         position: *const u32 = null(),
         entropy: *const f32 = null(),
     }
-    struct rrt_topk_view {
+    struct rrt_topk_view [40] {
         struct_size: u32 = size_of::<rrt_topk_view>() as u32,
         reserved: u32 = 0,
         count: usize = 0,
@@ -351,7 +363,7 @@ structs! {
         ids: *const u32 = null(),
         logprob: *const f32 = null(),
     }
-    struct rrt_rollout_view {
+    struct rrt_rollout_view [144] {
         struct_size: u32 = size_of::<rrt_rollout_view>() as u32,
         reserved: u32 = 0,
         count: usize = 0,
@@ -372,7 +384,7 @@ structs! {
         reward_version: *const u64 = null(),
         ref_version: *const u64 = null(),
     }
-    struct rrt_job_timing {
+    struct rrt_job_timing [120] {
         struct_size: u32 = size_of::<rrt_job_timing>() as u32,
         reserved: u32 = 0,
         queued_ns: u64 = 0,
@@ -390,7 +402,7 @@ structs! {
         sequence_prefill_ns: *const u64 = null(),
         sequence_decode_ns: *const u64 = null(),
     }
-    struct rrt_memory {
+    struct rrt_memory [72] {
         struct_size: u32 = size_of::<rrt_memory>() as u32,
         models: u32 = 0,
         allocated: u64 = 0,
@@ -402,7 +414,7 @@ structs! {
         adapters: u64 = 0,
         budget: u64 = 0,
     }
-    struct rrt_timing {
+    struct rrt_timing [184] {
         struct_size: u32 = size_of::<rrt_timing>() as u32,
         reserved: u32 = 0,
         steps: u64 = 0,
@@ -458,12 +470,12 @@ inits! {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::path::Path;
     use std::process::Command;
 
     /// Sizes and offsets as the C compiler sees them, by a program made from this table.
     #[test]
     fn the_header_has_the_same_layout() {
-        let folder = tempfile::tempdir().unwrap();
         let mut c =
             "#include \"rewardrt.h\"\n#define SAME(a, b) _Static_assert((a) == (b), #a \" is not \" #b)\n".to_owned();
         use super::{rrt_error, rrt_event, rrt_message, rrt_sequences};
@@ -482,14 +494,33 @@ mod tests {
             }
         }
         c += "SAME(sizeof(rrt_error), 512);\n";
+        compiles(&c, "include");
+    }
+
+    /// Compiles against the header in this folder of the crate.
+    fn compiles(c: &str, include: &str) {
+        let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("layout.c");
         std::fs::write(&file, c).unwrap();
-        let include = concat!(env!("CARGO_MANIFEST_DIR"), "/include");
-        let object = folder.path().join("layout.o");
         let mut cc = Command::new("cc");
-        cc.args(["-std=c11", "-Werror", "-I", include, "-c"]).arg(&file).arg("-o").arg(object);
-        let output = cc.output().unwrap();
+        cc.args(["-std=c11", "-Werror", "-c", "-I"]).arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(include));
+        let output = cc.arg(&file).arg("-o").arg(folder.path().join("layout.o")).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// A host that was compiled with the first header brings structs of its sizes.
+    #[test]
+    fn first_sizes_are_those_of_the_first_header() {
+        let header = include_str!("../abi/v1.0/rewardrt.h");
+        let mut all = super::first_sizes();
+        all.push(("rrt_event", super::rrt_event::FIRST_SIZE));
+        all.retain(|(name, _)| header.contains(&format!("typedef struct {name} {{")));
+        assert!(all.len() >= 22, "{}", all.len());
+        let mut c = "#include \"rewardrt.h\"\n".to_owned();
+        for (name, size) in all {
+            c += &format!("_Static_assert(sizeof({name}) == {size}, \"{name}\");\n");
+        }
+        compiles(&c, "abi/v1.0");
     }
 
     /// Numbers are append-only: the table of names and the header say the same.

@@ -287,7 +287,7 @@ impl JobWatch {
         self.state.next_chunk(timeout)
     }
 
-    /// How the job ended; `None` while it has not. Ask before [`Job::wait`] takes the result.
+    /// How the job ended; `None` while it has not.
     pub fn ending(&self) -> Option<Ending> {
         self.state.lock().ending()
     }
@@ -331,6 +331,11 @@ impl<T> Job<T> {
     /// What the job has cost so far.
     pub fn stats(&self) -> JobStats {
         self.state.stats()
+    }
+
+    /// True if it was asked to stop, by [`Job::cancel`] or by an update or a pause that ends what is under way.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.state.cancelled.load(Ordering::Relaxed)
     }
 
     /// Asks the engine to stop, within one step. Sampling jobs then finish with what they have; scoring jobs fail with
@@ -378,8 +383,9 @@ impl<T> Job<T> {
         while !self.wait_timeout(Duration::from_secs(3600)) {}
         let finished = {
             let mut inner = self.state.lock();
-            if let Some(error) = inner.error.take() {
-                return Err(error);
+            // It stays: others may still wait for the job, or ask how it ended.
+            if let Some(error) = &inner.error {
+                return Err(error.clone());
             }
             std::mem::take(&mut inner.finished)
         };

@@ -8,6 +8,7 @@ mod draft;
 mod job;
 mod kv;
 mod lane;
+mod pauses;
 mod sampler;
 mod sequence;
 mod stats;
@@ -25,6 +26,7 @@ pub(crate) use job::{JobOptions, JobState};
 pub use lane::InFlight;
 pub(crate) use lane::Lane;
 use lane::{Quiesce, Released};
+use pauses::Pauses;
 pub(crate) use sampler::SamplePlan;
 pub(crate) use sequence::{AdapterContent, Finished, NewSequence, Purpose, Sampled};
 pub use sequence::{Finish, SampledToken, Timing, VersionSpan};
@@ -69,12 +71,16 @@ enum Command {
         model: u64,
         wish: Quiesce,
     },
-    /// `earlier` is set if the engine was paused already.
     Pause {
+        pause: u64,
         in_flight: InFlight,
         deadline: Option<Instant>,
         answer: Sender<Result<()>>,
-        earlier: Arc<AtomicBool>,
+    },
+    /// Every lane has answered the pause.
+    SettlePause {
+        pause: u64,
+        succeeded: bool,
     },
     Resume,
     AddAdapter {
@@ -109,6 +115,7 @@ pub(crate) struct Engine {
     thread: Mutex<Option<JoinHandle<()>>>,
     shared: Arc<Shared>,
     next_model: AtomicU64,
+    next_pause: AtomicU64,
 }
 
 struct Shared {
@@ -144,7 +151,13 @@ impl Engine {
             .name("rewardrt-engine".into())
             .spawn(move || run(inbox, &for_thread))
             .map_err(|e| Error::new(ErrorKind::HostMemory, format!("cannot start the engine thread: {e}")))?;
-        Ok(Engine { commands, thread: Mutex::new(Some(thread)), shared, next_model: AtomicU64::new(1) })
+        Ok(Engine {
+            commands,
+            thread: Mutex::new(Some(thread)),
+            shared,
+            next_model: AtomicU64::new(1),
+            next_pause: AtomicU64::new(1),
+        })
     }
 
     /// Takes over a loaded model whose weights have this version; the number names it from now on.
@@ -228,25 +241,18 @@ impl Engine {
     /// Brings every lane to rest and keeps it there.
     ///
     /// # Errors
-    /// `Timeout` or `Busy` if one does not come to rest; all of them go on then, unless they were paused before.
+    /// `Timeout` or `Busy` if one does not come to rest; all of them go on then, unless another pause is in force or on its way.
     pub(crate) fn pause(&self, in_flight: InFlight, deadline: Option<Instant>) -> Result<()> {
         let (answer, answers) = channel();
-        let earlier = Arc::new(AtomicBool::new(false));
-        self.send(Command::Pause { in_flight, deadline, answer, earlier: earlier.clone() })?;
+        let pause = self.next_pause.fetch_add(1, Ordering::Relaxed);
+        self.send(Command::Pause { pause, in_flight, deadline, answer })?;
         // Every lane answers, then nobody holds the other end.
         let failed = answers.iter().filter_map(Result::err).next();
         if let Some(error) = self.shared.poison() {
             return Err(error);
         }
-        match failed {
-            None => Ok(()),
-            Some(error) => {
-                if !earlier.load(Ordering::SeqCst) {
-                    self.resume()?;
-                }
-                Err(error)
-            }
-        }
+        self.send(Command::SettlePause { pause, succeeded: failed.is_none() })?;
+        failed.map_or(Ok(()), Err)
     }
 
     /// Lets the lanes move again.
@@ -345,6 +351,7 @@ impl Drop for Engine {
 
 fn run(inbox: Receiver<Command>, shared: &Shared) {
     let mut lanes = Lanes::new();
+    let mut pauses = Pauses::default();
     let mut obeyed = 0;
     let mut tended = Instant::now();
     loop {
@@ -377,7 +384,7 @@ fn run(inbox: Receiver<Command>, shared: &Shared) {
             match command {
                 Ok(command) => {
                     obeyed += 1;
-                    released += obey(&mut lanes, shared, command);
+                    released += obey(&mut lanes, &mut pauses, shared, command);
                 }
                 Err(_) => {
                     (obeyed, tended) = (0, Instant::now());
@@ -433,10 +440,10 @@ fn poison(shared: &Shared, panic: &(dyn Any + Send), lanes: &mut [(u64, Box<Lane
 }
 
 /// Carries out a command; says what is done with.
-fn obey(lanes: &mut Lanes, shared: &Shared, command: Command) -> Released {
+fn obey(lanes: &mut Lanes, pauses: &mut Pauses, shared: &Shared, command: Command) -> Released {
     match command {
         Command::Add { model, mut lane } => {
-            lane.holds.paused = shared.paused.load(Ordering::SeqCst);
+            lane.holds.paused = pauses.any();
             lanes.push((model, lane));
             Released::default()
         }
@@ -479,24 +486,39 @@ fn obey(lanes: &mut Lanes, shared: &Shared, command: Command) -> Released {
             Some((_, lane)) => lane.quiesce(wish),
             None => Released::default(),
         },
-        Command::Pause { in_flight, deadline, answer, earlier } => {
-            earlier.store(shared.paused.swap(true, Ordering::SeqCst), Ordering::SeqCst);
+        Command::Pause { pause, in_flight, deadline, answer } => {
+            let wanted = pauses.begin(pause);
+            shared.paused.store(true, Ordering::SeqCst);
             let mut released = Released::default();
             for (_, lane) in lanes {
-                let answer = answer.clone();
+                let (answer, wanted) = (answer.clone(), wanted.clone());
                 let then = Box::new(move |lane: Result<&mut Lane>| {
-                    let _ = answer.send(lane.map(|lane| lane.holds.paused = true));
+                    // Nobody waits any more if this fails.
+                    let _ = answer.send(lane.map(|lane| lane.holds.paused |= wanted.load(Ordering::SeqCst)));
                 });
                 released += lane.quiesce(Quiesce { in_flight, deadline, then });
             }
             released
         }
+        Command::SettlePause { pause, succeeded } => {
+            pauses.settle(pause, succeeded);
+            if !pauses.any() {
+                go_on(lanes, shared);
+            }
+            Released::default()
+        }
         Command::Resume => {
-            shared.paused.store(false, Ordering::SeqCst);
-            lanes.iter_mut().for_each(|(_, lane)| lane.holds.paused = false);
+            pauses.end();
+            go_on(lanes, shared);
             Released::default()
         }
     }
+}
+
+/// Nothing is paused any more.
+fn go_on(lanes: &mut Lanes, shared: &Shared) {
+    shared.paused.store(false, Ordering::SeqCst);
+    lanes.iter_mut().for_each(|(_, lane)| lane.holds.paused = false);
 }
 
 /// What a panic said.

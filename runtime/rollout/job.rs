@@ -28,8 +28,9 @@ pub struct RolloutJob {
     answers: usize,
 }
 
+/// What the job, its watches and its threads share.
 #[derive(Default)]
-struct Shared {
+pub(super) struct Shared {
     inner: Mutex<Inner>,
     done: Condvar,
 }
@@ -54,7 +55,7 @@ impl Shared {
     }
 
     /// Cancels what runs and what will be submitted.
-    fn cancel(&self) {
+    pub fn cancel(&self) {
         let watches = {
             let mut inner = self.lock();
             inner.is_cancelled = true;
@@ -105,6 +106,7 @@ impl RolloutJob {
     pub(super) fn start(policy: &Model, request: &RolloutRequest, rewards: Vec<RewardScorer>) -> Result<Self> {
         let begun = Instant::now();
         let shared = Arc::<Shared>::default();
+        let place = policy.rollouts().enter(&shared)?;
         let sampling = policy.sample(&SampleRequest { stream: false, ..request.sample.clone() })?;
         shared.watch(POLICY, sampling.watch());
         let answers = request.sample.prompts.len() * request.sample.n;
@@ -126,6 +128,8 @@ impl RolloutJob {
             move || {
                 let result = catch_unwind(AssertUnwindSafe(|| work.run()))
                     .unwrap_or_else(|panic| Err(Error::internal(panic_text(&*panic))));
+                // Whoever has waited finds room.
+                drop(place);
                 shared.end(result);
             }
         };
@@ -248,10 +252,12 @@ struct Work {
 impl Work {
     fn run(self) -> Result<Rollout> {
         let Work { shared, _policy, sampling, reference, rewards, parts, n, advantage, clip_reward, begun } = self;
-        let start = |(i, scorer)| Worker::start(scorer, POLICY + 2 + i, &shared);
-        let rewards = rewards.into_iter().enumerate().map(start).collect::<Result<Vec<_>>>()?;
-        let reference = reference.map(|scorer| Worker::start(scorer, POLICY + 1, &shared)).transpose()?;
+        let (rewards, reference) = start(rewards, reference, &shared)?;
         follow(&sampling, n, |answer| {
+            // By an update, say: what still has to be scored would be of the weights after it.
+            if sampling.is_cancelled() {
+                shared.cancel();
+            }
             shared.lock().ended += 1;
             rewards.iter().for_each(|worker| worker.send(&answer));
             reference.iter().for_each(|worker| worker.send(&answer));
@@ -306,6 +312,27 @@ impl Work {
             sampled_in,
             elapsed: begun.elapsed(),
         })
+    }
+}
+
+type Workers = (Vec<Worker<SequenceScore>>, Option<Worker<SequenceLogprobs>>);
+
+/// Starts every scorer's thread, or none: those that were started have ended when another one's start fails.
+fn start(rewards: Vec<RewardScorer>, reference: Option<ReferenceScorer>, shared: &Arc<Shared>) -> Result<Workers> {
+    let mut started = Vec::with_capacity(rewards.len());
+    let all = || {
+        for (i, scorer) in rewards.into_iter().enumerate() {
+            started.push(Worker::start(scorer, POLICY + 2 + i, shared)?);
+        }
+        reference.map(|scorer| Worker::start(scorer, POLICY + 1, shared)).transpose()
+    };
+    match all() {
+        Ok(reference) => Ok((started, reference)),
+        Err(error) => {
+            // They have nothing to do yet, and so nothing to say.
+            started.into_iter().for_each(|worker| drop(worker.finish()));
+            Err(error)
+        }
     }
 }
 

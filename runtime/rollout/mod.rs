@@ -6,6 +6,7 @@
 mod advantage;
 mod job;
 mod kl;
+mod places;
 mod scorer;
 
 use std::collections::BTreeSet;
@@ -14,6 +15,8 @@ use std::time::Duration;
 pub use advantage::{Advantage, Group};
 pub use job::{RolloutJob, RolloutWatch};
 pub use kl::Kl;
+pub use places::MAX_ROLLOUTS;
+pub(crate) use places::Rollouts;
 use scorer::RewardScorer;
 
 use crate::adapter::Adapter;
@@ -128,8 +131,10 @@ impl Model {
     /// Starts a rollout with this model as the policy.
     ///
     /// # Errors
-    /// `Argument` for a field out of range, a rule, label or vocabulary that does not fit; `Full` if the queue is. The job
-    /// itself fails as those of [`Model::sample`], [`Model::logprobs`] and [`Model::score`] do, and with `Cancelled`.
+    /// `Argument` for a field out of range, a rule, label or vocabulary that does not fit; `Full` if the queue is, or
+    /// [`MAX_ROLLOUTS`] of the runtime are under way. The job itself fails as those of [`Model::sample`], [`Model::logprobs`]
+    /// and [`Model::score`] do, and with `Cancelled`: by [`RolloutJob::cancel`], and by a pause, a sleep or an update that
+    /// cancels what is under way.
     pub fn rollout(&self, request: &RolloutRequest) -> Result<RolloutJob> {
         check(self, request)?;
         let scorers =

@@ -5,12 +5,14 @@ use std::collections::BTreeSet;
 pub const HEADER: &str = include_str!("../../ffi/include/rewardrt.h");
 
 /// A function of the header.
+#[derive(Debug, PartialEq)]
 pub struct Function {
     pub name: String,
     pub returns: String,
     pub parameters: Vec<Parameter>,
 }
 
+#[derive(Debug, PartialEq)]
 pub struct Parameter {
     /// Without spaces around `*`: `const rrt_model*`.
     pub kind: String,
@@ -29,9 +31,9 @@ impl Parameter {
 }
 
 /// The header without comments and preprocessor lines.
-fn code() -> String {
+fn code(header: &str) -> String {
     let mut text = String::new();
-    let mut rest = HEADER;
+    let mut rest = header;
     while let Some((before, after)) = rest.split_once("/*") {
         text += before;
         rest = after.split_once("*/").unwrap().1;
@@ -42,7 +44,12 @@ fn code() -> String {
 }
 
 pub fn functions() -> Vec<Function> {
-    let code = code();
+    functions_of(HEADER)
+}
+
+/// Those of another version of the header.
+pub fn functions_of(header: &str) -> Vec<Function> {
+    let code = code(header);
     let mut found = Vec::new();
     for statement in code.split(';') {
         let statement = statement.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -67,7 +74,7 @@ pub fn functions() -> Vec<Function> {
 
 /// Structs that begin with struct_size.
 pub fn sized_structs() -> BTreeSet<String> {
-    let code = code();
+    let code = code(HEADER);
     let mut names = BTreeSet::new();
     for part in code.split("typedef struct ").skip(1) {
         let Some((name, body)) = part.split_once('{') else { continue };
@@ -76,6 +83,14 @@ pub fn sized_structs() -> BTreeSet<String> {
         }
     }
     names
+}
+
+/// (macro, what it stands for) of every initialiser, on one line.
+pub fn initialiser_bodies(header: &str) -> Vec<(String, String)> {
+    let lines = header.replace("\\\n", " ");
+    let defined = lines.lines().filter_map(|line| line.strip_prefix("#define ")?.split_once(' '));
+    let initialisers = defined.filter(|(name, _)| name.starts_with("RRT_") && name.ends_with("_INIT"));
+    initialisers.map(|(name, body)| (name.to_owned(), body.split_whitespace().collect::<Vec<_>>().join(" "))).collect()
 }
 
 /// (macro, struct) of every initialiser.
@@ -90,7 +105,7 @@ pub fn initialisers() -> Vec<(String, String)> {
 
 /// Names of every constant in the header's enums.
 pub fn constants() -> Vec<String> {
-    let code = code();
+    let code = code(HEADER);
     let bodies = code.split("enum {").skip(1).map(|part| part.split_once('}').unwrap().0);
     bodies.flat_map(|body| body.split(',')).filter_map(|c| Some(c.split_once('=')?.0.trim().to_owned())).collect()
 }

@@ -311,6 +311,14 @@ fn a_wrong_size_is_an_error_everywhere() {
                 writeln!(c, "    expect({bytes}[sizeof({kind}) + 7] == {beyond}, status, \"{what}: beyond\");")
                     .unwrap();
                 expected += 2;
+                if is_wrong {
+                    // But for what this program put there.
+                    writeln!(
+                        c,
+                        "    size_is({bytes}, 0);\n    {bytes}[sizeof({kind}) + 7] = 0;\n    untouched(\"{what}\");"
+                    )
+                    .unwrap();
+                }
                 if !is_wrong && is_output(p) && f.name != "rrt_list_devices" {
                     writeln!(c, "    expect(status == RRT_OK, status, \"{what}\");").unwrap();
                     expected += 1;
