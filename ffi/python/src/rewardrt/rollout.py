@@ -49,7 +49,7 @@ class Reward:
 
 
 class Rollout(Samples):
-    """The answers with what training needs of them. Arrays of tokens are side by side over all answers, as in
+    """The answers and what training needs of them. Arrays of tokens are side by side over all answers, as in
     :class:`Samples`."""
 
     ref_logprobs: np.ndarray
@@ -61,8 +61,8 @@ class Rollout(Samples):
     kl3: np.ndarray
     """float32 [tokens]; k3 = exp(-k1) - 1 + k1: unbiased, never negative"""
     rewards: np.ndarray
-    """float32 [reward models, count]; NaN where there is none: the answer was cut off, is longer than the model takes, or
-    its text cannot be encoded for it"""
+    """float32 [reward models, count]; NaN where there is none: the answer was cut off, is longer than the model takes,
+    or its text cannot be encoded for it"""
     reward_version: np.ndarray
     """uint64 [reward models, count], the weights that gave them; 0 where nothing did"""
     ref_version: np.ndarray
