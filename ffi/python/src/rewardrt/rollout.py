@@ -42,14 +42,12 @@ class Reward:
     """Which of the rule's values is the reward"""
     adapter: Adapter | None = None
     """Of that model"""
-    name: str | None = None
-    """For messages, no two the same; without it "reward" and its number"""
-    question: str | None = None
-    """What a judge is asked: a user message in which {prompt} and {answer} stand for the texts"""
+    name: str = ""
+    """For messages"""
 
 
 class Rollout(Samples):
-    """The answers and what training needs of them. Arrays of tokens are side by side over all answers, as in
+    """The answers with what training needs of them. Arrays of tokens are side by side over all answers, as in
     :class:`Samples`."""
 
     ref_logprobs: np.ndarray
@@ -61,14 +59,9 @@ class Rollout(Samples):
     kl3: np.ndarray
     """float32 [tokens]; k3 = exp(-k1) - 1 + k1: unbiased, never negative"""
     rewards: np.ndarray
-    """float32 [reward models, count]; NaN where there is none: the answer was cut off, is longer than the model takes,
-    or its text cannot be encoded for it"""
-    reward_version: np.ndarray
-    """uint64 [reward models, count], the weights that gave them; 0 where nothing did"""
-    ref_version: np.ndarray
-    """uint64 [count], the weights of the reference; empty without one"""
+    """float32 [reward models, count]; NaN where one could not score"""
     reward: np.ndarray
-    """float32 [count], the weighted sum of those that are not NaN; NaN if there is none"""
+    """float32 [count], the weighted sum"""
     advantages: np.ndarray
     """float32 [count]"""
     group_mean: np.ndarray
@@ -76,11 +69,11 @@ class Rollout(Samples):
     group_std: np.ndarray
     """float32 [prompts]"""
     group_zero_variance: np.ndarray
-    """uint32 [prompts]; 1: no two rewards differ, there is nothing to learn"""
+    """uint32 [prompts]; 1: all rewards are equal, there is nothing to learn"""
     group_best: np.ndarray
-    """uint32 [prompts]; the answer with the largest reward, counted over all …"""
+    """uint32 [prompts]; the answer with the highest reward, counted over all"""
     group_worst: np.ndarray
-    """uint32 [prompts]; … and the one with the smallest: the pair for DPO; 2^32 - 1 with zero variance"""
+    """uint32 [prompts]; and the one with the lowest"""
 
     def __init__(self, handle: Handle, *, top: bool = False) -> None:
         super().__init__(handle, top=top)
@@ -91,10 +84,7 @@ class Rollout(Samples):
         self.kl1 = borrowed(found.kl1, tokens, handle)
         self.kl2 = borrowed(found.kl2, tokens, handle)
         self.kl3 = borrowed(found.kl3, tokens, handle)
-        shape = (found.reward_count, count)
-        self.rewards = borrowed(found.rewards, found.reward_count * count, handle).reshape(shape)
-        self.reward_version = borrowed(found.reward_version, found.reward_count * count, handle).reshape(shape)
-        self.ref_version = borrowed(found.ref_version, count, handle)
+        self.rewards = borrowed(found.rewards, found.reward_count * count, handle).reshape(found.reward_count, count)
         self.reward = borrowed(found.reward, count, handle)
         self.advantages = borrowed(found.advantage, count, handle)
         self.group_mean = borrowed(found.group_mean, groups, handle)
@@ -143,16 +133,14 @@ class RolloutRequest:
         self._kept: list[Any] = []
         for target, reward in zip(self._rewards, rewards, strict=True):
             lib.rrt_reward_init(ffi.addressof(target))
-            model = reward.model._open()
+            model, name = reward.model._open(), Bytes(reward.name)
             target.model, target.weight, target.label = model.pointer, reward.weight, reward.label
+            target.name, target.name_len = name.pointer, name.length
             target.adapter = adapter_pointer(reward.adapter)
-            self._kept.append(model)
-            for field in ("name", "rule", "question"):
-                value = getattr(reward, field)
-                if value is not None:
-                    text = Bytes(value)
-                    setattr(target, field, text.pointer)
-                    setattr(target, f"{field}_len", text.length)
-                    self._kept.append(text)
+            self._kept += [model, name]
+            if reward.rule is not None:
+                rule = Bytes(reward.rule)
+                target.rule, target.rule_len = rule.pointer, rule.length
+                self._kept.append(rule)
         self.struct.rewards, self.struct.reward_count = self._rewards, len(rewards)
         self.struct.reward_stride = ffi.sizeof("rrt_reward")
