@@ -17,7 +17,7 @@ def completed(samples):
 def test_everything(golden):
     """One model samples, another is the reference, a classifier of three labels and one of one label reward."""
     policy, reference = golden("llama-gqa-9-3"), golden("llama-tied")
-    three, one = golden("llama-labels-3", version=6), golden("llama-labels-1")
+    three, one = golden("llama-labels-3"), golden("llama-labels-1")
     rewards = [Reward(three, weight=0.5, label=2), Reward(one, weight=-2.0, name="one")]
     rollout = policy.rollout(PROMPTS, reference=reference, rewards=rewards, **OPTIONS).result(60)
 
@@ -49,8 +49,6 @@ def test_everything(golden):
     assert rollout.group_best.tolist() == (groups.argmax(1) + [0, 4, 8]).tolist()
     assert rollout.group_worst.tolist() == (groups.argmin(1) + [0, 4, 8]).tolist()
     assert rollout.group_zero_variance.tolist() == [0, 0, 0]
-    assert rollout.reward_version.tolist() == [[6] * 12, [0] * 12]
-    assert rollout.ref_version.tolist() == [0] * 12
 
 
 @pytest.mark.parametrize("advantage", ["leave_one_out", "batch", "none"])
@@ -100,16 +98,6 @@ def test_conversations(real):
     rollout = real.rollout(turns, rewards=[Reward(real, rule="judge: yes, no")], n=2, max_tokens=4, seed=1).result(60)
     prompts = [real.tokenizer.chat(t).tolist() for t in turns]
     want = real.score([prompts[s.prompt] + s.ids.tolist() for s in rollout], rule="judge: yes, no").result(60)
-    np.testing.assert_array_equal(rollout.reward, want.score)
-
-
-def test_a_judge_is_asked(real):
-    """A question with the prompt's and the answer's text in it, as a message of its own."""
-    question = "Is {answer} a good answer to {prompt}? Answer yes or no."
-    reward = Reward(real, rule="judge:Yes,No", question=question)
-    rollout = real.rollout(["2 + 2 ="], rewards=[reward], n=2, max_tokens=4, seed=1).result(60)
-    asked = [question.replace("{prompt}", "2 + 2 =").replace("{answer}", s.text) for s in rollout]
-    want = real.score([[{"role": "user", "content": text}] for text in asked], rule="judge:Yes,No").result(60)
     np.testing.assert_array_equal(rollout.reward, want.score)
 
 
