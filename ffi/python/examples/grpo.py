@@ -36,6 +36,7 @@ def arguments():
     parser.add_argument("--learning-rate", type=float, default=3e-6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto", help="of rewardrt")
+    parser.add_argument("--threads", type=int, default=0, help="of torch and of rewardrt each; 0: one a core")
     parser.add_argument("--plot", help="file for the picture")
     parser.add_argument("--json", help="file for the numbers of each step")
     return parser.parse_args()
@@ -138,12 +139,14 @@ def plot(path, rows, ratios):
     left.set(xlabel="optimiser step", ylabel="mean reward", ylim=(0, 1))
     left.legend(frameon=False)
     right.hist(ratios.numpy(), bins=101, range=(0.95, 1.05), color="C0")
-    right.set(xlabel="p_trainer / p_sampler of a token", ylabel="tokens", yscale="log")
+    right.set(xlabel="p_trainer / p_sampler of a token", ylabel="tokens", yscale="log", ylim=(0.5, None))
     figure.savefig(path, dpi=120)
 
 
 def main():
     options = arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     model, tokenizer = policy_and_tokenizer(options)
     batch = options.prompts * options.generations
     dataset, correct = sums(options.steps * options.prompts, options.seed)
@@ -168,7 +171,7 @@ def main():
         max_grad_norm=1.0,
     )
     report = Report()
-    with rewardrt.Runtime(options.device) as runtime:
+    with rewardrt.Runtime(options.device, threads=options.threads) as runtime:
         sampler = {}
         if options.generate == "rewardrt":
             policy = rewardrt.trl.load_policy(runtime, model, tokenizer)

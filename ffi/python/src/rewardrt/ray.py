@@ -30,8 +30,10 @@ from .update import Update
 _CHUNK_BYTES = 256 << 20
 # Shards an actor holds at a time. They share its steps, and the next is there when one ends.
 _SHARDS_AT_ONCE = 2
-# Shards are small enough that actors of different speed end together, and that little is done again after a loss.
-_SHARDS_AN_ACTOR = 4
+# More shards than actors let actors of different speed end together, and little is done again after a loss; but a step
+# with few sequences reads the weights as often as one with many, so no shard has fewer than fill it.
+_SHARDS_AN_ACTOR = 8
+_SHARD_SEQUENCES = 64
 # An actor that is lost so often without finishing anything will not come back.
 _MAX_LOSSES = 5
 
@@ -197,7 +199,7 @@ class Pool:
         if not len(sequences):
             raise errors.ArgumentError(f"{method}: there are no sequences")
         with self._lock:
-            shards = np.array_split(np.arange(len(sequences)), min(len(sequences), _SHARDS_AN_ACTOR * len(self.actors)))
+            shards = np.array_split(np.arange(len(sequences)), self._shards(len(sequences), options.get("n", 1)))
             work = [
                 (
                     method,
@@ -208,6 +210,12 @@ class Pool:
             ]
             parts = self._done(work)
             return joined(parts, [int(shard[0]) for shard in shards] if method == "sample" else None)
+
+    def _shards(self, count: int, n: int) -> int:
+        """How many shards ``count`` prompts of ``n`` answers each make."""
+        actors = len(self.actors)
+        full = count * max(n, 1) // (_SHARD_SEQUENCES * actors)
+        return min(count, actors * min(max(full, 1), _SHARDS_AN_ACTOR))
 
     def _done(self, work: list[tuple[str, list[Any], dict[str, Any]]]) -> list[Any]:
         """The results of all shards, whatever happens to the actors meanwhile."""
