@@ -201,8 +201,8 @@ def reward_func(
 
     Conversations go through the reward model's own chat template, texts through its tokenizer as TRL does it: prompt
     and completion in one, special tokens in them count, none are added. ``rule`` as in :meth:`Model.score`; ``label``
-    says which of its values is the reward. An answer that is longer than the model's context, and one whose value is not
-    finite, is None: TRL gives it no advantage. ``name`` is what TRL logs it under; without it the model folder's.
+    says which of its values is the reward. An answer that is longer than the model's context, and one whose value is
+    not finite, is None: TRL gives it no advantage. ``name`` is what TRL logs it under; without it the model folder's.
     """
     longest = model.info.max_context
 
