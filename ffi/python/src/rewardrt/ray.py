@@ -277,7 +277,7 @@ class Pool:
         self._begin(index)
 
     def _ready(self, index: int) -> None:
-        """Waits for an actor that loads. What loading fails with is raised, and another one started for the next call."""
+        """Waits for an actor that loads. What that fails with is raised, and another one started for the next call."""
         try:
             _get(self._loading[index])
             del self._loading[index]

@@ -162,6 +162,7 @@ def test_a_commit_that_fails_on_one_actor_changes_none(pool, golden):
     assert pool.version == 0
     assert_equal(pool.sample(PROMPTS, **SAMPLING), before)
     # The one that had committed was started anew, the other one goes on.
+    pool._all_ready()
     assert [ray.get(actor.version.remote()) for actor in pool.actors] == [0, 0]
     assert ray.get(pool.actors[0].process.remote()) != committed
     assert pool.actors[1] is actor
