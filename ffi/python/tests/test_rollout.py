@@ -51,7 +51,7 @@ def test_everything(golden):
     assert rollout.group_zero_variance.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("advantage", ["leave_one_out", "batch", "none"])
+@pytest.mark.parametrize("advantage", ["leave_one_out", "batch", "centred", "none"])
 def test_other_advantages(golden, advantage):
     policy, one = golden("llama-gqa-9-3"), golden("llama-labels-1")
     rollout = policy.rollout(
@@ -64,10 +64,11 @@ def test_other_advantages(golden, advantage):
     want = {
         "leave_one_out": groups - (groups.sum(1, keepdims=True) - groups) / 3,
         "batch": (groups - r.mean()) / (r.std(ddof=1) + 1e-4),
-        "none": None,
+        "centred": groups - groups.mean(1, keepdims=True),
+        "none": groups,
     }[advantage]
-    if want is not None:
-        np.testing.assert_allclose(rollout.advantages, want.ravel(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(rollout.advantages, want.ravel(), rtol=1e-3, atol=1e-4)
+    assert (rollout.advantages != 0).any()
     assert rollout.ref_logprobs.size == rollout.kl1.size == 0
 
 
@@ -99,6 +100,39 @@ def test_conversations(real):
     prompts = [real.tokenizer.chat(t).tolist() for t in turns]
     want = real.score([prompts[s.prompt] + s.ids.tolist() for s in rollout], rule="judge: yes, no").result(60)
     np.testing.assert_array_equal(rollout.reward, want.score)
+
+
+def test_a_judge_is_asked_a_question(real):
+    """The question with the texts in it, as a conversation of its own."""
+    turns = [[{"role": "user", "content": "Is water wet?"}], [{"role": "user", "content": "Is fire cold?"}]]
+    reward = Reward(real, rule="judge: yes, no", question="{prompt}\nAnswer: {answer}\nIs it right?")
+    rollout = real.rollout(turns, rewards=[reward], max_tokens=4, seed=1, ignore_eos=True).result(60)
+    asked = [
+        [{"role": "user", "content": f"{turns[s.prompt][-1]['content']}\nAnswer: {s.text}\nIs it right?"}]
+        for s in rollout
+    ]
+    np.testing.assert_array_equal(rollout.reward, real.score(asked, rule="judge: yes, no").result(60).score)
+
+
+def test_versions_of_rewards_and_of_the_reference(golden):
+    policy, reference, one = (
+        golden("llama-gqa-9-3"),
+        golden("llama-tied", version=7),
+        golden("llama-labels-1", version=5),
+    )
+    rollout = policy.rollout(PROMPTS, reference=reference, rewards=[Reward(one)], **OPTIONS).result(60)
+    np.testing.assert_array_equal(rollout.reward_version, np.full((1, 12), 5, np.uint64))
+    np.testing.assert_array_equal(rollout.ref_version, np.full(12, 7, np.uint64))
+    without = policy.rollout(PROMPTS, **OPTIONS).result(60)
+    assert without.reward_version.shape == (0, 12)
+    assert without.ref_version.size == 0
+
+
+def test_a_group_without_variance_has_no_best(golden):
+    policy, one = golden("llama-gqa-9-3"), golden("llama-labels-1")
+    rollout = policy.rollout(PROMPTS, rewards=[Reward(one)], **{**OPTIONS, "temperature": 0.0}).result(60)
+    assert rollout.group_zero_variance.tolist() == [1, 1, 1]
+    assert rollout.group_best.tolist() == rollout.group_worst.tolist() == [-1, -1, -1]
 
 
 def test_refusals(golden):

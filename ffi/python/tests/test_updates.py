@@ -1,9 +1,12 @@
 """New weights: from numpy, from torch through DLPack, from files; all or nothing."""
 
+import ctypes
+
 import numpy as np
 import pytest
 
 import rewardrt
+import rewardrt.trl
 
 from checkpoints import GOLDEN, expected, read_safetensors, write_safetensors
 
@@ -109,7 +112,7 @@ def test_dlpack_with_strides(golden, weights):
 
 
 def test_torch(golden, weights):
-    torch = pytest.importorskip("torch", reason="tested by make test-train")
+    torch = pytest.importorskip("torch", reason="tested by make test-training")
     model = golden(F32)
     before = logprobs(model)
     with model.update(convert=True) as update:
@@ -124,17 +127,119 @@ def test_torch(golden, weights):
     assert not np.array_equal(before, rounded, equal_nan=True)
 
 
-def test_torch_bf16_into_a_bf16_model(real):
-    torch = pytest.importorskip("torch", reason="tested by make test-train")
-    name = "model.norm.weight"
-    shape = next(t.shape for t in real.tensors() if t.name == name)
-    update = real.update(require="subset")
-    update.put(name, torch.ones(shape, dtype=torch.bfloat16))
-    with pytest.raises(rewardrt.Duplicate):
-        update.put(name, torch.ones(shape, dtype=torch.bfloat16))
+class _DLManagedTensor(ctypes.Structure):
+    """DLManagedTensor of dlpack.h, on the host and row-major without gaps."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    ]
+
+
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype = ctypes.py_object
+_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+class Bfloat16:
+    """The upper halves of float32, as bfloat16 through DLPack: kDLBfloat is 4, kDLCPU 1."""
+
+    def __init__(self, array):
+        self.bits = (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
+        self.float32 = (self.bits.astype(np.uint32) << 16).view(np.float32)
+
+    def __dlpack__(self, **_):
+        self._shape = (ctypes.c_int64 * self.bits.ndim)(*self.bits.shape)
+        self._managed = _DLManagedTensor(self.bits.ctypes.data, 1, 0, self.bits.ndim, 4, 16, 1, self._shape)
+        return _capsule(ctypes.addressof(self._managed), b"dltensor", None)
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+def test_bfloat16(golden, weights):
+    halves = {name: Bfloat16(value * np.float32(1.1)) for name, value in weights.items()}
+    model, want = golden(F32), golden(F32)
+    with model.update(convert=True) as update:
+        update.put_all(halves)
+    with want.update() as update:
+        update.put_all({name: value.float32 for name, value in halves.items()})
+    np.testing.assert_array_equal(logprobs(model), logprobs(want))
     with pytest.raises(rewardrt.ShapeError, match="float32|F32"):
-        real.update(require="subset").put(name, torch.ones(shape))
+        model.update(require="subset").put("model.norm.weight", halves["model.norm.weight"])
+
+
+def test_bfloat16_into_a_bfloat16_model(real):
+    name = "model.norm.weight"
+    shape = next(t.shape for t in real.tensors() if (t.name, t.dtype) == (name, "bfloat16"))
+    ones = np.ones(shape, np.float32)
+    update = real.update(require="subset")
+    update.put(name, Bfloat16(ones))
+    with pytest.raises(rewardrt.Duplicate):
+        update.put(name, Bfloat16(ones))
+    with pytest.raises(rewardrt.ShapeError, match="float32|F32"):
+        real.update(require="subset").put(name, ones)
     update.abort()
+
+
+@pytest.mark.parametrize("order", ["<f4", ">f4"])
+def test_byte_orders(golden, weights, order):
+    model, want = golden(F32), golden(F32)
+    with model.update() as update:
+        update.put_all({name: value.astype(order) for name, value in doubled(weights).items()})
+    with want.update() as update:
+        update.put_all(doubled(weights))
+    np.testing.assert_array_equal(logprobs(model), logprobs(want))
+
+
+class OnDevice:
+    """A parameter in the memory of an accelerator, as far as it is looked at."""
+
+    class device:
+        type = "cuda"
+
+    def __init__(self, array):
+        self._array = array
+
+    def detach(self):
+        return self
+
+    def data_ptr(self):
+        return self._array.ctypes.data
+
+    def cpu(self):
+        return self._array
+
+    def __dlpack_device__(self):
+        return 2, 0  # kDLCUDA
+
+    def __dlpack__(self, **_):
+        raise BufferError("the host cannot read it")
+
+
+def test_a_trainers_parameters_come_from_its_device(golden, weights):
+    class Module:
+        def named_parameters(self, remove_duplicate):
+            assert not remove_duplicate
+            return ((name, OnDevice(value)) for name, value in doubled(weights).items())
+
+    model, want = golden(F32), golden(F32)
+    assert rewardrt.trl.push(model, Module()) == 1
+    with want.update() as update:
+        update.put_all(doubled(weights))
+    np.testing.assert_array_equal(logprobs(model), logprobs(want))
+    with pytest.raises(rewardrt.ArgumentError, match="DLPack type 2"):
+        model.update().put("model.norm.weight", OnDevice(weights["model.norm.weight"]))
 
 
 def test_an_exception_aborts(golden, weights):

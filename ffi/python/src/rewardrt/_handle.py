@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
+import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from . import errors
 from ._native import ffi, lib
+
+T = TypeVar("T")
 
 UNLIMITED = 2**64 - 1
 
@@ -31,9 +35,13 @@ def raise_for(status: int, error: Any) -> None:
 
 
 def call(function: Callable[..., int], *arguments: Any) -> None:
-    """Calls a function whose last parameter is an rrt_error, and raises what it says."""
+    """Calls a function whose last parameter is an rrt_error, and raises what it says.
+
+    A :class:`Handle` among the arguments is passed as its pointer, and held until the call is over: another thread's
+    ``close()`` must not free it meanwhile.
+    """
     error = ffi.new("rrt_error *")
-    raise_for(function(*arguments, error), error)
+    raise_for(function(*(a.pointer if isinstance(a, Handle) else a for a in arguments), error), error)
 
 
 def struct(name: str, /, **fields: Any) -> Any:
@@ -59,6 +67,25 @@ def nanoseconds(timeout: float | None) -> int:
     if not timeout >= 0:
         raise errors.ArgumentError(f"timeout is {timeout}, it must be at least 0 seconds, or None for no limit")
     return min(int(timeout * 1e9), UNLIMITED - 1)
+
+
+class Patience:
+    """A time limit that is spent in short calls: Python's signal handlers run between them, and what was closed
+    meanwhile is noticed."""
+
+    _SLICE_SECONDS = 0.1
+
+    def __init__(self, timeout: float | None) -> None:
+        self._end = None if timeout is None else time.monotonic() + nanoseconds(timeout) / 1e9
+
+    def slice(self) -> int:
+        """Nanoseconds of the next call."""
+        if self._end is None:
+            return nanoseconds(self._SLICE_SECONDS)
+        return nanoseconds(min(max(self._end - time.monotonic(), 0.0), self._SLICE_SECONDS))
+
+    def is_over(self) -> bool:
+        return self._end is not None and time.monotonic() >= self._end
 
 
 def filled(c_type: str, guess: int, write: Callable[[Any, int, Any], None]) -> Any:
@@ -96,6 +123,30 @@ def _free(free: Callable[[Any], Any], pointer: Any, parent: Handle | None, proce
         free(pointer)
 
 
+class Children:
+    """What is closed with its owner. Any thread may add to it while another one closes it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._closed = False
+
+    def add(self, child: T) -> T:
+        with self._lock:
+            if not self._closed:
+                self._alive.add(child)
+                return child
+        child.close()  # type: ignore[attr-defined]
+        raise errors.Closed("it was closed meanwhile, by another thread")
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            children = list(self._alive)
+        for child in children:
+            child.close()
+
+
 def open_handle(
     out_type: str,
     function: Callable[..., int],
@@ -111,7 +162,8 @@ def open_handle(
 
 def runtime_handle(options: Any) -> Handle:
     handle = open_handle("rrt_runtime", lib.rrt_open, _close, options)
-    _OPEN.add(handle)
+    with _OPEN_LOCK:
+        _OPEN.add(handle)
     return handle
 
 
@@ -121,6 +173,7 @@ def _close(pointer: Any) -> None:
 
 
 _OPEN: weakref.WeakSet[Handle] = weakref.WeakSet()
+_OPEN_LOCK = threading.Lock()
 _PROCESS = os.getpid()
 
 
@@ -129,5 +182,7 @@ def _rest() -> None:
     """Brings the engines to rest before the process goes; their threads sleep from then on, and nothing is freed."""
     if os.getpid() != _PROCESS:
         return
-    for handle in list(_OPEN):
+    with _OPEN_LOCK:
+        handles = list(_OPEN)
+    for handle in handles:
         lib.rrt_pause(handle.pointer, lib.RRT_IN_FLIGHT_CANCEL, 5_000_000_000, ffi.NULL)

@@ -14,10 +14,11 @@ from .tokenizer import Message, Tokenizer
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
 """A text, token ids, or the messages of a conversation."""
 
+Prompts = str | np.ndarray | Sequence[Prompt]
+"""A list of prompts, or a single text; an array of ids has a row a prompt."""
 
-def as_sequences(
-    tokenizer: Any, prompts: Prompt | Sequence[Prompt], *, what: str, generation_prompt: bool
-) -> list[np.ndarray]:
+
+def as_sequences(tokenizer: Any, prompts: Prompts, *, what: str, generation_prompt: bool) -> list[np.ndarray]:
     """Token ids of each prompt; ``tokenizer()`` is called if there is text. A single text is a list of one."""
     if isinstance(prompts, (str, bytes)):
         prompts = [prompts]  # type: ignore[list-item]

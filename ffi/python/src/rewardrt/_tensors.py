@@ -47,6 +47,8 @@ def tensor(value: Any, name: str) -> Tensor:
     dtype = _NUMPY.get(array.dtype.name)
     if dtype is None:
         raise errors.ShapeError(f"{name}: dtype {array.dtype.name}, it must be float32, float16 or bfloat16")
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     return Tensor(dtype, array.shape, np.ascontiguousarray(array))
 
 

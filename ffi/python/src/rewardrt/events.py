@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Events:
 
     def __init__(self, runtime: Handle) -> None:
         self.runtime = runtime
+        self.process = os.getpid()
         # A job's finalizer may run inside of it.
         self.lock = threading.RLock()
         self._followers: dict[int, list[Callable[[Event], None]]] = {}
@@ -51,7 +53,7 @@ class Events:
         if self._fd is None:
             found = ffi.new("int32_t *")
             try:
-                call(lib.rrt_event_fd, self.runtime.pointer, found)
+                call(lib.rrt_event_fd, self.runtime, found)
             except errors.Unsupported:
                 return None
             self._fd = found[0]
@@ -63,7 +65,7 @@ class Events:
         size = ffi.sizeof("rrt_event")
         while True:
             with self.lock:
-                call(lib.rrt_poll, self.runtime.pointer, self._buffer, _AT_ONCE, size, count)
+                call(lib.rrt_poll, self.runtime, self._buffer, _AT_ONCE, size, count)
                 found = [(e.job, _event(e)) for e in self._buffer[0 : count[0]]]
                 told = [(f, event) for job, event in found for f in self._followers.get(job, ())]
                 for job, event in found:
@@ -95,11 +97,11 @@ class Events:
                     self._followers.pop(job, None)
 
     def end(self, job: int) -> None:
-        """Tells the followers of a job that was dropped, which has no events any more."""
+        """Tells the followers of a job that was taken or dropped, which has no events any more."""
         with self.lock:
             followers = self._followers.pop(job, [])
         for follower in followers:
-            follower(_DROPPED)
+            follower(_GONE)
 
     @contextlib.contextmanager
     def in_loop(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
@@ -122,4 +124,4 @@ def _event(e: Any) -> Event:
     return Event(e.kind != lib.RRT_EVENT_CHUNK, e.sequence, e.first, e.count, e.finish, e.text_len)
 
 
-_DROPPED = Event(True, 0, 0, 0, -1, 0)
+_GONE = Event(True, 0, 0, 0, -1, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import errors
-from ._handle import Handle, call, nanoseconds
+from ._handle import Handle, Patience, call
 from ._native import ffi, lib
 
 
@@ -14,14 +14,21 @@ class Follower:
         self._handle: Handle | None = handle
 
     def wait(self, version: int, timeout: float | None = None) -> None:
-        """Waits until the model has this version or a later one; :class:`Timeout` if it does not in time."""
-        call(lib.rrt_follower_wait, self._open().pointer, version, nanoseconds(timeout))
+        """Waits until the model has this version or a later one; :class:`Timeout` if it does not in time,
+        :class:`Closed` if another thread closes it meanwhile."""
+        patience = Patience(timeout)
+        while True:
+            try:
+                return call(lib.rrt_follower_wait, self._open(), version, patience.slice())
+            except errors.Timeout:
+                if patience.is_over():
+                    raise
 
     @property
     def updates(self) -> int:
         """Updates made so far. Raises what went wrong when the folder was last looked at."""
         count = ffi.new("uint64_t *")
-        call(lib.rrt_follower_state, self._open().pointer, count)
+        call(lib.rrt_follower_state, self._open(), count)
         return count[0]
 
     def close(self) -> None:

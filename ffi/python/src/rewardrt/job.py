@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import os
 import select
 import threading
 import time
@@ -16,23 +17,24 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from . import errors
-from ._handle import Handle, call, nanoseconds, open_handle, raise_for
+from ._handle import Handle, Patience, call, open_handle, raise_for
 from ._native import ffi, lib
 from .events import Event, Events
 from .results import FINISH, Samples
 
 T = TypeVar("T")
 
-# The longest that Python's signal handlers have to wait for a call to come back.
-_SLICE_SECONDS = 0.1
-
 
 @dataclass(frozen=True)
 class Live:
-    """What a job needs until its result was taken. It keeps the model, which would take its jobs with it."""
+    """What a job needs until its result was taken.
+
+    ``kept`` are the models and adapters of its request: a model would take its jobs with it, and a runtime must not be
+    closed while a job of another one uses its models.
+    """
 
     runtime: Handle
-    model: Handle
+    kept: tuple[Handle, ...]
     events: Events
     number: int
 
@@ -70,7 +72,7 @@ class Job(Generic[T]):
         live = self._live
         if live is not None:
             try:
-                call(lib.rrt_job_cancel, live.runtime.pointer, live.number)
+                call(lib.rrt_job_cancel, live.runtime, live.number)
             except errors.NotFound:
                 pass  # another thread is taking its result
 
@@ -79,7 +81,10 @@ class Job(Generic[T]):
         live = self._live
         counts = ffi.new("size_t[2]")
         if live is not None:
-            call(lib.rrt_job_progress, live.runtime.pointer, live.number, counts, counts + 1)
+            try:
+                call(lib.rrt_job_progress, live.runtime, live.number, counts, counts + 1)
+            except errors.NotFound:
+                return 0, 0  # another thread has taken its result
         return counts[0], counts[1]
 
     def close(self) -> None:
@@ -90,9 +95,10 @@ class Job(Generic[T]):
         with self._lock:
             live = self._live
             if live is not None:
-                self._forget()
                 closed = errors.Cancelled("the job or its model was closed", "RRT_E_CANCELLED", lib.RRT_E_CANCELLED)
                 self._outcome, self._live = (None, closed), None
+        # Outside of the lock: it calls the job's followers.
+        self._forget()
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._awaited().__await__()
@@ -126,16 +132,15 @@ class Job(Generic[T]):
                 await ended.wait()
 
     def _wait(self, timeout: float | None) -> bool:
-        end = None if timeout is None else time.monotonic() + nanoseconds(timeout) / 1e9
+        patience = Patience(timeout)
         error = ffi.new("rrt_error *")
         while (live := self._live) is not None:
-            left = _SLICE_SECONDS if end is None else min(max(end - time.monotonic(), 0.0), _SLICE_SECONDS)
             number = ffi.new("uint64_t *", live.number)
-            status = lib.rrt_wait(live.runtime.pointer, number, 1, lib.RRT_WAIT_ALL, nanoseconds(left), error)
+            status = lib.rrt_wait(live.runtime.pointer, number, 1, lib.RRT_WAIT_ALL, patience.slice(), error)
             # Another thread's call must not be what keeps the runtime.
             del live
             if status == lib.RRT_TIMEOUT:
-                if end is not None and time.monotonic() >= end:
+                if patience.is_over():
                     return False
             elif status == lib.RRT_E_NOT_FOUND:
                 # Another thread has taken it, or is just about to say so.
@@ -148,15 +153,15 @@ class Job(Generic[T]):
 
     def _take(self) -> T:
         with self._lock:
+            live = self._live
             if self._outcome is None:
-                live = self._live
                 assert live is not None
                 try:
                     handle = open_handle(
                         "rrt_result",
                         lib.rrt_job_take,
                         lib.rrt_result_free,
-                        live.runtime.pointer,
+                        live.runtime,
                         live.number,
                         parent=live.runtime,
                     )
@@ -165,6 +170,9 @@ class Job(Generic[T]):
                     self._outcome = (None, error)
                 self._forget.detach()
                 self._live = None
+        if live is not None:
+            # A job that was taken has no events any more, also not those that nobody has seen yet.
+            live.events.end(live.number)
         value, failure = self._outcome
         if failure is not None:
             raise failure
@@ -230,15 +238,16 @@ class SampleStream(Job[Samples]):
         while (live := self._live) is not None:
             event = self._news.next()
             if event is not None:
-                if event.last:
+                chunk = None if event.last else self._chunk(live, event)
+                if chunk is None:
                     return
-                yield self._chunk(live, event)
+                yield chunk
                 continue
             if live.events.fd is None:
                 time.sleep(0.001)
             else:
                 # Another thread may have taken the events meanwhile, so not for long.
-                select.select([live.events.fd], [], [], 0.02)
+                _wait_readable(live.events.fd, 0.02)
             live.events.drain()
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -262,14 +271,16 @@ class SampleStream(Job[Samples]):
                     if event is None:
                         await news.wait()
                         news.clear()
-                    elif event.last:
+                        continue
+                    chunk = None if event.last else self._chunk(live, event)
+                    if chunk is None:
                         return
-                    else:
-                        yield self._chunk(live, event)
+                    yield chunk
         finally:
             self._news.wake = None
 
-    def _chunk(self, live: Live, event: Event) -> Chunk:
+    def _chunk(self, live: Live, event: Event) -> Chunk | None:
+        """The tokens of an event; None if another thread has taken the result, which ends the stream."""
         ids = np.empty(event.count, np.uint32)
         model, drawn = np.empty(event.count, np.float32), np.empty(event.count, np.float32)
         count = ffi.new("size_t *")
@@ -278,11 +289,14 @@ class SampleStream(Job[Samples]):
             ffi.from_buffer("float[]", model),
             ffi.from_buffer("float[]", drawn),
         )
-        job = (live.runtime.pointer, live.number, event.sequence)
-        call(lib.rrt_job_peek, *job, event.first, *arrays, event.count, count)
+        job = (live.runtime, live.number, event.sequence)
         known = self._text.get(event.sequence, 0)
         text = ffi.new("char[]", max(1, event.text_len - known))
-        call(lib.rrt_job_peek_text, *job, known, text, event.text_len - known, count)
+        try:
+            call(lib.rrt_job_peek, *job, event.first, *arrays, event.count, count)
+            call(lib.rrt_job_peek_text, *job, known, text, event.text_len - known, count)
+        except errors.NotFound:
+            return None
         self._text[event.sequence] = known + count[0]
         prompt, sample = divmod(event.sequence, self._drawn)
         return Chunk(
@@ -297,21 +311,37 @@ class SampleStream(Job[Samples]):
         )
 
 
+def _wait_readable(fd: int, seconds: float) -> None:
+    # select.select takes no descriptor beyond 1,023.
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.poll(int(seconds * 1000))
+
+
 def _drop(events: Events, number: int) -> None:
+    # In a child of fork() a lock may be held for ever, by a thread that is not there.
+    if events.process != os.getpid():
+        return
     lib.rrt_job_drop(events.runtime.pointer, number, ffi.NULL)
     events.end(number)
 
 
 def submit(
-    function: Callable[..., int], *arguments: Any, model: Handle, events: Events, news: News | None = None
+    function: Callable[..., int],
+    owner: Handle,
+    request: Any,
+    *,
+    model: Handle,
+    events: Events,
+    news: News | None = None,
 ) -> Live:
-    """Queues a request by a function whose last parameters are the job's number and an error.
+    """Queues a request by a function of ``owner`` whose last parameters are the job's number and an error.
 
     With ``news`` the job is followed before any of its events can be taken.
     """
     number = ffi.new("uint64_t *")
     with events.lock if news is not None else contextlib.nullcontext():
-        call(function, *arguments, number)
+        call(function, owner, request.struct, number)
         if news is not None:
             events.follow(number[0], news.add)
-    return Live(events.runtime, model, events, number[0])
+    return Live(events.runtime, (model, *request.handles), events, number[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,8 @@ import numpy as np
 
 from . import errors
 from ._arrays import Bytes, pointer
-from ._handle import Handle, call, nanoseconds, open_handle, struct, view
-from ._inputs import Prompt, as_sequences, conversations
+from ._handle import Children, Handle, call, nanoseconds, open_handle, struct, view
+from ._inputs import Prompt, Prompts, as_sequences, conversations
 from ._native import ffi, lib
 from ._tensors import dtype_name
 from .adapter import Adapter
@@ -109,26 +108,25 @@ def load_model(
         weights_version=version,
         **numbers,
     )
-    handle = open_handle("rrt_model", lib.rrt_model_load, lib.rrt_model_free, runtime.pointer, options, parent=runtime)
-    return Model(handle, runtime, events, os.fspath(path))
+    handle = open_handle("rrt_model", lib.rrt_model_load, lib.rrt_model_free, runtime, options, parent=runtime)
+    return Model(handle, events, os.fspath(path))
 
 
 class Model:
     """A model on a runtime, from :meth:`Runtime.load_model`. Any thread may use it."""
 
-    def __init__(self, handle: Handle, runtime: Handle, events: Events, path: str) -> None:
+    def __init__(self, handle: Handle, events: Events, path: str) -> None:
         self._handle: Handle | None = handle
-        self._runtime: Handle | None = runtime
         self._events: Events | None = events
         self._tokenizer: Tokenizer | None = None
-        self._children: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._children = Children()
         self.path = path
 
     @property
     def info(self) -> ModelInfo:
         """What it is, and what it takes now."""
         handle, found = self._open(), view("rrt_model_info")
-        call(lib.rrt_get_model_info, handle.pointer, found)
+        call(lib.rrt_get_model_info, handle, found)
         names = (
             "vocab_size",
             "hidden_size",
@@ -173,7 +171,7 @@ class Model:
         all_of_them: list[TensorInfo] = []
         while True:
             try:
-                call(lib.rrt_model_tensor, handle.pointer, len(all_of_them), found)
+                call(lib.rrt_model_tensor, handle, len(all_of_them), found)
             except errors.Error as error:
                 if error.status == "RRT_E_RANGE":
                     return all_of_them
@@ -181,7 +179,7 @@ class Model:
             name = ffi.buffer(found.name, found.name_len)[:].decode()
             all_of_them.append(TensorInfo(name, dtype_name(found.dtype), tuple(found.shape[0 : found.rank])))
 
-    def sample(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[Sampling]) -> Job[Samples]:
+    def sample(self, prompts: Prompts, **options: Unpack[Sampling]) -> Job[Samples]:
         """Samples ``n`` answers to each prompt: a job of ``len(prompts) * n`` answers.
 
             model.sample(prompts, n=8, max_tokens=256, temperature=0.7, top_p=0.9, seed=step)
@@ -193,11 +191,11 @@ class Model:
         request = self._request(prompts, options)
         return self._job(lib.rrt_submit_sample, request, partial(Samples, top=bool(options.get("top_logprobs"))))
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], **options: Unpack[Sampling]) -> SampleStream:
+    def stream(self, prompts: Prompts, **options: Unpack[Sampling]) -> SampleStream:
         """As :meth:`sample`, with tokens that can be read as they are sampled: ``for chunk in stream`` or ``async
         for``."""
         request, news = self._request(prompts, options, stream=True), News()
-        live = self._submit(lib.rrt_submit_sample, request.struct, news=news)
+        live = self._submit(lib.rrt_submit_sample, request, news=news)
         drawn = options.get("best_of") or options.get("n", 1)
         read = partial(Samples, top=bool(options.get("top_logprobs")))
         return self._tracked(SampleStream(live, read, news, drawn))
@@ -205,24 +203,18 @@ class Model:
     def session(self, prompt: Prompt = ()) -> Session:
         """Begins a rollout of several turns."""
         ids = self._sequences([prompt], "prompt")[0] if len(prompt) else np.empty(0, np.uint32)
-        handle = open_handle(
-            "rrt_session",
-            lib.rrt_session_new,
-            lib.rrt_session_free,
-            self._open().pointer,
-            pointer("uint32_t", ids),
-            ids.size,
-            parent=self._runtime,
+        handle = self._child(
+            "rrt_session", lib.rrt_session_new, lib.rrt_session_free, pointer("uint32_t", ids), ids.size
         )
         return self._tracked(Session(handle, self))
 
     def rollout(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         *,
         reference: Model | Literal["base"] | None = None,
         rewards: Sequence[Reward] = (),
-        advantage: Literal["group", "leave_one_out", "batch", "none"] = "group",
+        advantage: Literal["group", "leave_one_out", "batch", "centred", "none"] = "group",
         clip_reward: tuple[float, float] | None = None,
         **options: Unpack[Sampling],
     ) -> Job[Rollout]:
@@ -233,7 +225,8 @@ class Model:
         - ``rewards``: the models whose weighted sum is an answer's reward. One with another tokenizer sees prompts that
           are messages through its own chat template.
         - ``advantage``: "group" is TRL's GRPO, (r - mean) / (std + 1e-4) over a prompt's answers; "leave_one_out" is
-          RLOO; "batch" is (r - mean) / (std + 1e-4) over all answers.
+          RLOO; "batch" is (r - mean) / (std + 1e-4) over all answers; "centred" is Dr. GRPO's r - mean over a prompt's
+          answers; "none" is r.
         - ``clip_reward``: the range that the reward is brought into before.
         """
         request = RolloutRequest(
@@ -248,7 +241,7 @@ class Model:
 
     def logprobs(
         self,
-        sequences: Prompt | Sequence[Prompt],
+        sequences: Prompts,
         *,
         prompt_lens: Sequence[int] | None = None,
         top_logprobs: int = 0,
@@ -276,7 +269,7 @@ class Model:
 
     def score(
         self,
-        sequences: Prompt | Sequence[Prompt],
+        sequences: Prompts,
         *,
         rule: str | None = None,
         label: int = 0,
@@ -304,7 +297,7 @@ class Model:
 
     def score_steps(
         self,
-        sequences: Prompt | Sequence[Prompt],
+        sequences: Prompts,
         *,
         step_id: int | None = None,
         positions: Sequence[Sequence[int]] | None = None,
@@ -375,9 +368,7 @@ class Model:
             convert=convert,
             timeout=timeout,
         )
-        handle = open_handle(
-            "rrt_update", lib.rrt_update_begin, lib.rrt_update_free, self._open().pointer, options, parent=self._runtime
-        )
+        handle = self._child("rrt_update", lib.rrt_update_begin, lib.rrt_update_free, options)
         return self._tracked(Update(handle, self.version, version))
 
     def load_adapter(self, path: str | os.PathLike[str], *, version: int = 0, mmap: bool = True) -> Adapter:
@@ -393,14 +384,7 @@ class Model:
             version=version,
             flags=0 if mmap else lib.RRT_ADAPTER_NO_MMAP,
         )
-        handle = open_handle(
-            "rrt_adapter",
-            lib.rrt_adapter_load,
-            lib.rrt_adapter_free,
-            self._open().pointer,
-            options,
-            parent=self._runtime,
-        )
+        handle = self._child("rrt_adapter", lib.rrt_adapter_load, lib.rrt_adapter_free, options)
         return self._tracked(Adapter(handle))
 
     def follow(self, path: str | os.PathLike[str], *, interval: float = 0.2, in_flight: InFlight = "wait") -> Follower:
@@ -409,15 +393,8 @@ class Model:
         rename."""
         folder, update = Bytes(os.fspath(path)), update_options(in_flight=in_flight)
         options = struct("rrt_follow_opts", interval_ns=nanoseconds(interval), update=update)
-        handle = open_handle(
-            "rrt_follower",
-            lib.rrt_follow,
-            lib.rrt_follower_free,
-            self._open().pointer,
-            folder.pointer,
-            folder.length,
-            options,
-            parent=self._runtime,
+        handle = self._child(
+            "rrt_follower", lib.rrt_follow, lib.rrt_follower_free, folder.pointer, folder.length, options
         )
         return self._tracked(Follower(handle))
 
@@ -436,7 +413,7 @@ class Model:
         memory), the KV cache, or both. Jobs may be submitted, and wait."""
         call(
             lib.rrt_model_sleep,
-            self._open().pointer,
+            self._open(),
             _tags(weights, kv_cache),
             in_flight_mode(in_flight),
             nanoseconds(timeout),
@@ -444,14 +421,13 @@ class Model:
 
     def wake(self, *, weights: bool = True, kv_cache: bool = True) -> None:
         """Takes the memory again. On an error the model sleeps on."""
-        call(lib.rrt_model_wake, self._open().pointer, _tags(weights, kv_cache))
+        call(lib.rrt_model_wake, self._open(), _tags(weights, kv_cache))
 
     def close(self) -> None:
         """Closes it with its adapters, sessions, updates and followers; jobs of it that are not done fail with
         :class:`Cancelled`."""
-        for child in list(self._children):
-            child.close()
-        self._handle = self._runtime = self._events = None
+        self._children.close()
+        self._handle = self._events = None
 
     def __enter__(self) -> Model:
         return self
@@ -466,23 +442,28 @@ class Model:
         return as_sequences(lambda: self.tokenizer, given, what=what, generation_prompt=opened)
 
     def _job(self, function: Any, request: Any, read: Callable[[Handle], Any]) -> Job[Any]:
-        return self._tracked(Job(self._submit(function, request.struct), read))
+        return self._tracked(Job(self._submit(function, request), read))
 
     def _submit(self, function: Any, request: Any, news: News | None = None) -> Live:
-        self._open()
-        assert self._runtime is not None
-        return self._submit_by(function, self._runtime, request, news)
+        runtime = self._open().parent
+        assert runtime is not None
+        return self._submit_by(function, runtime, request, news)
 
     def _submit_by(self, function: Any, owner: Handle, request: Any, news: News | None = None) -> Live:
         """Queues a request by a function of the runtime or of a session."""
-        model = self._open()
-        assert self._events is not None
-        return submit(function, owner.pointer, request, model=model, events=self._events, news=news)
+        model, events = self._open(), self._events
+        if events is None:
+            raise errors.Closed("the model is closed")
+        return submit(function, owner, request, model=model, events=events, news=news)
+
+    def _child(self, kind: str, function: Any, free: Any, *arguments: Any) -> Handle:
+        """Opens something of this model, which keeps the runtime."""
+        handle = self._open()
+        return open_handle(kind, function, free, handle, *arguments, parent=handle.parent)
 
     def _tracked(self, child: T) -> T:
         """Closes it with the model."""
-        self._children.add(child)
-        return child
+        return self._children.add(child)
 
     def _open(self) -> Handle:
         if self._handle is None:

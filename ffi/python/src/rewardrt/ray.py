@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -38,36 +38,58 @@ _SHARD_SEQUENCES = 64
 _MAX_LOSSES = 5
 
 
+class _Weights(NamedTuple):
+    """An update, with its tensors in the object store."""
+
+    chunks: list[Any]
+    require: str
+    convert: bool
+    version: int
+
+
 class _Host:
     """What an actor runs: a model on a runtime of its own."""
 
     def __init__(self, path: str, device: str, threads: int, options: dict[str, Any]) -> None:
-        self._model = _load(path, device, threads, options)
+        # Nothing that can fail: Ray would say no more than that the actor has died.
+        self._arguments = path, device, threads, options
         self._update: Update | None = None
+        # An abort may come while a stage that nobody waits for any more goes on.
+        self._changing = threading.RLock()
+
+    def load(self, weights: list[_Weights]) -> None:
+        """Loads the model and gives it these updates."""
+        self._model = _load(*self._arguments)
+        for update in weights:
+            self.stage(update.chunks, update.require, update.convert)
+            self.commit(update.version)
 
     def version(self) -> int:
         return self._model.version
 
     def stage(self, chunks: list[Any], require: str, convert: bool) -> None:
         """Puts all tensors into a transaction, straight from the object store's memory."""
-        self.abort()
-        self._update = self._model.update(require=require, convert=convert)  # type: ignore[arg-type]
-        try:
-            for chunk in chunks:
-                self._update.put_all(ray.get(chunk))
-        except BaseException:
+        with self._changing:
             self.abort()
-            raise
+            self._update = self._model.update(require=require, convert=convert)  # type: ignore[arg-type]
+            try:
+                for chunk in chunks:
+                    self._update.put_all(ray.get(chunk))
+            except BaseException:
+                self.abort()
+                raise
 
     def commit(self, version: int) -> None:
-        assert self._update is not None
-        self._update.commit(version)
-        self._update = None
+        with self._changing:
+            assert self._update is not None
+            self._update.commit(version)
+            self._update = None
 
     def abort(self) -> None:
-        if self._update is not None:
-            self._update.abort()
-            self._update = None
+        with self._changing:
+            if self._update is not None:
+                self._update.abort()
+                self._update = None
 
     def run(self, method: str, sequences: list[Any], options: dict[str, Any]) -> Any:
         return getattr(self._model, method)(sequences, **options).result()
@@ -112,11 +134,19 @@ class Pool:
         )
         self._lock = threading.Lock()
         self._losses = 0
-        # What an actor that starts has to be given: (chunks, require, convert, version) of each update since the last
-        # whole one.
-        self._weights: list[tuple[list[Any], str, bool, int]] = []
-        self.actors: list[Any] = [self._start() for _ in range(actors)]
-        self._version = max(_get([actor.version.remote() for actor in self.actors]))
+        # What an actor that starts has to be given: each update since the last whole one.
+        self._weights: list[_Weights] = []
+        # Actors that are not ready yet: index → reference of their loading.
+        self._loading: dict[int, Any] = {}
+        self.actors: list[Any] = [None] * actors
+        self._version = int((model_options or {}).get("version", 0))
+        for index in range(actors):
+            self._begin(index)
+        try:
+            self._all_ready()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def version(self) -> int:
@@ -166,24 +196,19 @@ class Pool:
         """
         with self._lock:
             chosen = self._version + 1 if version is None else version
-            update = ([ray.put(chunk) for chunk in _chunks(tensors)], require, convert, chosen)
-            try:
-                self._everywhere(lambda actor: actor.stage.remote(*update[:3]))
-            except errors.Error:
-                self._everywhere(lambda actor: actor.abort.remote())
-                raise
-            # From here on an actor that starts is given it; one that is lost while it commits, too.
-            before = self._weights
-            self._weights = [update] if require == "all" else [*before, update]
-            self._everywhere(lambda actor: actor.commit.remote(chosen), restarted_is_done=True)
-            self._version = chosen
+            if chosen == self._version:
+                raise errors.ArgumentError(f"version is {chosen}, which the weights have now: it must be another one")
+            update = _Weights([ray.put(chunk) for chunk in _chunks(tensors)], require, convert, chosen)
+            self._stage(update)
+            # A whole update is all that an actor that starts needs.
+            self._commit(update, [update] if require == "all" else [*self._weights, update])
             return chosen
 
     def close(self) -> None:
         """Ends the actors."""
         for actor in self.actors:
             ray.kill(actor)
-        self.actors, self._weights = [], []
+        self.actors, self._weights, self._loading = [], [], {}
 
     def __enter__(self) -> Pool:
         return self
@@ -225,52 +250,130 @@ class Pool:
         losses = 0
         while waiting or running:
             busy = [index for _, index in running.values()]
-            for index in sorted(range(len(self.actors)), key=busy.count):
+            for index in sorted(set(range(len(self.actors))) - self._loading.keys(), key=busy.count):
                 while waiting and [i for _, i in running.values()].count(index) < _SHARDS_AT_ONCE:
                     shard = waiting.pop()
                     running[self.actors[index].run.remote(*work[shard])] = (shard, index)
-            ready, _ = ray.wait(list(running), num_returns=1)
-            shard, index = running[ready[0]]
+            loading = {reference: index for index, reference in self._loading.items()}
+            ready, _ = ray.wait([*running, *loading], num_returns=1)
+            index = loading[ready[0]] if ready[0] in loading else running[ready[0]][1]
             try:
-                results[shard] = _get(ready[0])
-                del running[ready[0]]
-                losses = 0
+                if ready[0] in loading:
+                    self._ready(index)
+                else:
+                    results[running[ready[0]][0]] = _get(ready[0])
+                    del running[ready[0]]
+                    losses = 0
             except ray.exceptions.RayActorError:
+                self._lost(index)
                 losses += 1
                 if losses > _MAX_LOSSES:
                     raise
                 # All that the actor had is done again, by whoever is free.
                 lost = [reference for reference, (_, i) in running.items() if i == index]
                 waiting.extend(running.pop(reference)[0] for reference in lost)
-                self._replace(index)
         return results
 
-    def _replace(self, index: int) -> None:
-        """Starts an actor in the place of a lost one and gives it the present weights."""
-        self._losses += 1
-        actor = self._start()
-        for chunks, require, convert, version in self._weights:
-            _get(actor.stage.remote(chunks, require, convert))
-            _get(actor.commit.remote(version))
-        self.actors[index] = actor
+    def _begin(self, index: int) -> None:
+        """Starts an actor, which loads the model and the present weights meanwhile."""
+        self.actors[index] = self._start()
+        self._loading[index] = self.actors[index].load.remote(self._weights)
 
-    def _everywhere(self, call: Callable[[Any], Any], restarted_is_done: bool = False) -> None:
-        """Calls something of every actor. One that is lost is replaced, and called again unless its start has done
-        it."""
-        running = [call(actor) for actor in self.actors]
-        failures = []
-        for index, reference in enumerate(running):
+    def _replace(self, index: int) -> None:
+        """Starts an actor in the place of one that is lost, or whose weights are not those of the others."""
+        ray.kill(self.actors[index])
+        self._begin(index)
+
+    def _ready(self, index: int) -> None:
+        """Waits for an actor that loads. What that fails with is raised, and another one started for the next call."""
+        try:
+            _get(self._loading[index])
+            del self._loading[index]
+        except ray.exceptions.RayActorError:
+            raise
+        except BaseException:
+            self._replace(index)
+            raise
+
+    def _lost(self, index: int) -> None:
+        self._losses += 1
+        self._replace(index)
+
+    def _all_ready(self) -> None:
+        """Waits until every actor has the present weights."""
+        losses = 0
+        while self._loading:
+            index = next(iter(self._loading))
             try:
-                try:
-                    _get(reference)
-                except ray.exceptions.RayActorError:
-                    self._replace(index)
-                    if not restarted_is_done:
-                        _get(call(self.actors[index]))
+                self._ready(index)
+            except ray.exceptions.RayActorError:
+                self._lost(index)
+                losses += 1
+                if losses > _MAX_LOSSES:
+                    raise
+
+    def _stage(self, update: _Weights) -> None:
+        """Puts an update's tensors into a transaction of every actor; into none if one refuses them."""
+        staged: set[int] = set()
+        losses = 0
+        try:
+            while len(staged) < len(self.actors):
+                self._all_ready()
+                missing = [index for index in range(len(self.actors)) if index not in staged]
+                asked = [
+                    (i, self.actors[i].stage.remote(update.chunks, update.require, update.convert)) for i in missing
+                ]
+                for index, reference in asked:
+                    try:
+                        _get(reference)
+                        staged.add(index)
+                    except ray.exceptions.RayActorError:
+                        self._lost(index)
+                        losses += 1
+                        if losses > _MAX_LOSSES:
+                            raise
+        except BaseException:
+            self._abort(range(len(self.actors)))
+            raise
+
+    def _commit(self, update: _Weights, weights: list[_Weights]) -> None:
+        """Commits what every actor has staged. If one cannot, those that could are started anew with the weights from
+        before, and the others abort."""
+        waiting = [(index, actor.commit.remote(update.version)) for index, actor in enumerate(self.actors)]
+        refused: list[int] = []
+        lost: list[int] = []
+        failure: BaseException | None = None
+        for index, reference in waiting:
+            try:
+                _get(reference)
+            except ray.exceptions.RayActorError:
+                lost.append(index)
             except errors.Error as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
+                refused.append(index)
+                failure = failure or error
+            except BaseException as error:
+                # Whether it has committed is not known.
+                failure = failure or error
+        if failure is None:
+            self._weights, self._version = weights, update.version
+            for index in lost:
+                self._lost(index)
+            return
+        self._abort(refused)
+        for index in lost:
+            self._lost(index)
+        for index in set(range(len(self.actors))) - {*refused, *lost}:
+            self._replace(index)
+        raise failure
+
+    def _abort(self, indices: Iterable[int]) -> None:
+        """Ends the transactions of actors that have not committed."""
+        asked = [(index, self.actors[index].abort.remote()) for index in indices]
+        for index, reference in asked:
+            try:
+                _get(reference)
+            except ray.exceptions.RayActorError:
+                self._lost(index)
 
 
 def _get(references: Any) -> Any:

@@ -100,7 +100,7 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, handle: Handle, *, top: bool = False) -> None:
         found = view("rrt_sequences_view")
-        call(lib.rrt_result_sequences, handle.pointer, found)
+        call(lib.rrt_result_sequences, handle, found)
         count = found.count
         _take(
             self,
@@ -207,7 +207,7 @@ class _Rows(Sequence[np.ndarray]):
 
     def __init__(self, handle: Handle) -> None:
         found = view("rrt_scores_view")
-        call(lib.rrt_result_scores, handle.pointer, found)
+        call(lib.rrt_result_scores, handle, found)
         self._read(handle, found)
         _take(self, found, handle, found.count + 1, offsets="offsets")
         _take(self, found, handle, int(self.offsets[found.count]), values="values")
@@ -335,7 +335,7 @@ def _top(result: Any, handle: Handle, asked: bool) -> None:
     result._top_offsets = result._top_ids = result._top_logprobs = np.empty(0, np.uintp)
     if asked:
         found = view("rrt_topk_view")
-        call(lib.rrt_result_topk, handle.pointer, found)
+        call(lib.rrt_result_topk, handle, found)
         _take(result, found, handle, found.count + 1, _top_offsets="offsets")
         _take(result, found, handle, int(result._top_offsets[-1]), _top_ids="ids", _top_logprobs="logprob")
 

@@ -13,7 +13,7 @@ from ._arrays import Bytes, borrowed, pointer
 from ._handle import Handle, call, struct, view
 from ._native import ffi, lib
 from .results import Samples
-from .sampling import SampleRequest, adapter_pointer
+from .sampling import SampleRequest, held
 from .tokenizer import Message, Turns
 from .update import one_of
 
@@ -25,6 +25,7 @@ _ADVANTAGE = {
     "group": lib.RRT_ADVANTAGE_GROUP,
     "leave_one_out": lib.RRT_ADVANTAGE_LEAVE_ONE_OUT,
     "batch": lib.RRT_ADVANTAGE_BATCH,
+    "centred": lib.RRT_ADVANTAGE_CENTRED,
     "none": lib.RRT_ADVANTAGE_NONE,
 }
 
@@ -44,6 +45,9 @@ class Reward:
     """Of that model"""
     name: str = ""
     """For messages"""
+    question: str | None = None
+    """What a judge is asked: a user message in which {prompt} and {answer} stand for the texts. Without it the model
+    reads prompt and answer"""
 
 
 class Rollout(Samples):
@@ -71,14 +75,18 @@ class Rollout(Samples):
     group_zero_variance: np.ndarray
     """uint32 [prompts]; 1: all rewards are equal, there is nothing to learn"""
     group_best: np.ndarray
-    """uint32 [prompts]; the answer with the highest reward, counted over all"""
+    """int64 [prompts]; the answer with the highest reward, counted over all; -1 where no two rewards differ"""
     group_worst: np.ndarray
-    """uint32 [prompts]; and the one with the lowest"""
+    """int64 [prompts]; and the one with the lowest; -1 likewise"""
+    reward_version: np.ndarray
+    """uint64 [reward models, count]; of the weights that gave the rewards, 0 where one could not score"""
+    ref_version: np.ndarray
+    """uint64 [count]; of the reference's weights; empty without one"""
 
     def __init__(self, handle: Handle, *, top: bool = False) -> None:
         super().__init__(handle, top=top)
         found = view("rrt_rollout_view")
-        call(lib.rrt_result_rollout, handle.pointer, found)
+        call(lib.rrt_result_rollout, handle, found)
         tokens, count, groups = int(self.offsets[-1]), found.count, found.group_count
         self.ref_logprobs = borrowed(found.ref_logprob, tokens, handle)
         self.kl1 = borrowed(found.kl1, tokens, handle)
@@ -90,12 +98,19 @@ class Rollout(Samples):
         self.group_mean = borrowed(found.group_mean, groups, handle)
         self.group_std = borrowed(found.group_std, groups, handle)
         self.group_zero_variance = borrowed(found.group_zero_variance, groups, handle)
-        self.group_best = borrowed(found.group_best, groups, handle)
-        self.group_worst = borrowed(found.group_worst, groups, handle)
+        self.group_best = _indices(borrowed(found.group_best, groups, handle))
+        self.group_worst = _indices(borrowed(found.group_worst, groups, handle))
+        self.reward_version = borrowed(found.reward_version, self.rewards.size, handle).reshape(self.rewards.shape)
+        self.ref_version = borrowed(found.ref_version, count, handle)
+
+
+def _indices(found: np.ndarray) -> np.ndarray:
+    """The library's indices, of which UINT32_MAX is none."""
+    return np.where(found == np.iinfo(np.uint32).max, -1, found.astype(np.int64))
 
 
 class RolloutRequest:
-    """An rrt_rollout_req, with all that it points to."""
+    """An rrt_rollout_req, with all that it points to; ``handles`` of it are what its job needs."""
 
     def __init__(
         self,
@@ -108,6 +123,7 @@ class RolloutRequest:
         clip_reward: tuple[float, float] | None,
     ) -> None:
         self._sample = sample
+        self.handles = [*sample.handles]
         self.struct: Any = struct(
             "rrt_rollout_req", sample=sample.struct, advantage=one_of(_ADVANTAGE, advantage, "advantage")
         )
@@ -116,8 +132,7 @@ class RolloutRequest:
         elif isinstance(reference, str):
             raise errors.ArgumentError(f"reference is {reference!r}, it must be a Model, 'base' or None")
         elif reference is not None:
-            self._reference = reference._open()
-            self.struct.reference = self._reference.pointer
+            self.struct.reference = held(self.handles, reference._open())
         if clip_reward is not None:
             self.struct.flags |= lib.RRT_ROLLOUT_CLIP_REWARD
             self.struct.clip_low, self.struct.clip_high = clip_reward
@@ -133,14 +148,19 @@ class RolloutRequest:
         self._kept: list[Any] = []
         for target, reward in zip(self._rewards, rewards, strict=True):
             lib.rrt_reward_init(ffi.addressof(target))
-            model, name = reward.model._open(), Bytes(reward.name)
-            target.model, target.weight, target.label = model.pointer, reward.weight, reward.label
-            target.name, target.name_len = name.pointer, name.length
-            target.adapter = adapter_pointer(reward.adapter)
-            self._kept += [model, name]
-            if reward.rule is not None:
-                rule = Bytes(reward.rule)
-                target.rule, target.rule_len = rule.pointer, rule.length
-                self._kept.append(rule)
+            target.model = held(self.handles, reward.model._open())
+            target.weight, target.label = reward.weight, reward.label
+            if reward.adapter is not None:
+                target.adapter = held(self.handles, reward.adapter._open())
+            self._set_text(target, "name", reward.name)
+            self._set_text(target, "rule", reward.rule)
+            self._set_text(target, "question", reward.question)
         self.struct.rewards, self.struct.reward_count = self._rewards, len(rewards)
         self.struct.reward_stride = ffi.sizeof("rrt_reward")
+
+    def _set_text(self, target: Any, field: str, text: str | None) -> None:
+        if text is not None:
+            data = Bytes(text)
+            self._kept.append(data)
+            setattr(target, field, data.pointer)
+            setattr(target, f"{field}_len", data.length)

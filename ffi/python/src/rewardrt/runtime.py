@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from . import errors
 from ._arrays import Bytes
-from ._handle import Handle, call, filled, nanoseconds, runtime_handle, struct
+from ._handle import Children, Handle, call, filled, nanoseconds, runtime_handle, struct
 from ._native import ffi, lib
 from .events import Events
 from .model import InFlight, Model, in_flight_mode, load_model
@@ -103,7 +102,7 @@ class Runtime:
             options.shader_cache, options.shader_cache_len = folder.pointer, folder.length
         self._handle: Handle | None = runtime_handle(options)
         self._events: Events | None = Events(self._handle)
-        self._models: weakref.WeakSet[Model] = weakref.WeakSet()
+        self._models = Children()
 
     def load_model(
         self,
@@ -134,7 +133,8 @@ class Runtime:
         - ``mmap``: False reads the files instead of mapping them.
         """
         handle, events = self._open(), self._events
-        assert events is not None
+        if events is None:
+            raise errors.Closed("the runtime is closed")
         model = load_model(
             handle,
             path,
@@ -149,8 +149,7 @@ class Runtime:
             max_context=max_context,
             steps_at_once=steps_at_once,
         )
-        self._models.add(model)
-        return model
+        return self._models.add(model)
 
     def pause(self, in_flight: InFlight = "wait", timeout: float | None = None) -> None:
         """Stops every model between two steps, until :meth:`resume`. Jobs may be submitted, and wait.
@@ -158,23 +157,23 @@ class Runtime:
         What becomes of the sequences under way: they finish ("wait"), end with what they have ("cancel"), or go on at
         :meth:`resume` ("keep"). :class:`Timeout` or :class:`Busy` if they do not come to rest; everything goes on then.
         """
-        call(lib.rrt_pause, self._open().pointer, in_flight_mode(in_flight), nanoseconds(timeout))
+        call(lib.rrt_pause, self._open(), in_flight_mode(in_flight), nanoseconds(timeout))
 
     def resume(self) -> None:
         """Ends a pause."""
-        call(lib.rrt_resume, self._open().pointer)
+        call(lib.rrt_resume, self._open())
 
     @property
     def device(self) -> str:
         """What it runs on, for people."""
-        handle = self._open().pointer
+        handle = self._open()
         return bytes(filled("char", 128, lambda *out: call(lib.rrt_runtime_device, handle, *out))).decode()
 
     @property
     def state(self) -> str:
         """ "running", "paused", "lost" (the device is: close the runtime and open another) or "poisoned" (a bug)."""
         state = ffi.new("int32_t *")
-        call(lib.rrt_runtime_state, self._open().pointer, state)
+        call(lib.rrt_runtime_state, self._open(), state)
         return _STATES[state[0]]
 
     def memory(self) -> Memory:
@@ -187,16 +186,15 @@ class Runtime:
 
     def reset_stats(self) -> None:
         """Counts from here, in all models."""
-        call(lib.rrt_stats_reset, self._open().pointer)
+        call(lib.rrt_stats_reset, self._open())
 
     def trim(self) -> None:
         """Gives the memory of caches back, in models that have nothing to do. Results do not depend on it."""
-        call(lib.rrt_trim, self._open().pointer)
+        call(lib.rrt_trim, self._open())
 
     def close(self) -> None:
         """Cancels the jobs and closes the models; more calls do nothing. Results that are held stay readable."""
-        for model in list(self._models):
-            model.close()
+        self._models.close()
         self._handle = self._events = None
 
     def __enter__(self) -> Runtime:

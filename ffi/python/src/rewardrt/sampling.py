@@ -11,7 +11,7 @@ import numpy as np
 from . import errors
 from ._arrays import Bytes, Packed, Strings, numbers, pointer, token_ids
 from ._handle import Handle, struct
-from ._native import ffi, lib
+from ._native import lib
 from .adapter import Adapter
 
 
@@ -109,7 +109,7 @@ _GUIDES = {
 
 
 class SampleRequest:
-    """An rrt_sample_req, with all that it points to."""
+    """An rrt_sample_req, with all that it points to; ``handles`` of it are what its job needs."""
 
     def __init__(
         self, model: Handle | None, prompts: Sequence[np.ndarray], options: Sampling, *, stream: bool = False
@@ -120,18 +120,19 @@ class SampleRequest:
                 f"{sorted(unknown)[0]!r} is no option of sampling; there are {', '.join(Sampling.__annotations__)}"
             )
         self._kept: list[Any] = []
+        self.handles: list[Handle] = []
         plain = {_PLAIN[name]: value for name, value in options.items() if name in _PLAIN}
         flags = lib.RRT_SAMPLE_IGNORE_EOS if options.get("ignore_eos") else 0
         self.struct = struct("rrt_sample_req", flags=flags | (lib.RRT_SAMPLE_STREAM if stream else 0), **plain)
         if model is not None:
-            self.struct.model = model.pointer
+            self.struct.model = held(self.handles, model)
         if prompts:
             self._keep(Packed(prompts)).write(self.struct.prompts)
         if options.get("streams") is not None:
             self._array("streams", "uint64_t", numbers(options["streams"], "uint64", "streams", len(prompts)))
         adapter = options.get("adapter")
         if adapter is not None:
-            self.struct.adapter = self._keep(adapter._open()).pointer
+            self.struct.adapter = held(self.handles, adapter._open())
         deadline = options.get("deadline")
         if deadline is not None:
             self.struct.deadline_ns = deadline_ns(deadline)
@@ -193,5 +194,7 @@ def deadline_ns(seconds: float) -> int:
     return max(1, int(seconds * 1e9))
 
 
-def adapter_pointer(adapter: Adapter | None) -> Any:
-    return ffi.NULL if adapter is None else adapter._open().pointer
+def held(handles: list[Handle], handle: Handle) -> Any:
+    """A handle's pointer, for a struct of a request that keeps the handle."""
+    handles.append(handle)
+    return handle.pointer

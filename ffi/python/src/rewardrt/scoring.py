@@ -11,7 +11,7 @@ from . import errors
 from ._arrays import Bytes, Packed, numbers, pointer
 from ._handle import Handle, struct
 from .adapter import Adapter
-from .sampling import adapter_pointer, deadline_ns
+from .sampling import deadline_ns, held
 
 
 def is_judge(rule: str | None) -> bool:
@@ -20,7 +20,7 @@ def is_judge(rule: str | None) -> bool:
 
 
 class ScoreRequest:
-    """An rrt_score_req, with all that it points to."""
+    """An rrt_score_req, with all that it points to; ``handles`` of it are what its job needs."""
 
     def __init__(
         self,
@@ -36,9 +36,10 @@ class ScoreRequest:
         **plain: int,
     ) -> None:
         self._sequences = Packed(sequences)
-        self.struct: Any = struct(
-            "rrt_score_req", kind=kind, model=model.pointer, adapter=adapter_pointer(adapter), **plain
-        )
+        self.handles: list[Handle] = []
+        self.struct: Any = struct("rrt_score_req", kind=kind, model=held(self.handles, model), **plain)
+        if adapter is not None:
+            self.struct.adapter = held(self.handles, adapter._open())
         self._sequences.write(self.struct.sequences)
         if deadline is not None:
             self.struct.deadline_ns = deadline_ns(deadline)

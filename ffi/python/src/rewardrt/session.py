@@ -36,7 +36,7 @@ class Session:
         """Appends a text, ids or messages. :class:`Busy` while a job samples, :class:`LimitError` beyond the model's
         context."""
         ids = self._model._sequences([turn], "turn")[0]
-        call(lib.rrt_session_append, self._open().pointer, pointer("uint32_t", ids), ids.size)
+        call(lib.rrt_session_append, self._open(), pointer("uint32_t", ids), ids.size)
 
     def sample(self, **options: Unpack[Sampling]) -> Job[Samples]:
         """Samples the next turn, with the options of :class:`Sampling` but ``n`` and ``streams``.
@@ -47,13 +47,13 @@ class Session:
             raise errors.ArgumentError("streams: a session's turns have stream 0, let seed differ")
         request = SampleRequest(None, [], options)
         model = self._model
-        live = model._submit_by(lib.rrt_session_sample, self._open(), request.struct)
+        live = model._submit_by(lib.rrt_session_sample, self._open(), request)
         return model._tracked(Job(live, partial(Samples, top=bool(options.get("top_logprobs")))))
 
     @property
     def ids(self) -> np.ndarray:
         """All its tokens, uint32."""
-        handle = self._open().pointer
+        handle = self._open()
         return np.frombuffer(
             filled("uint32_t", 1024, lambda *out: call(lib.rrt_session_tokens, handle, *out)), np.uint32
         )
@@ -61,9 +61,7 @@ class Session:
     def fork(self) -> Session:
         """Another session with the same tokens, which goes its own way."""
         handle = self._open()
-        forked = open_handle(
-            "rrt_session", lib.rrt_session_fork, lib.rrt_session_free, handle.pointer, parent=handle.parent
-        )
+        forked = open_handle("rrt_session", lib.rrt_session_fork, lib.rrt_session_free, handle, parent=handle.parent)
         return self._model._tracked(Session(forked, self._model))
 
     def close(self) -> None:

@@ -100,5 +100,5 @@ class JobTiming:
 def numbers_of(kind: type[T], struct: str, function: Callable[..., int], handle: Handle) -> T:
     """A dataclass of the numbers that a struct of the library has under the same names."""
     found = view(struct)
-    call(function, handle.pointer, found)
+    call(function, handle, found)
     return kind(**{field.name: getattr(found, field.name) for field in fields(kind)})  # type: ignore[arg-type]

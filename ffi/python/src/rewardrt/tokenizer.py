@@ -68,13 +68,13 @@ class Tokenizer:
         self.close()
 
     def _ids(self, guess: int, function: Callable[..., int], *arguments: Any) -> np.ndarray:
-        handle = self._open().pointer
+        handle = self._open()
         return np.frombuffer(
             filled("uint32_t", guess, lambda *out: call(function, handle, *arguments, *out)), np.uint32
         )
 
     def _text(self, guess: int, function: Callable[..., int], *arguments: Any) -> str:
-        handle = self._open().pointer
+        handle = self._open()
         return bytes(filled("char", guess, lambda *out: call(function, handle, *arguments, *out))).decode("utf-8")
 
     def _open(self) -> Handle:

@@ -14,7 +14,6 @@ Neither torch nor trl is imported here: what they give is used as it comes.
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import weakref
@@ -25,8 +24,9 @@ from . import errors
 from .model import Model
 from .runtime import Runtime
 
-# A stream names the draws of one answer: 24 bits of place in the batch, 16 of process, 24 of training step.
-_PLACE_BITS, _PROCESS_BITS = 24, 16
+# A stream names the draws of one answer: 1 bit for evaluation, 23 of place in the batch, 16 of process, 24 of training
+# step. The step is above all others.
+_PLACE_BITS, _PROCESS_BITS = 23, 16
 
 
 def load_policy(runtime: Runtime, model: Any, tokenizer: Any = None, **options: Any) -> Model:
@@ -40,8 +40,11 @@ def load_policy(runtime: Runtime, model: Any, tokenizer: Any = None, **options: 
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        # The folder goes, so its files are read and not mapped.
-        return runtime.load_model(folder, **{"precision": "f32", **options, "mmap": False})
+        # The folder goes, so its files are read and not mapped, and the tokenizer now and not when it is asked for.
+        policy = runtime.load_model(folder, **{"precision": "f32", **options, "mmap": False})
+        if policy.info.has_tokenizer:
+            _ = policy.tokenizer
+        return policy
 
 
 def rollout_func(policy: Model, *, in_flight: str = "wait") -> Callable[[list[Any], Any], dict[str, Any]]:
@@ -49,11 +52,14 @@ def rollout_func(policy: Model, *, in_flight: str = "wait") -> Callable[[list[An
 
     It returns, an entry a prompt, ``prompt_ids``, ``completion_ids`` and ``logprobs`` (ln p of each token in the
     distribution that it was drawn from). Prompts are tokenized as TRL does it, by the trainer's tokenizer and chat
-    template; how is sampled is taken from the trainer's arguments. Whenever the trainer's step has moved on, its
-    weights are pushed first, as one transaction.
+    template; how is sampled is taken from the trainer's arguments. The trainer's weights are pushed first, as one
+    transaction, unless they are those that the policy has: the same trainer and step, and parameters that nothing has
+    written to. What torch does not count as a write (through ``.data``) is noticed when the step moves on.
 
-    An answer's draws depend on ``args.seed``, the step, the process and the place of its prompt in the batch alone: a
-    run that is resumed at a checkpoint samples what the undisturbed run samples.
+    An answer's draws depend on ``args.seed``, the step, the process, the place of its prompt in the step's batches, and
+    whether it is for evaluation, alone. A run that is resumed draws as the undisturbed one from the next rollout on; it
+    samples the same where its weights and prompts are the same, and where no step after the checkpoint was to learn
+    from a rollout before it, which TRL does not save.
 
     Each process of a distributed run has its own runtime. Parameters that are sharded over processes (FSDP, ZeRO-3) are
     refused.
@@ -61,13 +67,14 @@ def rollout_func(policy: Model, *, in_flight: str = "wait") -> Callable[[list[An
     state = _Pushed()
 
     def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        step = trainer.state.global_step
-        if state.trainer() is not trainer or state.step != step:
-            push(policy, trainer.accelerator.unwrap_model(trainer.model), in_flight=in_flight)
-            state.trainer, state.step, state.answers = weakref.ref(trainer), step, 0
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if not state.is_present(policy, trainer, model):
+            push(policy, model, in_flight=in_flight)
+            state.set(policy, trainer, model)
         prompt_ids = _tokenized(prompts, trainer)
-        streams = _streams(trainer, step, state.answers, len(prompts))
-        state.answers += len(prompts)
+        training = bool(trainer.model.training)
+        streams = _streams(trainer, training, state.answers[training], len(prompts))
+        state.answers[training] += len(prompts)
         samples = policy.sample(prompt_ids, streams=streams, **_sampling(trainer)).result()
         return {
             "prompt_ids": prompt_ids,
@@ -90,7 +97,7 @@ def push(policy: Model, model: Any, *, in_flight: str = "wait") -> int:
         later = []
         for name, parameter in _parameters(model):
             if name in known:
-                update.put(name, parameter)
+                update.put(name, parameter if parameter.device.type == "cpu" else parameter.cpu())
                 put.add(parameter.data_ptr())
             else:
                 later.append((name, parameter))
@@ -101,12 +108,25 @@ def push(policy: Model, model: Any, *, in_flight: str = "wait") -> int:
 
 
 class _Pushed:
-    """Whose weights of which step the policy has, and how many answers were sampled from them."""
+    """Whose weights of which step the policy has, and how many answers were sampled from them, for training and not."""
 
     def __init__(self) -> None:
-        self.trainer: Callable[[], Any] = lambda: None
-        self.step = 0
-        self.answers = 0
+        self._trainer: Callable[[], Any] = lambda: None
+        self._written: Any = None
+        self.answers = {True: 0, False: 0}
+
+    def is_present(self, policy: Model, trainer: Any, model: Any) -> bool:
+        return self._trainer() is trainer and self._written == _written(policy, trainer, model)
+
+    def set(self, policy: Model, trainer: Any, model: Any) -> None:
+        self._trainer, self._written = weakref.ref(trainer), _written(policy, trainer, model)
+        self.answers = {True: 0, False: 0}
+
+
+def _written(policy: Model, trainer: Any, model: Any) -> Any:
+    """Changes whenever the policy or one of the parameters is written to."""
+    writes = [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+    return policy.version, trainer.state.global_step, writes
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
@@ -148,12 +168,12 @@ def _tokenized(prompts: list[Any], trainer: Any) -> list[list[int]]:
     return encoded["input_ids"]
 
 
-def _streams(trainer: Any, step: int, first: int, count: int) -> list[int]:
+def _streams(trainer: Any, training: bool, first: int, count: int) -> list[int]:
     process = trainer.accelerator.process_index
     if first + count > 1 << _PLACE_BITS or process >= 1 << _PROCESS_BITS:
         raise errors.LimitError(f"{first + count} answers from one step's weights in process {process} are too many")
-    base = (step << _PROCESS_BITS | process) << _PLACE_BITS
-    return [base | place for place in range(first, first + count)]
+    base = (trainer.state.global_step << _PROCESS_BITS | process) << 1 | (not training)
+    return [base << _PLACE_BITS | place for place in range(first, first + count)]
 
 
 def _sampling(trainer: Any) -> dict[str, Any]:
@@ -179,10 +199,10 @@ def reward_func(
 ) -> Callable[..., list[float | None]]:
     """A reward function for TRL's trainers that scores by ``model``.
 
-    Conversations go through the reward model's own chat template, texts through its tokenizer. ``rule`` as in
-    :meth:`Model.score`; ``label`` says which of its values is the reward. An answer that is longer than the model's
-    context, and a value that is not finite, is None: TRL gives it no advantage. ``name`` is what TRL logs it under;
-    without it the model folder's.
+    Conversations go through the reward model's own chat template, texts through its tokenizer as TRL does it: prompt
+    and completion in one, special tokens in them count, none are added. ``rule`` as in :meth:`Model.score`; ``label``
+    says which of its values is the reward. An answer that is longer than the model's context, and one whose value is
+    not finite, is None: TRL gives it no advantage. ``name`` is what TRL logs it under; without it the model folder's.
     """
     longest = model.info.max_context
 
@@ -191,17 +211,27 @@ def reward_func(
         fits = [i for i, sequence in enumerate(ids) if len(sequence) <= longest]
         rewards: list[float | None] = [None] * len(ids)
         if fits:
-            scores = model.score([ids[i] for i in fits], rule=rule, label=label).result().score.tolist()
-            for i, value in zip(fits, scores, strict=True):
-                rewards[i] = value if math.isfinite(value) else None
+            for i, value in zip(fits, _finite_scores(model, [ids[i] for i in fits], rule, label), strict=True):
+                rewards[i] = value
         return rewards
 
     reward.__name__ = name or os.path.basename(os.path.normpath(model.path))
     return reward
 
 
+def _finite_scores(model: Model, sequences: list[Any], rule: str | None, label: int) -> list[float | None]:
+    """The scores; None where one is not finite."""
+    try:
+        return model.score(sequences, rule=rule, label=label).result().score.tolist()
+    except errors.NonFinite:
+        if len(sequences) == 1:
+            return [None]
+    # One of them fails the job of all: each gets its own.
+    return [value for sequence in sequences for value in _finite_scores(model, [sequence], rule, label)]
+
+
 def _scored_ids(model: Model, rule: str | None, prompt: Any, completion: Any) -> Any:
     if isinstance(prompt, str):
-        return model.tokenizer.encode(prompt + completion)
+        return model.tokenizer.encode(prompt + completion, add_special=False, parse_special=True)
     judged = rule is not None and rule.startswith("judge")
     return model.tokenizer.chat([*prompt, *completion], add_generation_prompt=judged)

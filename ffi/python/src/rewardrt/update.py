@@ -73,13 +73,13 @@ class Update:
         shape or dtype, :class:`Duplicate` if it was put before.
         """
         description, _kept = _described(name, value)
-        call(lib.rrt_update_tensor, self._open().pointer, description)
+        call(lib.rrt_update_tensor, self._open(), description)
 
     def put_slice(self, name: str, value: Any, start: Sequence[int]) -> None:
         """Puts a part of a tensor; ``start`` [rank] is its first index in each dimension."""
         description, _kept = _described(name, value)
         first = numbers(start, "uint64", "start", int(description.rank))
-        call(lib.rrt_update_slice, self._open().pointer, description, pointer("uint64_t", first))
+        call(lib.rrt_update_slice, self._open(), description, pointer("uint64_t", first))
 
     def put_all(self, tensors: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
         """Puts every tensor of a state dict, or of pairs of name and tensor."""
@@ -89,12 +89,12 @@ class Update:
     def put_files(self, path: str | os.PathLike[str]) -> None:
         """Puts a safetensors file or a checkpoint folder; mapped if the model's own files are."""
         name = Bytes(os.fspath(path))
-        call(lib.rrt_update_file, self._open().pointer, name.pointer, name.length)
+        call(lib.rrt_update_file, self._open(), name.pointer, name.length)
 
     def put_delta(self, path: str | os.PathLike[str]) -> int:
         """Puts a delta folder made for the model's version, and returns the version that it leads to."""
         name, version = Bytes(os.fspath(path)), ffi.new("uint64_t *")
-        call(lib.rrt_update_delta, self._open().pointer, name.pointer, name.length, version)
+        call(lib.rrt_update_delta, self._open(), name.pointer, name.length, version)
         self._next = version[0]
         return version[0]
 
@@ -106,7 +106,7 @@ class Update:
         """
         handle = self._open()
         chosen = next(v for v in (version, self._version, self._next) if v is not None)
-        call(lib.rrt_update_commit, handle.pointer, chosen)
+        call(lib.rrt_update_commit, handle, chosen)
         self._handle = None
         return chosen
 
@@ -114,9 +114,11 @@ class Update:
         """Ends it without a change; nothing happens if it has ended."""
         handle, self._handle = self._handle, None
         if handle is not None:
-            call(lib.rrt_update_abort, handle.pointer)
+            call(lib.rrt_update_abort, handle)
 
-    close = abort
+    def close(self) -> None:
+        """As :meth:`abort`, once no other thread is in a call of it."""
+        self._handle = None
 
     def __enter__(self) -> Update:
         return self

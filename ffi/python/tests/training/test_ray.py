@@ -131,6 +131,82 @@ def test_an_actor_killed_before_an_update(pool, golden):
     assert [ray.get(actor.version.remote()) for actor in pool.actors] == [1, 1]
 
 
+def test_a_version_that_all_have_is_refused(pool):
+    with pytest.raises(rewardrt.ArgumentError, match="version is 0"):
+        pool.update(read_safetensors(GOLDEN / F32), version=0)
+    assert pool.update(read_safetensors(GOLDEN / F32)) == 1
+
+
+class Refusing:
+    """An actor that commits a version that its model has already, which the library refuses."""
+
+    def __init__(self, actor):
+        self._actor = actor
+        self.commit = self
+
+    def remote(self, version):
+        return self._actor.commit.remote(0)
+
+    def __getattr__(self, name):
+        return getattr(self._actor, name)
+
+
+def test_a_commit_that_fails_on_one_actor_changes_none(pool, golden):
+    before = pool.sample(PROMPTS, **SAMPLING)
+    weights = {name: value * np.float32(1.25) for name, value in read_safetensors(GOLDEN / F32).items()}
+    committed, actor = ray.get(pool.actors[0].process.remote()), pool.actors[1]
+    pool.actors[1] = Refusing(actor)
+    with pytest.raises(rewardrt.ArgumentError, match="0"):
+        pool.update(weights)
+    pool.actors[1] = actor
+    assert pool.version == 0
+    assert_equal(pool.sample(PROMPTS, **SAMPLING), before)
+    # The one that had committed was started anew, the other one goes on.
+    pool._all_ready()
+    assert [ray.get(actor.version.remote()) for actor in pool.actors] == [0, 0]
+    assert ray.get(pool.actors[0].process.remote()) != committed
+    assert pool.actors[1] is actor
+    assert pool.update(weights) == 1
+    assert [ray.get(actor.version.remote()) for actor in pool.actors] == [1, 1]
+
+
+def test_what_is_no_error_of_the_library_aborts_too(pool):
+    class Unreadable:
+        """A tensor of which the actors cannot make anything."""
+
+    stage = rewardrt.ray._chunks
+    try:
+        rewardrt.ray._chunks = lambda tensors: iter([[("model.norm.weight", Unreadable())]])
+        with pytest.raises(Exception, match="Unreadable"):
+            pool.update({})
+    finally:
+        rewardrt.ray._chunks = stage
+    assert pool.version == 0
+    assert pool.update(read_safetensors(GOLDEN / F32)) == 1
+
+
+def test_a_folder_that_is_not_there():
+    with pytest.raises(rewardrt.NotFound, match="no-such-folder"):
+        rewardrt.ray.Pool("no-such-folder", actors=2, device="cpu")
+
+
+def test_an_actor_killed_again_while_it_loads(pool, golden):
+    """Its work goes to the other one, and to whoever is ready then."""
+    weights = {name: value * np.float32(1.25) for name, value in read_safetensors(GOLDEN / F32).items()}
+    pool.update(weights)
+    want = pool.sample(PROMPTS, **SAMPLING)
+    for _ in range(2):
+        ray.kill(pool.actors[0])
+        assert_equal(pool.sample(PROMPTS, **SAMPLING), want)
+    first = pool.losses
+    assert first >= 1
+    # Whether it is ready or not: an update waits for it.
+    ray.kill(pool.actors[0])
+    pool.update(weights)
+    assert pool.losses > first
+    assert [ray.get(actor.version.remote()) for actor in pool.actors] == [2, 2]
+
+
 def test_closed(pool):
     pool.close()
     with pytest.raises(rewardrt.Closed):

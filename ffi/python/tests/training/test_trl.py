@@ -45,6 +45,8 @@ def test_a_model_in_memory_is_loaded_as_it_is(runtime, model, tokenizer):
     with rewardrt.trl.load_policy(runtime, model, tokenizer) as policy:
         assert {t.dtype for t in policy.tensors()} == {"float32"}
         assert_same(policy, model)
+        # The folder that it was loaded from is gone.
+        assert policy.tokenizer.encode("Hi there").tolist() == tokenizer("Hi there")["input_ids"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -161,6 +163,56 @@ def test_steps_that_share_a_rollout(trainer):
     assert (policy.version, len(returned)) == (2, 2)
 
 
+def test_training_again_pushes_again(trainer):
+    """A second train() begins at step 0, where the first one pushed other weights."""
+    train, policy, returned = trainer
+    again = train(max_steps=1)
+    again.train()
+    assert policy.version == len(returned) == 2
+    for _, output, trainers in returned:
+        for logprobs, want in zip(output["logprobs"], trainers, strict=True):
+            np.testing.assert_allclose(logprobs, want, atol=1e-4)
+
+
+def test_weights_are_pushed_when_they_were_written_to(trainer, model):
+    train, policy, _ = trainer
+    ended = train(max_steps=1)
+    sample = rewardrt.trl.rollout_func(policy)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    prompts = ["One", "Two"]
+    first = sample(prompts, ended)
+    present = policy.version
+    sample(prompts, ended)
+    assert policy.version == present
+    changed(model)
+    other = sample(prompts, ended)
+    assert policy.version == present + 1
+    assert other["logprobs"] != first["logprobs"]
+    model.load_state_dict(saved)  # as load_best_model_at_end does, at the same step
+    assert sample(prompts, ended) == first
+    assert policy.version == present + 2
+    # Somebody else's weights in the policy are replaced too.
+    rewardrt.trl.push(policy, changed(transformers.AutoModelForCausalLM.from_config(model.config)))
+    assert sample(prompts, ended) == first
+
+
+def test_an_evaluation_changes_no_draw_of_training(trainer, model):
+    train, policy, _ = trainer
+    ended = train(max_steps=1)
+    prompts = ["One", "Two"]
+    alone = rewardrt.trl.rollout_func(policy)
+    want = [alone(prompts, ended) for _ in range(2)]
+    assert want[0]["completion_ids"] != want[1]["completion_ids"]
+    between = rewardrt.trl.rollout_func(policy)
+    assert model.training
+    assert between(prompts, ended) == want[0]
+    model.eval()
+    evaluated = between(prompts, ended)
+    model.train()
+    assert between(prompts, ended) == want[1]
+    assert evaluated["completion_ids"] not in [output["completion_ids"] for output in want]
+
+
 def test_the_same_seed_samples_the_same(trainer):
     train, _, returned = trainer
     for _ in range(2):
@@ -203,6 +255,43 @@ def test_rewards_are_those_of_transformers(classifier, tokenizer, label):
         with torch.no_grad():
             want = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, label]
         assert got == pytest.approx(want.item(), abs=1e-5)
+
+
+def test_texts_are_encoded_as_trl_does_it(classifier, tokenizer, runtime, tmp_path):
+    """With a tokenizer that begins texts with BOS by itself, and special tokens in the text."""
+    model, _ = classifier
+    path = tmp_path / "reward" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    bos = "<|im_start|>"
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [1], "tokens": [bos]}},
+    }
+    path.write_text(json.dumps(data))
+    begins = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    assert begins("Hi")["input_ids"][0] == 1
+    prompts, completions = ["Hi<|im_end|>", "One"], [" there<|im_end|>", " two"]
+    with runtime.load_model(tmp_path / "reward", precision="f32") as loaded:
+        assert loaded.tokenizer.encode("Hi").tolist() == begins("Hi")["input_ids"]
+        got = rewardrt.trl.reward_func(loaded)(prompts=prompts, completions=completions)
+    for prompt, completion, value in zip(prompts, completions, got, strict=True):
+        inputs = begins(prompt + completion, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            assert value == pytest.approx(model(input_ids=inputs).logits[0, 0].item(), abs=1e-5)
+
+
+def test_a_score_that_is_not_finite_costs_no_other(classifier, tokenizer):
+    model, loaded = classifier
+    reward = rewardrt.trl.reward_func(loaded)
+    texts = ["Hi there", "One two", "Three four"]
+    want = reward(prompts=texts, completions=["."] * 3)
+    broken = tokenizer(texts[1])["input_ids"][0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[broken] = float("nan")
+    rewardrt.trl.push(loaded, model)
+    assert reward(prompts=texts, completions=["."] * 3) == [want[0], None, want[2]]
 
 
 def test_what_cannot_be_scored_is_none(classifier):
