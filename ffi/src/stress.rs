@@ -271,12 +271,20 @@ fn a_planted_race() {
     // SAFETY: it is not; that is the point.
     unsafe impl Sync for Racy {}
     let shared = Racy(std::cell::UnsafeCell::new(0));
+    // Relaxed, so that it orders nothing, and both are at it at the same time.
+    let started = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..2 {
             // The whole of it, not its field.
-            let shared = &shared;
-            // SAFETY: as above.
-            scope.spawn(move || (0..1000).for_each(|_| unsafe { *shared.0.get() += 1 }));
+            let (shared, started) = (&shared, &started);
+            scope.spawn(move || {
+                started.fetch_add(1, Ordering::Relaxed);
+                while started.load(Ordering::Relaxed) < 2 {}
+                for _ in 0..10_000 {
+                    // SAFETY: as above.
+                    unsafe { *std::hint::black_box(shared.0.get()) += 1 };
+                }
+            });
         }
     });
     // SAFETY: the threads have ended.
