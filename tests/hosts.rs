@@ -17,10 +17,10 @@ mod sanitizers;
 #[path = "hosts/sweeps.rs"]
 mod sweeps;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Once;
-use std::time::SystemTime;
 
 use common::golden;
 use serde_json::{Map, Value, json};
@@ -36,10 +36,7 @@ fn library() -> PathBuf {
     let file = folder.join("librewardrt.so");
     assert!(file.exists(), "{} is not there: run `cargo build --release --workspace` first", file.display());
     LINK.call_once(|| {
-        let built = file.metadata().unwrap().modified().unwrap();
-        for sources in ["ffi/src", "runtime", "shaders"] {
-            assert_older(&root().join(sources), built);
-        }
+        assert_fresh(&file);
         let link = folder.join("librewardrt.so.1");
         if !link.exists() {
             std::os::unix::fs::symlink("librewardrt.so", link).unwrap();
@@ -48,23 +45,28 @@ fn library() -> PathBuf {
     folder
 }
 
-/// Fails if a source of the library was changed since: the tests would be of another library. The command is none of it.
-fn assert_older(sources: &Path, built: SystemTime) {
-    for entry in std::fs::read_dir(sources).unwrap() {
-        let path = entry.unwrap().path();
-        if path.ends_with("runtime/cli") {
-            continue;
-        }
-        if path.is_dir() {
-            assert_older(&path, built);
-        } else {
-            let changed = path.metadata().unwrap().modified().unwrap();
-            assert!(
-                changed <= built,
-                "{} is newer than librewardrt.so: run `cargo build --release --workspace` first",
-                path.display()
-            );
-        }
+/// Fails if a source of the library was changed since it was built: the tests would be of another library. What it was built from
+/// cargo has noted beside it, of this crate in `deps`, of all below it in the folder itself.
+fn assert_fresh(library: &Path) {
+    let built = library.metadata().unwrap().modified().unwrap();
+    let folder = library.parent().unwrap();
+    let mut seen = BTreeSet::new();
+    for notes in [folder.join("deps/rewardrt.d"), folder.join("librewardrt.d")] {
+        let text = std::fs::read_to_string(&notes).unwrap_or_else(|e| panic!("{}: {e}", notes.display()));
+        let sources = text.lines().filter_map(|line| Some(line.split_once(": ")?.1)).flat_map(str::split_whitespace);
+        seen.extend(sources.map(|source| root().join(source)));
+    }
+    for part in ["ffi/src/lib.rs", "runtime/lib.rs"] {
+        assert!(seen.contains(&root().join(part)), "{part} is not in what cargo noted of {}", library.display());
+    }
+    for source in seen {
+        let is_older = source.metadata().and_then(|m| m.modified()).is_ok_and(|changed| changed <= built);
+        assert!(
+            is_older,
+            "{} was changed after {}: run `cargo build --release --workspace` first",
+            source.display(),
+            library.display()
+        );
     }
 }
 

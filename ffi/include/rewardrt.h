@@ -500,8 +500,8 @@ rrt_status rrt_rollout(rrt_runtime *runtime, const rrt_rollout_req *req, uint64_
 
 enum { RRT_WAIT_ALL = 0u, RRT_WAIT_ANY = 1u };
 
-/* Waits until all (or any) of the jobs are done, failed or cancelled, at most timeout_ns; UINT64_MAX: for ever.
- * RRT_TIMEOUT if not; RRT_E_NOT_FOUND for a number that is no job. */
+/* Waits until all (or any) of the jobs are done, failed or cancelled, at most timeout_ns; UINT64_MAX: for ever. Their results can
+ * be taken then; rrt_poll may tell of them a moment later. RRT_TIMEOUT if not; RRT_E_NOT_FOUND for a number that is no job. */
 rrt_status rrt_wait(rrt_runtime *runtime, const uint64_t *jobs, size_t count, uint32_t flags, uint64_t timeout_ns,
                     rrt_error *err);
 
