@@ -205,13 +205,17 @@ def test_a_runtime_is_closed_after_the_rollouts_of_others_that_use_it():
     assert out == "True 0\n" * 3
 
 
+LONGER = {"n": 64, "max_tokens": 40, "ignore_eos": True}
+
+
 def test_a_task_ends_when_the_result_is_taken_beside_it(golden):
-    loaded = golden("llama-tied")
+    loaded = golden("llama-wide")
 
     async def taken():
-        job = loaded.sample([[5]], max_tokens=4, ignore_eos=True)
+        job = loaded.sample([[5]], **LONGER)
         task = asyncio.ensure_future(job)
         await asyncio.sleep(0)
+        assert not job.done()  # so the task waits for an event
         result = job.result(60)
         assert await asyncio.wait_for(task, 20) is result
 
@@ -222,11 +226,12 @@ def test_a_task_ends_when_another_thread_takes_the_result(golden):
     loaded = golden("llama-wide")
 
     async def taken():
-        job = loaded.sample([[5]], max_tokens=40, ignore_eos=True)
+        job = loaded.sample([[5]], **LONGER)
         found = []
         thread = threading.Thread(target=lambda: found.append(job.result(60)))
         task = asyncio.ensure_future(job)
         await asyncio.sleep(0)
+        assert not job.done()  # so the task waits for an event
         thread.start()
         thread.join()  # the loop sees no event meanwhile
         assert await asyncio.wait_for(task, 20) is found[0]
@@ -235,16 +240,17 @@ def test_a_task_ends_when_another_thread_takes_the_result(golden):
 
 
 def test_a_task_ends_when_the_model_is_closed_after_the_last_event(runtime):
-    loaded = runtime.load_model(GOLDEN / "llama-tied")
+    loaded = runtime.load_model(GOLDEN / "llama-wide")
 
     async def closed():
-        job = loaded.sample([[5]], max_tokens=4, ignore_eos=True)
+        job = loaded.sample([[5]], **LONGER)
         task = asyncio.ensure_future(job)
         await asyncio.sleep(0)
+        assert not job.done()  # so the task waits for an event
         while not job.done():
             time.sleep(0.001)
         loaded.close()
-        assert len(await asyncio.wait_for(task, 20)) == 1
+        assert len(await asyncio.wait_for(task, 20)) == 64
 
     asyncio.run(closed())
 

@@ -52,9 +52,9 @@ def rollout_func(policy: Model, *, in_flight: str = "wait") -> Callable[[list[An
 
     It returns, an entry a prompt, ``prompt_ids``, ``completion_ids`` and ``logprobs`` (ln p of each token in the
     distribution that it was drawn from). Prompts are tokenized as TRL does it, by the trainer's tokenizer and chat
-    template; how is sampled is taken from the trainer's arguments. The trainer's weights are pushed first, as one
-    transaction, unless they are those that the policy has: the same trainer and step, and parameters that nothing has
-    written to. What torch does not count as a write (through ``.data``) is noticed when the step moves on.
+    template; how is sampled is taken from the trainer's arguments. Before a rollout for training the trainer's weights
+    are pushed, as one transaction; before one for evaluation too, unless the step is that of the last push and torch
+    has counted no write to a parameter since.
 
     An answer's draws depend on ``args.seed``, the step, the process, the place of its prompt in the step's batches, and
     whether it is for evaluation, alone. A run that is resumed draws as the undisturbed one from the next rollout on; it
@@ -68,11 +68,15 @@ def rollout_func(policy: Model, *, in_flight: str = "wait") -> Callable[[list[An
 
     def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if not state.is_present(policy, trainer, model):
+        training = bool(trainer.model.training)
+        present = state.is_present(policy, trainer, model)
+        if not present:
+            state.answers = {True: 0, False: 0}
+        # Fused optimizers write without torch counting it, so that only an evaluation can do without a push.
+        if training or not present:
             push(policy, model, in_flight=in_flight)
             state.set(policy, trainer, model)
         prompt_ids = _tokenized(prompts, trainer)
-        training = bool(trainer.model.training)
         streams = _streams(trainer, training, state.answers[training], len(prompts))
         state.answers[training] += len(prompts)
         samples = policy.sample(prompt_ids, streams=streams, **_sampling(trainer)).result()
@@ -120,11 +124,11 @@ class _Pushed:
 
     def set(self, policy: Model, trainer: Any, model: Any) -> None:
         self._trainer, self._written = weakref.ref(trainer), _written(policy, trainer, model)
-        self.answers = {True: 0, False: 0}
 
 
 def _written(policy: Model, trainer: Any, model: Any) -> Any:
-    """Changes whenever the policy or one of the parameters is written to."""
+    """Changes with the trainer's step, and when the policy or a parameter is written to, but for what torch does not
+    count: fused optimizers, and writes through ``.data``."""
     writes = [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
     return policy.version, trainer.state.global_step, writes
 
