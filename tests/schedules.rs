@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{devices, devices_and_matrix_units, load, open, small};
+use common::{devices, load, open, small};
 use rewardrt::{
     Job, LogprobRequest, Model, ModelOptions, SampleRequest, SampledSequence, SampledToken, Scheduling, ScoreRequest,
 };
@@ -141,26 +141,19 @@ fn round(model: &Model, what: &str, expected: &[Tokens], random: &mut Random, co
 #[test]
 fn a_request_does_not_see_the_schedule() {
     let mut random = Random(11);
-    for device in devices_and_matrix_units() {
+    for device in devices() {
         let is_cpu = device == "cpu";
         for name in ["llama-gqa-9-3", "mistral-window"] {
-            // Its widths are whole tiles of 8 alone. For those it is enough.
-            let fits = if name == "llama-gqa-9-3" { "emulated8" } else { "emulated" };
-            if device.contains("emulated") && !device.ends_with(fits) {
-                continue;
-            }
             let expected = alone(&device, name);
-            // A cache of 144 positions holds the longest sequence and not much else. Emulated units take the first half.
-            let all = [
+            // A cache of 144 positions holds the longest sequence and not much else.
+            for (rows, kv, threads, steps) in [
                 (7, 4096, 2, 8),
                 (64, 144, 2, 3),
                 (4096, 4096, 2, 64),
                 (1, 4096, 1, 1),
                 (1024, 144, 1, 8),
                 (64, 400, 2, 8),
-            ];
-            let emulated = device.contains("emulated");
-            for (rows, kv, threads, steps) in all.into_iter().take(if emulated { 3 } else { 6 }) {
+            ] {
                 let options = ModelOptions {
                     max_batch_tokens: Some(rows),
                     kv_tokens: Some(kv),
