@@ -249,11 +249,14 @@ class Pool:
         running: dict[Any, tuple[int, int]] = {}  # reference → (shard, index of its actor)
         losses = 0
         while waiting or running:
-            busy = [index for _, index in running.values()]
-            for index in sorted(set(range(len(self.actors))) - self._loading.keys(), key=busy.count):
-                while waiting and [i for _, i in running.values()].count(index) < _SHARDS_AT_ONCE:
-                    shard = waiting.pop()
-                    running[self.actors[index].run.remote(*work[shard])] = (shard, index)
+            while waiting:
+                busy = [index for _, index in running.values()]
+                # One shard after the other to whoever has the fewest: none idles while another has two.
+                index = min(set(range(len(self.actors))) - self._loading.keys(), key=busy.count, default=None)
+                if index is None or busy.count(index) >= _SHARDS_AT_ONCE:
+                    break
+                shard = waiting.pop()
+                running[self.actors[index].run.remote(*work[shard])] = (shard, index)
             loading = {reference: index for index, reference in self._loading.items()}
             ready, _ = ray.wait([*running, *loading], num_returns=1)
             index = loading[ready[0]] if ready[0] in loading else running[ready[0]][1]

@@ -97,8 +97,8 @@ def test_an_update_that_fails_changes_no_actor(pool, golden):
 
 def test_a_killed_actor_changes_no_result(runtime):
     """One of two is killed while it samples with weights that were pushed, and once more between two calls."""
-    prompts = [f"The number {i} is" for i in range(24)]
-    options = {"max_tokens": 48, "seed": 4, "ignore_eos": True}
+    prompts = [f"The number {i} is" for i in range(12)]
+    options = {"max_tokens": 96, "seed": 4, "ignore_eos": True}
     with runtime.load_model(SMOLLM2) as model, rewardrt.ray.Pool(SMOLLM2, actors=2, device="cpu", threads=1) as pool:
         name = "model.norm.weight"
         shape = next(t.shape for t in model.tensors() if t.name == name)
