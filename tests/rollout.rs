@@ -516,7 +516,7 @@ fn a_reward_model_reads_ids_if_it_can_and_else_the_whole_text() {
         n: 6,
         max_tokens: 12,
         banned_ids: vec![0],
-        stop: vec!["w3".into()],
+        stop: vec![" w3".into()],
         ignore_eos: true,
         ..SampleRequest::default()
     };
