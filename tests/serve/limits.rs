@@ -196,6 +196,8 @@ fn clients_that_do_not_read_are_cut_off() {
     let mut body = long();
     body["prompt"] = json!(vec![9; 200]);
     body["max_tokens"] = json!(300);
+    // With their log-probs these count three times, and all of --max-queued-tokens is 4 Mi.
+    body["n"] = json!(1000);
     body["stream"] = json!(true);
     body["logprobs"] = json!(2);
     body["return_token_ids"] = json!(true);
