@@ -23,7 +23,7 @@ demo: model
 	target/release/examples/demo $(MODEL)
 
 test: model tools .cache/venv-openai/ready lint
-	$(CARGO) build --release --workspace
+	$(CARGO) build --release --workspace --lib --bins --tests --examples
 	$(CARGO) test --release --workspace
 	scripts/test_cpu_paths
 	$(MAKE) test-python

@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::engine::{AdapterContent, NewAdapter};
-use crate::error::{Error, Result};
-use crate::runtime::Model;
-use crate::weights::{AdapterCheckpoint, AdapterWeights, LoadOptions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::loaded_model::Model;
+use crate::weights::{AdapterCheckpoint, AdapterLayout, AdapterWeights, LoadOptions};
 
 /// How an adapter is loaded.
 #[derive(Clone, Debug, Default)]
 pub struct AdapterOptions {
-    /// What it is called in messages; `None`: as its folder.
+    /// What it is called in messages; `None`: as its folder, or "adapter".
     pub name: Option<String>,
     /// The version that results carry.
     pub version: u64,
@@ -57,10 +57,18 @@ struct Inner {
 }
 
 #[derive(Clone)]
-struct Loaded {
-    content: Arc<AdapterContent>,
-    weights: Arc<AdapterWeights>,
-    folder: PathBuf,
+pub(crate) struct Loaded {
+    pub content: Arc<AdapterContent>,
+    pub weights: Arc<AdapterWeights>,
+    pub layout: AdapterLayout,
+    folder: Option<PathBuf>,
+}
+
+/// Names a content without keeping it.
+#[derive(Clone, Copy)]
+pub(crate) struct ContentName {
+    pub id: u64,
+    pub version: u64,
 }
 
 /// Tells the engine to look which contents are still in use.
@@ -85,30 +93,67 @@ impl Model {
         let name = options.name.clone().unwrap_or_else(|| {
             folder.file_name().map_or_else(|| folder.display().to_string(), |n| n.to_string_lossy().into_owned())
         });
-        let loaded = self.adapter_content(&name, folder, options.version, &options.load)?;
-        let (load, freed) = (options.load.clone(), Freed(self.clone()));
-        Ok(Adapter { inner: Arc::new(Inner { name, load, current: Mutex::new(loaded), freed }) })
+        let loaded = self.read_adapter(&name, folder, options.version, &options.load)?;
+        Ok(self.new_adapter(name, options, loaded))
     }
 
-    fn adapter_content(&self, name: &str, folder: &Path, version: u64, load: &LoadOptions) -> Result<Loaded> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
+    /// Makes the LoRA adapter that the text of a PEFT adapter_config.json describes. All its values are zero, so that it
+    /// changes nothing, until [`Adapter::update`] brings others; a score head of its own comes with them.
+    ///
+    /// # Errors
+    /// As [`Model::load_adapter`].
+    pub fn adapter_from_config(&self, config: &str, options: &AdapterOptions) -> Result<Adapter> {
+        let name = options.name.clone().unwrap_or_else(|| "adapter".into());
+        let loaded = (|| {
+            let layout = AdapterLayout::new(config.as_bytes(), self.spec(), self.plan(), |_| false)?;
+            self.check_adapter_room(layout.bytes())?;
+            let weights = Arc::new(layout.zeros()?);
+            self.add_content(&name, options.version, weights, layout, None)
+        })();
+        Ok(self.new_adapter(name.clone(), options, loaded.map_err(|e| e.at(format!("adapter {name:?}")))?))
+    }
+
+    fn new_adapter(&self, name: String, options: &AdapterOptions, loaded: Loaded) -> Adapter {
+        let (load, freed) = (options.load.clone(), Freed(self.clone()));
+        Adapter { inner: Arc::new(Inner { name, load, current: Mutex::new(loaded), freed }) }
+    }
+
+    fn read_adapter(&self, name: &str, folder: &Path, version: u64, load: &LoadOptions) -> Result<Loaded> {
         let checkpoint = AdapterCheckpoint::open(folder, self.spec(), self.plan(), load)?;
-        let room = self.adapter_room();
-        // Before it is read; the device counts again, with what others take.
-        if checkpoint.bytes() > room {
-            return Err(Error::limit(format!(
-                "{}: the adapter takes {} bytes, and the model's memory budget leaves {room} for adapters; load the model with more memory or fewer kv_tokens",
-                folder.display(),
-                checkpoint.bytes()
-            )));
-        }
+        self.check_adapter_room(checkpoint.bytes()).map_err(|e| e.at(folder.display()))?;
         let weights = Arc::new(checkpoint.read()?);
+        let layout = checkpoint.layout().clone();
+        self.add_content(name, version, weights, layout, Some(folder)).map_err(|e| e.at(folder.display()))
+    }
+
+    /// Looks at the memory budget before an adapter of so many bytes is read; the device counts again, with what others take.
+    pub(crate) fn check_adapter_room(&self, bytes: u64) -> Result<()> {
+        let room = self.adapter_room();
+        if bytes <= room {
+            return Ok(());
+        }
+        Err(Error::limit(format!(
+            "the adapter takes {bytes} bytes, and the model's memory budget leaves {room} for adapters; load the model with more memory or fewer kv_tokens"
+        )))
+    }
+
+    /// Brings an adapter's values to the device.
+    fn add_content(
+        &self,
+        name: &str,
+        version: u64,
+        weights: Arc<AdapterWeights>,
+        layout: AdapterLayout,
+        folder: Option<&Path>,
+    ) -> Result<Loaded> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         let content = Arc::new(AdapterContent { id: NEXT.fetch_add(1, Ordering::Relaxed), version });
-        self.add_adapter(NewAdapter { content: content.clone(), weights: weights.clone(), room })
-            .map_err(|e| e.at(folder.display()))?;
+        let room = self.adapter_room();
+        self.add_adapter(NewAdapter { content: content.clone(), weights: weights.clone(), room })?;
         let (rank, kib) = (weights.rank(), weights.bytes() >> 10);
-        log::info!("{}: adapter {name:?}, version {version}, rank {rank}, {kib} KiB", folder.display());
-        Ok(Loaded { content, weights, folder: folder.to_owned() })
+        let from = folder.map_or_else(|| "from memory".into(), |f| f.display().to_string());
+        log::info!("adapter {name:?}: version {version}, rank {rank}, {kib} KiB, {from}");
+        Ok(Loaded { content, weights, layout, folder: folder.map(Path::to_owned) })
     }
 }
 
@@ -118,7 +163,7 @@ impl Adapter {
         &self.inner.name
     }
 
-    fn current(&self) -> Loaded {
+    pub(crate) fn current(&self) -> Loaded {
         self.inner.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -137,9 +182,14 @@ impl Adapter {
         self.current().weights.bytes()
     }
 
-    /// The folder it was last loaded from.
-    pub fn folder(&self) -> PathBuf {
+    /// The folder that its values are from; `None`: from memory.
+    pub fn folder(&self) -> Option<PathBuf> {
         self.current().folder
+    }
+
+    /// How its files are opened.
+    pub(crate) fn load_options(&self) -> &LoadOptions {
+        &self.inner.load
     }
 
     /// Puts other values in its place, which may have other ranks and modules. Requests that are submitted from now on use
@@ -149,12 +199,48 @@ impl Adapter {
     /// # Errors
     /// As [`Model::load_adapter`]; the old values stay then.
     pub fn replace(&self, folder: &Path, version: u64) -> Result<()> {
-        let model = &self.inner.freed.0;
-        let loaded = model.adapter_content(&self.inner.name, folder, version, &self.inner.load)?;
-        let old = std::mem::replace(&mut *self.inner.current.lock().unwrap_or_else(PoisonError::into_inner), loaded);
-        drop(old);
-        model.free_adapters();
-        Ok(())
+        let loaded = self.model().read_adapter(&self.inner.name, folder, version, &self.inner.load)?;
+        self.exchange(loaded, |_| Ok(()))
+    }
+
+    /// Puts values from memory in its place, if it still has the ones of `expected`.
+    ///
+    /// # Errors
+    /// `Conflict` if others came since, or what keeps the device from taking them; the old values stay then.
+    pub(crate) fn replace_content(
+        &self,
+        expected: ContentName,
+        weights: Arc<AdapterWeights>,
+        version: u64,
+    ) -> Result<()> {
+        let check = |present: &Loaded| {
+            if present.content.id == expected.id {
+                return Ok(());
+            }
+            let text = format!(
+                "the adapter has had other values, of version {}, since the update began with version {}",
+                present.content.version, expected.version
+            );
+            Err(Error::new(ErrorKind::Conflict, text))
+        };
+        // The old content is let go of again, or it would stay on the device.
+        let layout = {
+            let present = self.current();
+            check(&present)?;
+            present.layout
+        };
+        self.exchange(self.model().add_content(&self.inner.name, version, weights, layout, None)?, check)
+    }
+
+    fn exchange(&self, loaded: Loaded, check: impl Fn(&Loaded) -> Result<()>) -> Result<()> {
+        let result = {
+            let mut current = self.inner.current.lock().unwrap_or_else(PoisonError::into_inner);
+            check(&current).map(|()| std::mem::replace(&mut *current, loaded))
+        };
+        // Whichever of the two nobody uses is free now.
+        let result = result.map(drop);
+        self.model().free_adapters();
+        result
     }
 
     pub(crate) fn model(&self) -> &Model {

@@ -8,7 +8,7 @@ use crate::backend::{DeviceWeights, Loader, Memory};
 use crate::engine::{InFlight, Lane};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lifecycle::Tags;
-use crate::runtime::Model;
+use crate::loaded_model::Model;
 use crate::update::deadline;
 use crate::weights::Weights;
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::panic_text;
 use crate::error::{Error, ErrorKind, Result, io_error};
-use crate::runtime::Model;
+use crate::loaded_model::Model;
 use crate::update::{Require, UpdateOptions};
 use crate::weights::Delta;
 

@@ -37,6 +37,7 @@
 //! makes llguidance put a hook before it that hides the panics which that crate catches itself).
 
 mod adapter;
+mod adapter_update;
 pub mod backend;
 mod engine;
 mod error;
@@ -45,6 +46,7 @@ mod follow;
 mod guide;
 pub mod kernels;
 mod lifecycle;
+mod loaded_model;
 mod merge;
 pub mod model;
 mod request;
@@ -57,6 +59,7 @@ mod update;
 pub mod weights;
 
 pub use adapter::{Adapter, AdapterOptions};
+pub use adapter_update::{AdapterUpdate, AdapterUpdateOptions};
 pub use backend::gpu::{DeviceInfo, DeviceType};
 pub use backend::{KernelTime, Limits};
 pub use engine::{
@@ -68,6 +71,7 @@ pub use follow::{FollowOptions, Follower};
 pub use guide::Guide;
 pub use kernels::linear::Precision;
 pub use lifecycle::Tags;
+pub use loaded_model::Model;
 pub use merge::MergedAdapter;
 pub use request::{
     LogprobRequest, MAX_SEQUENCES, RequestLimits, SampleRequest, SampledSequence, ScoreRequest, SequenceLogprobs,
@@ -76,7 +80,7 @@ pub use request::{
 pub use rollout::{
     Advantage, Group, Kl, MAX_ROLLOUTS, Reference, Reward, Rollout, RolloutJob, RolloutRequest, RolloutWatch,
 };
-pub use runtime::{CpuInfo, MAX_THREADS, Model, ModelOptions, Runtime, RuntimeOptions, RuntimeState, devices};
+pub use runtime::{CpuInfo, MAX_THREADS, ModelOptions, Runtime, RuntimeOptions, RuntimeState, devices};
 pub use score::{Rule, Score, Step, Steps};
 pub use session::Session;
 pub use text::{ChatTemplate, EncodeOptions, Message, Tokenizer};

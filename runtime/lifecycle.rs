@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use crate::engine::InFlight;
 use crate::error::{Error, ErrorKind, Result};
-use crate::runtime::{Model, Runtime};
+use crate::loaded_model::Model;
+use crate::runtime::Runtime;
 use crate::update::deadline;
 
 /// Kinds of memory that a model can give back.

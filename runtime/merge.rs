@@ -3,8 +3,8 @@
 use crate::adapter::Adapter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exchange::Exchange;
+use crate::loaded_model::Model;
 use crate::model::Head;
-use crate::runtime::Model;
 use crate::update::{Require, Storage, UpdateOptions};
 use crate::weights::{AdapterWeights, LowRank, Tensor};
 

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::engine::Job;
 use crate::error::{Error, ErrorKind, Result};
+use crate::loaded_model::Model;
 use crate::request::{Prompt, SampleRequest, SampledSequence};
-use crate::runtime::Model;
 
 /// A sequence of turns: tokens from outside (a prompt, a tool's or an environment's answer) and sampled ones.
 ///

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use crate::engine::InFlight;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exchange::Exchange;
+use crate::loaded_model::Model;
 use crate::model::Head;
-use crate::runtime::Model;
 use crate::weights::{
     Checkpoint, Delta, Dtype, LoadOptions, Staging, StagingRules, Tensor, TensorData, TensorInfo, Weights,
 };
@@ -137,6 +137,7 @@ impl Model {
             })?;
         }
         let rules = StagingRules {
+            owner: "the model",
             require_all: options.require == Require::All,
             check_finite: options.check_finite,
             convert: options.convert,

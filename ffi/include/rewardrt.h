@@ -267,8 +267,10 @@ typedef struct rrt_adapter_opts {
     const char *path;            /* a folder that PEFT's save_pretrained wrote: LoRA factors, a score head */
     size_t path_len;
     uint64_t version;
+    const char *config;          /* instead of path: the text of a PEFT adapter_config.json. All values are zero, so that it */
+    size_t config_len;           /* changes nothing, until rrt_adapter_update_begin brings others */
 } rrt_adapter_opts;
-#define RRT_ADAPTER_OPTS_INIT { sizeof(rrt_adapter_opts), 0, NULL, 0, 0 }
+#define RRT_ADAPTER_OPTS_INIT { sizeof(rrt_adapter_opts), 0, NULL, 0, 0, NULL, 0 }
 void rrt_adapter_opts_init(rrt_adapter_opts *opts);
 
 /* Loads an adapter beside the model's weights, which it neither copies nor changes. Requests choose it, or another, or none;
@@ -804,6 +806,14 @@ rrt_status rrt_update_commit(rrt_update *update, uint64_t new_version, rrt_error
 rrt_status rrt_update_abort(rrt_update *update, rrt_error *err);
 /* Aborts it if it has not ended. */
 void rrt_update_free(rrt_update *update);
+
+/* Begins an update of an adapter: rrt_update_* as above, with PEFT's names ("base_model.model.model.layers.0.self_attn.q_proj.
+ * lora_A.weight" of shape [R, K], "…lora_B.weight" [N, R], "base_model.model.score.weight"), in any dtype, which is taken
+ * exactly; NaN and infinities are RRT_E_NONFINITE. rrt_update_file takes a safetensors file, or PEFT's folder with the same
+ * config. A commit waits for nobody: jobs submitted after it use the new values, those before end with what they began
+ * with. In opts flags (RRT_UPDATE_EXPECT_VERSION), expect_version and require count; storage and in_flight must be 0, or
+ * RRT_E_UNSUPPORTED, as rrt_update_delta is. RRT_E_LIMIT: no room for the new values beside the old ones. */
+rrt_status rrt_adapter_update_begin(rrt_adapter *adapter, const rrt_update_opts *opts, rrt_update **out, rrt_error *err);
 
 /* Adds an adapter into the model's weights (rounded to their dtype) as an update in shadow, under new_version; of opts what
  * is said about tensors does not count, and RRT_STORAGE_IN_PLACE is RRT_E_ARG. Unmerging puts the weights back to the bit; RRT_E_CONFLICT if they have changed

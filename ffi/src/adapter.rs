@@ -17,10 +17,10 @@ const NO_MMAP: u32 = 1;
 
 #[allow(non_camel_case_types)]
 pub struct rrt_adapter {
-    adapter: Adapter,
+    pub adapter: Adapter,
     /// While it is merged.
     merged: Mutex<Option<MergedAdapter>>,
-    child: Child,
+    pub child: Child,
 }
 
 /// The adapter of a request; NULL is none.
@@ -37,7 +37,7 @@ pub unsafe fn chosen(p: *const rrt_adapter) -> Outcome<Option<Adapter>> {
 
 /// # Safety
 /// `p` is NULL or a live adapter.
-unsafe fn live_adapter<'a>(p: *const rrt_adapter) -> Outcome<&'a rrt_adapter> {
+pub unsafe fn live_adapter<'a>(p: *const rrt_adapter) -> Outcome<&'a rrt_adapter> {
     // SAFETY: the caller's promise.
     let adapter = unsafe { reference(p, "adapter") }?;
     adapter.child.0.owner.check()?;
@@ -70,10 +70,15 @@ pub unsafe extern "C" fn rrt_adapter_load(
             return Err(Failure::new(E_ARG, format!("rrt_adapter_opts: unknown flags {:#x}", opts.flags)));
         }
         // SAFETY: the header's condition on strings.
-        let path = unsafe { text(opts.path, opts.path_len, "path") }?;
+        let (path, config) =
+            unsafe { (text(opts.path, opts.path_len, "path")?, text(opts.config, opts.config_len, "config")?) };
         let mut options = AdapterOptions { version: opts.version, ..AdapterOptions::default() };
         options.load.use_mmap = opts.flags & NO_MMAP == 0;
-        let adapter = model.model.load_adapter(Path::new(path), &options)?;
+        let adapter = match (path, config) {
+            (path, "") => model.model.load_adapter(Path::new(path), &options)?,
+            ("", config) => model.model.adapter_from_config(config, &options)?,
+            _ => return Err(Failure::new(E_ARG, "rrt_adapter_opts: path and config are both given, one is wanted")),
+        };
         let handle = rrt_adapter { adapter, merged: Mutex::default(), child: Child::of(&model.child.0) };
         // SAFETY: not NULL.
         unsafe { out.write(Box::into_raw(Box::new(handle))) };

@@ -276,12 +276,14 @@ structs! {
         interval_ns: u64 = 200_000_000,
         update: *const rrt_update_opts = null(),
     }
-    struct rrt_adapter_opts [32] {
+    struct rrt_adapter_opts [48] {
         struct_size: u32 = size_of::<rrt_adapter_opts>() as u32,
         flags: u32 = 0,
         path: *const c_char = null(),
         path_len: usize = 0,
         version: u64 = 0,
+        config: *const c_char = null(),
+        config_len: usize = 0,
     }
     struct rrt_update_opts [40] {
         struct_size: u32 = size_of::<rrt_update_opts>() as u32,

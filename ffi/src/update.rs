@@ -1,16 +1,17 @@
-//! rrt_pause, rrt_resume, rrt_model_sleep, rrt_model_wake, rrt_model_tensor, rrt_update_*
+//! rrt_pause, rrt_resume, rrt_model_sleep, rrt_model_wake, rrt_model_tensor, rrt_update_*, rrt_adapter_update_begin
 
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
 use runtime::weights::{Dtype, TensorData};
-use runtime::{InFlight, Require, Storage, Tags, Update, UpdateOptions};
+use runtime::{AdapterUpdate, AdapterUpdateOptions, InFlight, Require, Storage, Tags, Update, UpdateOptions};
 
+use crate::adapter::{live_adapter, rrt_adapter};
 use crate::boundary::{Outcome, Sized32, elements, enter, input, output, quietly, reference, text, write};
 use crate::model::{live_model, rrt_model};
 use crate::runtime::{Child, open_runtime, rrt_runtime};
-use crate::status::{E_ARG, E_BUSY, E_CONFLICT, E_PANIC, E_RANGE, Failure, rrt_error};
+use crate::status::{E_ARG, E_BUSY, E_CONFLICT, E_PANIC, E_RANGE, E_UNSUPPORTED, Failure, rrt_error};
 use crate::structs::{MAX_RANK, rrt_tensor_desc, rrt_tensor_info, rrt_update_opts};
 
 const EXPECT_VERSION: u32 = 1;
@@ -22,8 +23,64 @@ const SLEEP_KV_CACHE: u32 = 2;
 #[allow(non_camel_case_types)]
 pub struct rrt_update {
     /// `None` once it was aborted.
-    update: Mutex<Option<Update>>,
+    update: Mutex<Option<Target>>,
     child: Child,
+}
+
+/// What an update is of.
+enum Target {
+    Model(Update),
+    Adapter(AdapterUpdate),
+}
+
+impl Target {
+    fn put(&mut self, data: &TensorData) -> Outcome<()> {
+        match self {
+            Target::Model(update) => update.put(data)?,
+            Target::Adapter(update) => update.put(data)?,
+        }
+        Ok(())
+    }
+
+    fn put_slice(&mut self, data: &TensorData, start: &[usize]) -> Outcome<()> {
+        match self {
+            Target::Model(update) => update.put_slice(data, start)?,
+            Target::Adapter(update) => update.put_slice(data, start)?,
+        }
+        Ok(())
+    }
+
+    fn put_files(&mut self, path: &Path) -> Outcome<()> {
+        match self {
+            Target::Model(update) => update.put_files(path)?,
+            Target::Adapter(update) => update.put_files(path)?,
+        }
+        Ok(())
+    }
+
+    fn put_delta(&mut self, path: &Path) -> Outcome<u64> {
+        match self {
+            Target::Model(update) => Ok(update.put_delta(path)?),
+            Target::Adapter(_) => {
+                Err(Failure::new(E_UNSUPPORTED, "deltas are of a model's weights, not of an adapter's"))
+            }
+        }
+    }
+
+    fn commit(&mut self, version: u64) -> Outcome<()> {
+        match self {
+            Target::Model(update) => update.commit(version)?,
+            Target::Adapter(update) => update.commit(version)?,
+        }
+        Ok(())
+    }
+
+    fn has_ended(&self) -> bool {
+        match self {
+            Target::Model(update) => update.has_ended(),
+            Target::Adapter(update) => update.has_ended(),
+        }
+    }
 }
 
 fn in_flight(value: i32) -> Outcome<InFlight> {
@@ -184,10 +241,50 @@ pub unsafe extern "C" fn rrt_update_begin(
         let (model, opts) = unsafe { (live_model(model)?, input(opts)?) };
         output(out, "out")?;
         let options = update_options(&opts)?;
-        let update = Mutex::new(Some(model.model.update(&options)?));
-        let handle = rrt_update { update, child: Child::of(&model.child.0) };
+        let target = Target::Model(model.model.update(&options)?);
         // SAFETY: not NULL.
-        unsafe { out.write(Box::into_raw(Box::new(handle))) };
+        unsafe { hand_out(target, Child::of(&model.child.0), out) };
+        Ok(())
+    };
+    // SAFETY: the header's condition on err.
+    unsafe { enter(err, body) }
+}
+
+/// # Safety
+/// `out` can be written.
+unsafe fn hand_out(target: Target, child: Child, out: *mut *mut rrt_update) {
+    let handle = rrt_update { update: Mutex::new(Some(target)), child };
+    // SAFETY: the caller's promise.
+    unsafe { out.write(Box::into_raw(Box::new(handle))) };
+}
+
+/// Of an adapter's update, what may be chosen.
+fn adapter_options(opts: &rrt_update_opts) -> Outcome<AdapterUpdateOptions> {
+    let UpdateOptions { expect_version, storage, in_flight, require, .. } = update_options(opts)?;
+    if storage != Storage::Shadow || in_flight != InFlight::Wait {
+        let text = format!(
+            "storage is {} and in_flight {}; an adapter's new values are put beside the old ones, with which sequences under way end: both must be 0",
+            opts.storage, opts.in_flight
+        );
+        return Err(Failure::new(E_UNSUPPORTED, text));
+    }
+    Ok(AdapterUpdateOptions { expect_version, require })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn rrt_adapter_update_begin(
+    adapter: *mut rrt_adapter,
+    opts: *const rrt_update_opts,
+    out: *mut *mut rrt_update,
+    err: *mut rrt_error,
+) -> i32 {
+    let body = || {
+        // SAFETY: the header's conditions on handles and structs.
+        let (adapter, opts) = unsafe { (live_adapter(adapter)?, input(opts)?) };
+        output(out, "out")?;
+        let target = Target::Adapter(adapter.adapter.update(&adapter_options(&opts)?)?);
+        // SAFETY: not NULL.
+        unsafe { hand_out(target, Child::of(&adapter.child.0), out) };
         Ok(())
     };
     // SAFETY: the header's condition on err.
@@ -198,7 +295,7 @@ pub unsafe extern "C" fn rrt_update_begin(
 ///
 /// # Safety
 /// `p` is NULL or a live update.
-unsafe fn live_update<'a>(p: *mut rrt_update) -> Outcome<MutexGuard<'a, Option<Update>>> {
+unsafe fn live_update<'a>(p: *mut rrt_update) -> Outcome<MutexGuard<'a, Option<Target>>> {
     // SAFETY: the caller's promise.
     let handle = unsafe { reference(p.cast_const(), "update") }?;
     handle.child.0.owner.check()?;
@@ -213,7 +310,7 @@ unsafe fn live_update<'a>(p: *mut rrt_update) -> Outcome<MutexGuard<'a, Option<U
 ///
 /// # Safety
 /// As [`live_update`].
-unsafe fn with_update<T>(p: *mut rrt_update, act: impl FnOnce(&mut Update) -> Outcome<T>) -> Outcome<T> {
+unsafe fn with_update<T>(p: *mut rrt_update, act: impl FnOnce(&mut Target) -> Outcome<T>) -> Outcome<T> {
     // SAFETY: the caller's promise.
     let mut guard = unsafe { live_update(p) }?;
     act(guard.as_mut().ok_or_else(|| Failure::new(E_CONFLICT, "the update was aborted"))?)
@@ -268,7 +365,7 @@ pub unsafe extern "C" fn rrt_update_tensor(
 ) -> i32 {
     let body = || {
         // SAFETY: the header's conditions on handles and structs.
-        unsafe { with_update(update, |update| tensor(desc, |data| Ok(update.put(data)?))) }
+        unsafe { with_update(update, |update| tensor(desc, |data| update.put(data))) }
     };
     // SAFETY: the header's condition on err.
     unsafe { enter(err, body) }
@@ -282,10 +379,10 @@ pub unsafe extern "C" fn rrt_update_slice(
     err: *mut rrt_error,
 ) -> i32 {
     let body = || {
-        let put = |update: &mut Update, data: &TensorData| {
+        let put = |update: &mut Target, data: &TensorData| {
             // SAFETY: the header's condition: an index for each dimension.
             let start = unsafe { indices(start, data.shape.len(), "start") }?;
-            Ok(update.put_slice(data, &start)?)
+            update.put_slice(data, &start)
         };
         // SAFETY: the header's conditions on handles and structs.
         unsafe { with_update(update, |update| tensor(desc, |data| put(update, data))) }
@@ -305,7 +402,7 @@ pub unsafe extern "C" fn rrt_update_file(
         // SAFETY: the header's condition on strings.
         let path = unsafe { text(path, path_len, "path") }?;
         // SAFETY: the header's condition on handles.
-        unsafe { with_update(update, |update| Ok(update.put_files(Path::new(path))?)) }
+        unsafe { with_update(update, |update| update.put_files(Path::new(path))) }
     };
     // SAFETY: the header's condition on err.
     unsafe { enter(err, body) }
@@ -324,7 +421,7 @@ pub unsafe extern "C" fn rrt_update_delta(
         // SAFETY: the header's condition on strings.
         let path = unsafe { text(path, path_len, "path") }?;
         // SAFETY: the header's condition on handles.
-        let leads_to = unsafe { with_update(update, |update| Ok(update.put_delta(Path::new(path))?)) }?;
+        let leads_to = unsafe { with_update(update, |update| update.put_delta(Path::new(path))) }?;
         // SAFETY: not NULL.
         unsafe { version.write(leads_to) };
         Ok(())
@@ -337,7 +434,7 @@ pub unsafe extern "C" fn rrt_update_delta(
 pub unsafe extern "C" fn rrt_update_commit(update: *mut rrt_update, new_version: u64, err: *mut rrt_error) -> i32 {
     let body = || {
         // SAFETY: the header's condition on handles.
-        unsafe { with_update(update, |update| Ok(update.commit(new_version)?)) }
+        unsafe { with_update(update, |update| update.commit(new_version)) }
     };
     // SAFETY: the header's condition on err.
     unsafe { enter(err, body) }
@@ -349,7 +446,8 @@ pub unsafe extern "C" fn rrt_update_abort(update: *mut rrt_update, err: *mut rrt
         // SAFETY: the header's condition on handles.
         let mut guard = unsafe { live_update(update) }?;
         match guard.take_if(|update| !update.has_ended()) {
-            Some(update) => update.abort(),
+            Some(Target::Model(update)) => update.abort(),
+            Some(Target::Adapter(update)) => update.abort(),
             None => return Err(Failure::new(E_CONFLICT, "the update has ended")),
         }
         Ok(())
@@ -362,7 +460,7 @@ pub unsafe extern "C" fn rrt_update_abort(update: *mut rrt_update, err: *mut rrt
 pub unsafe extern "C" fn rrt_update_free(update: *mut rrt_update) {
     if !update.is_null() {
         quietly(|| {
-            // SAFETY: made by rrt_update_begin, freed once.
+            // SAFETY: made by rrt_update_begin or rrt_adapter_update_begin, freed once.
             let update = unsafe { Box::from_raw(update) };
             // A child process has no engine that could answer: what it inherited is left alone.
             if update.child.0.owner.check_process().is_err() {

@@ -11,8 +11,8 @@ use super::scorer::{Ended, Input, ReferenceScorer, RewardScorer, Scorer};
 use super::{Advantage, Kl, Rollout, RolloutRequest, advantage};
 use crate::engine::{Ending, Finish, Finished, Job, JobWatch, panic_text};
 use crate::error::{Error, ErrorKind, Result};
+use crate::loaded_model::Model;
 use crate::request::{SampleRequest, SampledSequence, SequenceLogprobs, SequenceScore};
-use crate::runtime::Model;
 
 /// Owner of the policy's job; workers count from there.
 const POLICY: usize = 0;

@@ -22,8 +22,8 @@ use scorer::RewardScorer;
 use crate::adapter::Adapter;
 use crate::engine::JobStats;
 use crate::error::{Error, Result};
+use crate::loaded_model::Model;
 use crate::request::{SampleRequest, SampledSequence, SequenceLogprobs};
-use crate::runtime::Model;
 use crate::score::Rule;
 use crate::text::Message;
 

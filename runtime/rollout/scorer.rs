@@ -4,8 +4,8 @@ use super::{Reference, Reward, RolloutRequest};
 use crate::adapter::Adapter;
 use crate::engine::{Job, Scheduling};
 use crate::error::{Error, Result};
+use crate::loaded_model::Model;
 use crate::request::{LogprobRequest, ScoreRequest, SequenceLogprobs, SequenceScore};
-use crate::runtime::Model;
 use crate::score::Rule;
 use crate::text::{EncodeOptions, Message};
 

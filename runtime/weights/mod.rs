@@ -21,6 +21,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
+pub(crate) use adapter::AdapterLayout;
 pub use adapter::{AdapterCheckpoint, AdapterWeights, LowRank};
 use buffer::Buffer;
 pub use delta::{Delta, DeltaOptions, DeltaReport, DeltaTensor, Encoding, write_delta};

@@ -26,6 +26,8 @@ pub struct TensorData<'a> {
 /// What the tensors of an update have to comply with.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StagingRules {
+    /// Whose tensors they are, in messages.
+    pub owner: &'static str,
     /// Every tensor of the model must come.
     pub require_all: bool,
     pub check_finite: bool,
@@ -104,7 +106,7 @@ impl Staging {
         match self.base.find(self.known(name)) {
             Some(tensor) => Ok(Some(tensor)),
             None if carries_no_weight(name) => Ok(None),
-            None => Err(Error::new(ErrorKind::NotFound, format!("the model has no tensor {name:?}"))),
+            None => Err(Error::new(ErrorKind::NotFound, format!("{} has no tensor {name:?}", self.rules.owner))),
         }
     }
 
@@ -134,6 +136,11 @@ impl Staging {
         Ok(())
     }
 
+    fn shape_error(&self, name: &str, given: &[usize], own: &[usize]) -> Error {
+        let owner = self.rules.owner;
+        Error::new(ErrorKind::Shape, format!("tensor {name:?} has shape {given:?}, {owner}'s has {own:?}"))
+    }
+
     fn check_dtype(&self, name: &str, given: Dtype, model: Dtype) -> Result<()> {
         if given == model || self.rules.convert {
             return Ok(());
@@ -141,8 +148,9 @@ impl Staging {
         Err(Error::new(
             ErrorKind::Shape,
             format!(
-                "tensor {name:?} is {}, the model holds it as {}; allow conversion to have it rounded",
+                "tensor {name:?} is {}, {} holds it as {}; allow conversion to have it rounded",
                 given.name(),
+                self.rules.owner,
                 model.name()
             ),
         ))
@@ -164,7 +172,7 @@ impl Staging {
         let model_dtype = model.dtype();
         self.check_whole(name)?;
         if shape != model.shape() {
-            return Err(shape_error(name, shape, model.shape()));
+            return Err(self.shape_error(name, shape, model.shape()));
         }
         self.check_dtype(name, dtype, model_dtype)?;
         check_bytes(data)?;
@@ -268,7 +276,7 @@ impl Staging {
                 let Some(model) = self.model_tensor(name)? else { return Ok(None) };
                 self.check_whole(name)?;
                 if info.shape != model.shape() {
-                    return Err(shape_error(name, &info.shape, model.shape()));
+                    return Err(self.shape_error(name, &info.shape, model.shape()));
                 }
                 let Some(tensor) = checkpoint.tensor(name)? else { return Ok(None) };
                 self.check_dtype(name, tensor.dtype(), model.dtype())?;
@@ -394,10 +402,6 @@ impl Staging {
 
 fn not_ours(name: &str) -> Error {
     Error::internal(format!("tensor {name:?} is used by somebody else"))
-}
-
-fn shape_error(name: &str, given: &[usize], model: &[usize]) -> Error {
-    Error::new(ErrorKind::Shape, format!("tensor {name:?} has shape {given:?}, the model's has {model:?}"))
 }
 
 /// Compares the number of bytes with the shape, and the checksum with the bytes.

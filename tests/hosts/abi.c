@@ -9,18 +9,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "rewardrt.h"
+#include "checks.h"
 
-static rrt_error err;
-static int failures;
-
-static void want(rrt_status got, rrt_status expected, int line) {
-    if (got != expected) {
-        fprintf(stderr, "line %d: %s, expected %s (%s)\n", line, rrt_status_name(got), rrt_status_name(expected), err.text);
-        failures++;
-    }
-}
-#define WANT(expected, call) want((call), (expected), __LINE__)
 #define CANARY ((void *)0x5a5a)
 
 static int logged;
@@ -51,7 +41,7 @@ static void sizes(rrt_runtime *runtime, rrt_model *model) {
     big.req.struct_size = sizeof big;
     big.beyond[7] = 1;
     WANT(RRT_E_ABI, rrt_submit_sample(runtime, &big.req, &job, &err));
-    if (job != 77) failures++;
+    THAT(job == 77);
     big.beyond[7] = 0;
     WANT(RRT_OK, rrt_submit_sample(runtime, &big.req, &job, &err));
     WANT(RRT_OK, rrt_wait(runtime, &job, 1, RRT_WAIT_ANY, UINT64_MAX, &err));
@@ -64,7 +54,7 @@ static void sizes(rrt_runtime *runtime, rrt_model *model) {
     big.req.temperature = 1.0f;
     ids[1] = 1000000;
     WANT(RRT_E_ARG, rrt_submit_sample(runtime, &big.req, &job, &err));
-    if (strstr(err.text, "1000000") == NULL) failures++;
+    THAT(strstr(err.text, "1000000") != NULL);
     ids[1] = 6;
     offsets[0] = 4;
     WANT(RRT_E_ARG, rrt_submit_sample(runtime, &big.req, &job, &err));
@@ -84,7 +74,7 @@ static void nulls(rrt_runtime *runtime, rrt_model *model) {
     score.model = model;
     score.sequences.count = 1;
     WANT(RRT_E_NULL, rrt_submit_score(runtime, &score, &job, &err)); /* no offsets */
-    if (job != 1) failures++;
+    THAT(job == 1);
 }
 
 static void jobs(rrt_runtime *runtime, rrt_model *model) {
@@ -117,8 +107,8 @@ static void jobs(rrt_runtime *runtime, rrt_model *model) {
     WANT(RRT_OK, rrt_result_scores(result, &view, &err));
     wrong.struct_size = sizeof wrong;
     WANT(RRT_E_ARG, rrt_result_sequences(result, &wrong, &err));
-    if (view.count != 2 || view.offsets[1] != 2 || view.offsets[2] != 7) failures++;
-    if (view.values[2] == view.values[2] || !(view.values[0] < 0)) failures++; /* NaN first, where nothing precedes */
+    THAT(view.count == 2 && view.offsets[1] == 2 && view.offsets[2] == 7);
+    THAT(view.values[2] != view.values[2] && view.values[0] < 0); /* NaN first, where nothing precedes */
     WANT(RRT_E_BUSY, rrt_close(runtime, 0, &err));
     rrt_result_free(result);
 
@@ -144,7 +134,7 @@ static void jobs(rrt_runtime *runtime, rrt_model *model) {
     WANT(RRT_OK, rrt_wait(runtime, both, 2, RRT_WAIT_ALL, UINT64_MAX, &err));
     WANT(RRT_OK, rrt_job_take(runtime, both[1], &result, &err));
     WANT(RRT_OK, rrt_result_sequences(result, &wrong, &err));
-    if (wrong.count != 16 || wrong.finish[15] != RRT_FINISH_CANCELLED) failures++;
+    THAT(wrong.count == 16 && wrong.finish[15] == RRT_FINISH_CANCELLED);
     rrt_result_free(result);
     /* both[0] is left to rrt_close. */
 }
@@ -170,7 +160,7 @@ static void updates(rrt_runtime *runtime, rrt_model *model, const char *folder) 
     WANT(RRT_E_NOT_FOUND, rrt_adapter_load(model, &adapter_opts, (rrt_adapter **)&canary, &err));
     adapter_opts.flags = 8;
     WANT(RRT_E_ARG, rrt_adapter_load(model, &adapter_opts, (rrt_adapter **)&canary, &err));
-    if (canary != CANARY) failures++;
+    THAT(canary == CANARY);
 
     WANT(RRT_E_ARG, rrt_pause(runtime, 3, 0, &err));
     WANT(RRT_OK, rrt_pause(runtime, RRT_IN_FLIGHT_CANCEL, UINT64_MAX, &err));
@@ -184,7 +174,7 @@ static void updates(rrt_runtime *runtime, rrt_model *model, const char *folder) 
     while (rrt_model_tensor(model, count, &info, &err) == RRT_OK) count++;
     WANT(RRT_E_RANGE, rrt_model_tensor(model, count, &info, &err));
     WANT(RRT_OK, rrt_model_tensor(model, 0, &info, &err));
-    if (count < 10 || info.rank != 2 || memcmp(info.name, "lm_head.weight", info.name_len) != 0) failures++;
+    THAT(count >= 10 && info.rank == 2 && memcmp(info.name, "lm_head.weight", info.name_len) == 0);
 
     opts.flags = 0x80;
     WANT(RRT_E_ARG, rrt_update_begin(model, &opts, &update, &err));
@@ -212,7 +202,7 @@ static void updates(rrt_runtime *runtime, rrt_model *model, const char *folder) 
     desc.data = data;
     desc.bytes = bytes;
     WANT(RRT_E_NOT_FOUND, rrt_update_tensor(update, &desc, &err));
-    if (strstr(err.text, "lm_hat.weight") == NULL) failures++;
+    THAT(strstr(err.text, "lm_hat.weight") != NULL);
     desc.name = info.name;
     desc.name_len = info.name_len;
     desc.rank = 9;
@@ -263,7 +253,7 @@ static void updates(rrt_runtime *runtime, rrt_model *model, const char *folder) 
     rrt_update_free(update);
     rrt_update_free(second);
     WANT(RRT_OK, rrt_get_model_info(model, &model_info, &err));
-    if (model_info.weights_version != 41) failures++;
+    THAT(model_info.weights_version == 41);
     free(data);
     /* In place, and back to what the folder holds. */
     opts.expect_version = 41;
@@ -294,7 +284,7 @@ static void forked(rrt_runtime *runtime, rrt_model *model) {
     }
     waitpid(child, &status, 0);
     rrt_update_free(update);
-    if (child < 0 || !WIFEXITED(status) || WEXITSTATUS(status) != 0) failures++;
+    THAT(child > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
 int main(int argc, char **argv) {
@@ -308,15 +298,15 @@ int main(int argc, char **argv) {
     int round, rounds = argc > 2 ? atoi(argv[2]) : 3;
     if (argc < 2) return 2;
     memset(&err, 0, sizeof err);
-    if (strncmp(rrt_version(), "rewardrt ", 9) != 0 || strcmp(rrt_status_name(12345), "RRT_?") != 0) failures++;
+    THAT(strncmp(rrt_version(), "rewardrt ", 9) == 0 && strcmp(rrt_status_name(12345), "RRT_?") == 0);
     WANT(RRT_OK, rrt_abi_check(RRT_ABI_VERSION));
-    if (rrt_abi_version() != RRT_ABI_VERSION) failures++;
+    THAT(rrt_abi_version() == RRT_ABI_VERSION);
     WANT(RRT_E_ABI, rrt_abi_check(0x70000u));
     WANT(RRT_E_ARG, rrt_set_log(count_log, NULL, 9, &err));
     WANT(RRT_OK, rrt_set_log(count_log, &logged, RRT_LOG_INFO, &err));
     for (i = 0; i < 16; i++) devices[i].struct_size = sizeof devices[i];
     WANT(RRT_OK, rrt_list_devices(devices, 16, sizeof devices[0], &need, &err));
-    if (need < 1 || devices[0].type != RRT_DEVICE_CPU) failures++;
+    THAT(need >= 1 && devices[0].type == RRT_DEVICE_CPU);
     WANT(RRT_E_SHORT_BUFFER, rrt_list_devices(devices, 0, sizeof devices[0], &need, &err));
 
     open_opts.device = "gpu:no such thing";
@@ -331,7 +321,7 @@ int main(int argc, char **argv) {
         model_opts.path = "/nowhere";
         model_opts.path_len = 8;
         WANT(RRT_E_NOT_FOUND, rrt_model_load(runtime, &model_opts, &model, &err));
-        if (model != NULL) failures++;
+        THAT(model == NULL);
         model_opts.path = argv[1];
         model_opts.path_len = strlen(argv[1]);
         model_opts.kv_tokens = 8192;
@@ -359,7 +349,7 @@ int main(int argc, char **argv) {
         WANT(RRT_OK, rrt_model_load(runtime, &model_opts, &model, &err));
         info.struct_size = sizeof info;
         WANT(RRT_OK, rrt_get_model_info(model, &info, &err));
-        if (info.heads != 9 || info.weights_version != 40 || info.has_tokenizer != 0) failures++;
+        THAT(info.heads == 9 && info.weights_version == 40 && info.has_tokenizer == 0);
         nulls(runtime, model);
         sizes(runtime, model);
         jobs(runtime, model);
@@ -373,7 +363,7 @@ int main(int argc, char **argv) {
         runtime = NULL;
     }
     WANT(RRT_OK, rrt_set_log(NULL, NULL, RRT_LOG_OFF, &err));
-    if (logged < rounds) failures++;
+    THAT(logged >= rounds);
     if (failures > 0) return 1;
     puts("ok");
     return 0;

@@ -24,12 +24,21 @@ fn a_careless_host_gets_errors() {
 fn every_function_does_what_the_header_says() {
     let folder = tempfile::tempdir().unwrap();
     let model = talking_model(&folder.path().join("model"));
+    let classifier = golden("llama-labels-3");
+    for program in ["sampling", "events", "scoring"] {
+        let source = format!("tests/hosts/features/{program}.c");
+        assert_eq!(host(source, &[&model, &classifier]), "ok\n", "{program}");
+    }
     let next = folder.path().join("next");
     save(&trained(&tensors(&model), 1), &model, &next);
     let followed = folder.path().join("followed");
     std::fs::create_dir(&followed).unwrap();
-    let printed = host("tests/hosts/features.c", &[&model, &golden("llama-labels-3"), &next, &followed]);
-    assert_eq!(printed, "ok\n");
+    assert_eq!(host("tests/hosts/features/upkeep.c", &[&model, &classifier, &next, &followed]), "ok\n");
+}
+
+#[test]
+fn adapters_come_from_memory() {
+    assert_eq!(host("tests/hosts/adapters.c", &[&golden("llama-labels-3")]), "ok\n");
 }
 
 #[test]

@@ -8,7 +8,8 @@
  *           (RRT_PENDING, RRT_TIMEOUT), negative is an error. Outputs are written only on RRT_OK, except that *need is
  *           also written with RRT_E_SHORT_BUFFER. After an error the objects are as they were before the call, unless
  *           the function says otherwise.
- * Errors.   The last parameter is an rrt_error of the caller's, or NULL. Its text is always NUL-terminated.
+ * Errors.   The last parameter is an rrt_error of the caller's, or NULL. It is written whenever the status is not RRT_OK, and
+ *           only then: look at its text after such a status alone, where it is always NUL-terminated.
  * Structs.  Input and output structs begin with struct_size. Set it through RRT_X_INIT or rrt_x_init(); in an output
  *           struct set it by hand. Structs grow at their end, in later minor versions. A library fills in the defaults
  *           of what an older header does not know; of a newer header it accepts what it does not know if that is zero.
@@ -33,8 +34,9 @@
  * Time.     Durations are nanoseconds. UINT64_MAX waits for ever.
  * Promises. The library never exits, aborts, prints, installs a signal handler, or calls back except for the log; of the
  *           environment it reads REWARDRT_ISA alone (the CPU's instruction set, for tests), and what a GPU driver reads.
- *           A bug in it becomes RRT_E_PANIC; from then on what would start work (open, load, submit) gives
- *           RRT_E_POISONED, while waiting, taking, closing and freeing still work.
+ *           A bug in it becomes RRT_E_PANIC, at the call that met it or at the rrt_job_take of the job that did. From then
+ *           on what would start work (open, load, submit) gives RRT_E_POISONED in the whole process, on every runtime,
+ *           while waiting, taking, closing and freeing still work.
  * Fork.     Only before rrt_open: a child that uses an inherited runtime or what belongs to one gets RRT_E_FORKED.
  */
 #ifndef REWARDRT_H
@@ -58,7 +60,7 @@ typedef int32_t rrt_status;
 enum {
     RRT_OK = 0,
     RRT_PENDING = 1,             /* the job is not done */
-    RRT_TIMEOUT = 2,             /* the time is over, nothing changed */
+    RRT_TIMEOUT = 2,             /* the time is over; nothing changed, but see rrt_close */
     RRT_E_ARG = -1,              /* a field has a value outside its range */
     RRT_E_NULL = -2,             /* a pointer that must not be NULL is */
     RRT_E_ABI = -3,              /* struct_size or version do not fit */
@@ -82,8 +84,8 @@ enum {
     RRT_E_DEVICE_LOST = -43,     /* close the runtime and open another */
     RRT_E_GPU = -44,             /* the graphics API reported an error */
     RRT_E_NONFINITE = -45,       /* a result is NaN or infinite: the job failed */
-    RRT_E_PANIC = -60,           /* a bug in the library; the runtime is poisoned */
-    RRT_E_POISONED = -61,        /* an earlier call had RRT_E_PANIC */
+    RRT_E_PANIC = -60,           /* a bug in the library; the process is poisoned */
+    RRT_E_POISONED = -61,        /* an earlier call had RRT_E_PANIC, or a bug has stopped the runtime's engine */
     RRT_E_FORKED = -62           /* the handle is from before fork() */
 };
 
@@ -126,7 +128,8 @@ rrt_status rrt_get_limits(rrt_limits *out, rrt_error *err);
 
 enum { RRT_LOG_OFF = 0, RRT_LOG_ERROR = 1, RRT_LOG_WARN = 2, RRT_LOG_INFO = 3, RRT_LOG_DEBUG = 4, RRT_LOG_TRACE = 5 };
 
-/* Called on any thread; text is borrowed for the call. It must not call rrt_ functions. */
+/* Called on any thread; text is borrowed for the call. It must not call rrt_ functions, and must not wait for a
+ * thread that is in one: that one may wait for the callback. */
 typedef void (*rrt_log_fn)(void *user_data, int32_t level, const char *text, size_t len);
 
 /* Process-wide. NULL switches it off and returns when no callback is running any more. */
@@ -172,8 +175,9 @@ void rrt_open_opts_init(rrt_open_opts *opts);      /* NULL does nothing */
 rrt_status rrt_open(const rrt_open_opts *opts, rrt_runtime **out, rrt_error *err);
 
 /* Cancels all jobs, waits for them at most timeout_ns, and frees the runtime with its threads and its event fd.
- * RRT_E_BUSY while models, adapters, sessions, updates, followers or results live, RRT_TIMEOUT if jobs do not end in time: the
- * runtime stays open. */
+ * RRT_E_BUSY while models, adapters, sessions, updates, followers or results live, and rollouts of other runtimes that use
+ * models of this one and were neither taken nor dropped: nothing changed then. RRT_TIMEOUT if jobs do not end in time: the
+ * runtime stays open, and all its jobs are cancelled. */
 rrt_status rrt_close(rrt_runtime *runtime, uint64_t timeout_ns, rrt_error *err);
 
 enum {
@@ -263,8 +267,10 @@ typedef struct rrt_adapter_opts {
     const char *path;            /* a folder that PEFT's save_pretrained wrote: LoRA factors, a score head */
     size_t path_len;
     uint64_t version;
+    const char *config;          /* instead of path: the text of a PEFT adapter_config.json. All values are zero, so that it */
+    size_t config_len;           /* changes nothing, until rrt_adapter_update_begin brings others */
 } rrt_adapter_opts;
-#define RRT_ADAPTER_OPTS_INIT { sizeof(rrt_adapter_opts), 0, NULL, 0, 0 }
+#define RRT_ADAPTER_OPTS_INIT { sizeof(rrt_adapter_opts), 0, NULL, 0, 0, NULL, 0 }
 void rrt_adapter_opts_init(rrt_adapter_opts *opts);
 
 /* Loads an adapter beside the model's weights, which it neither copies nor changes. Requests choose it, or another, or none;
@@ -486,7 +492,8 @@ void rrt_rollout_req_init(rrt_rollout_req *req);
 
 /* The data of one step of RL as one job: samples, log-probs of the reference and the KL to it, rewards, advantages. The
  * models' work overlaps. Read by rrt_result_sequences, rrt_result_rollout, rrt_result_topk and, for the sampling,
- * rrt_result_timing. A deadline ends the sampling; cancelling fails the job. */
+ * rrt_result_timing. A deadline ends the sampling; cancelling fails the job with RRT_E_CANCELLED, and so does a pause or an
+ * update with RRT_IN_FLIGHT_CANCEL. RRT_E_FULL if 64 are under way on the runtime. */
 rrt_status rrt_rollout(rrt_runtime *runtime, const rrt_rollout_req *req, uint64_t *job, rrt_error *err);
 
 /* ---- following jobs ----------------------------------------------------------------------------------------------
@@ -495,8 +502,8 @@ rrt_status rrt_rollout(rrt_runtime *runtime, const rrt_rollout_req *req, uint64_
 
 enum { RRT_WAIT_ALL = 0u, RRT_WAIT_ANY = 1u };
 
-/* Waits until all (or any) of the jobs are done, failed or cancelled, at most timeout_ns; UINT64_MAX: for ever.
- * RRT_TIMEOUT if not; RRT_E_NOT_FOUND for a number that is no job. */
+/* Waits until all (or any) of the jobs are done, failed or cancelled, at most timeout_ns; UINT64_MAX: for ever. Their results can
+ * be taken then; rrt_poll may tell of them a moment later. RRT_TIMEOUT if not; RRT_E_NOT_FOUND for a number that is no job. */
 rrt_status rrt_wait(rrt_runtime *runtime, const uint64_t *jobs, size_t count, uint32_t flags, uint64_t timeout_ns,
                     rrt_error *err);
 
@@ -526,8 +533,9 @@ typedef struct rrt_event {
  * Each job has one last event that is no CHUNK; after it the job waits for rrt_job_take or rrt_job_drop. */
 rrt_status rrt_poll(rrt_runtime *runtime, rrt_event *out, size_t capacity, size_t stride, size_t *count, rrt_error *err);
 
-/* A descriptor that is readable for poll, select, epoll and kqueue as long as events wait. It belongs to the runtime: do
- * not read, write or close it. RRT_E_UNSUPPORTED on systems that have none. */
+/* A descriptor that is readable for poll, select, epoll and kqueue as long as events wait. It may be readable with nothing to
+ * tell: *count is 0 then. With edge triggering poll until *count is 0. One thread should do the polling: of two, neither knows
+ * whose events came first. It belongs to the runtime: do not read, write or close it. RRT_E_UNSUPPORTED on systems that have none. */
 rrt_status rrt_event_fd(rrt_runtime *runtime, int32_t *fd, rrt_error *err);
 
 /* What a sequence of a job with RRT_SAMPLE_STREAM has so far, from token `from` on: at most `capacity` tokens; *count: how many
@@ -548,7 +556,8 @@ typedef struct rrt_result rrt_result;
 rrt_status rrt_job_take(rrt_runtime *runtime, uint64_t job, rrt_result **out, rrt_error *err);
 /* Asks a job to stop; it ends within one step. May be called again. */
 rrt_status rrt_job_cancel(rrt_runtime *runtime, uint64_t job, rrt_error *err);
-/* Cancels a job and forgets it: its number and its events are gone. */
+/* Cancels a job and forgets it: its number and its events are gone. Does not block, except that a rollout's threads are waited
+ * for: a step. */
 rrt_status rrt_job_drop(rrt_runtime *runtime, uint64_t job, rrt_error *err);
 
 /* ---- sessions ----------------------------------------------------------------------------------------------------
@@ -699,7 +708,8 @@ enum {
 };
 
 /* Stops every model between two steps, until rrt_resume. Jobs may be submitted, and wait. UINT64_MAX: no time limit.
- * RRT_TIMEOUT if sequences do not finish in time, RRT_E_BUSY if they cannot: everything goes on then. */
+ * RRT_TIMEOUT if sequences do not finish in time, RRT_E_BUSY if they cannot: everything goes on then, unless another pause is in
+ * force or on its way. */
 rrt_status rrt_pause(rrt_runtime *runtime, int32_t in_flight, uint64_t timeout_ns, rrt_error *err);
 rrt_status rrt_resume(rrt_runtime *runtime, rrt_error *err);
 
@@ -797,6 +807,14 @@ rrt_status rrt_update_abort(rrt_update *update, rrt_error *err);
 /* Aborts it if it has not ended. */
 void rrt_update_free(rrt_update *update);
 
+/* Begins an update of an adapter: rrt_update_* as above, with PEFT's names ("base_model.model.model.layers.0.self_attn.q_proj.
+ * lora_A.weight" of shape [R, K], "…lora_B.weight" [N, R], "base_model.model.score.weight"), in any dtype, which is taken
+ * exactly; NaN and infinities are RRT_E_NONFINITE. rrt_update_file takes a safetensors file, or PEFT's folder with the same
+ * config. A commit waits for nobody: jobs submitted after it use the new values, those before end with what they began
+ * with. In opts flags (RRT_UPDATE_EXPECT_VERSION), expect_version and require count; storage and in_flight must be 0, or
+ * RRT_E_UNSUPPORTED, as rrt_update_delta is. RRT_E_LIMIT: no room for the new values beside the old ones. */
+rrt_status rrt_adapter_update_begin(rrt_adapter *adapter, const rrt_update_opts *opts, rrt_update **out, rrt_error *err);
+
 /* Adds an adapter into the model's weights (rounded to their dtype) as an update in shadow, under new_version; of opts what
  * is said about tensors does not count, and RRT_STORAGE_IN_PLACE is RRT_E_ARG. Unmerging puts the weights back to the bit; RRT_E_CONFLICT if they have changed
  * since, if it is merged already, or is not. */
@@ -808,7 +826,7 @@ rrt_status rrt_adapter_unmerge(rrt_adapter *adapter, const rrt_update_opts *opts
 typedef struct rrt_follow_opts {
     uint32_t struct_size;
     uint32_t flags;              /* 0 */
-    uint64_t interval_ns;        /* how often the folder is looked at */
+    uint64_t interval_ns;        /* how often the folder is looked at; 0: every 200 ms */
     const rrt_update_opts *update; /* how each update is made (what it must bring and expects does not count); NULL:
                                     RRT_UPDATE_OPTS_INIT */
 } rrt_follow_opts;
@@ -821,11 +839,12 @@ typedef struct rrt_follower rrt_follower;
  * N above the model's version becomes the model's weights, with version N. They must appear whole, by a rename. */
 rrt_status rrt_follow(rrt_model *model, const char *path, size_t path_len, const rrt_follow_opts *opts,
                       rrt_follower **out, rrt_error *err);
-/* Waits until the model has this version or a later one; RRT_TIMEOUT if it does not in time. */
+/* Waits until the model has this version or a later one, whoever brought it there; RRT_TIMEOUT if it does not in time. A
+ * follower that a lost device or a bug has stopped returns that status. */
 rrt_status rrt_follower_wait(rrt_follower *follower, uint64_t version, uint64_t timeout_ns, rrt_error *err);
 /* *updates: those made so far. Returns what went wrong when the folder was last looked at; *updates is written then, too. */
 rrt_status rrt_follower_state(const rrt_follower *follower, uint64_t *updates, rrt_error *err);
-/* Stops looking. */
+/* Stops looking; waits for an update that is under way. */
 void rrt_follower_free(rrt_follower *follower);
 
 /* ---- numbers ----------------------------------------------------------------------------------------------------- */
@@ -883,7 +902,8 @@ rrt_status rrt_timing_stats(const rrt_runtime *runtime, rrt_timing *out, rrt_err
 rrt_status rrt_stats_reset(rrt_runtime *runtime, rrt_error *err);
 
 /* Gives memory of caches back to the system: forgets all prefixes and takes the KV cache anew, in models that have nothing
- * to do and are awake. Results do not depend on it. */
+ * to do and are awake. Results do not depend on it. If a cache cannot be had again (RRT_E_OOM_DEVICE, RRT_E_OOM_HOST) its
+ * model is asleep: rrt_model_wake. The other models are trimmed all the same; the first error is returned. */
 rrt_status rrt_trim(rrt_runtime *runtime, rrt_error *err);
 
 #ifdef __cplusplus

@@ -16,9 +16,9 @@ def expected(name):
     return json.loads((GOLDEN / name / "expected.json").read_text())
 
 
-def read_safetensors(folder):
+def read_safetensors(folder, file="model.safetensors"):
     """Tensors of an F32 checkpoint folder as numpy arrays, read by the format's own description."""
-    data = (folder / "model.safetensors").read_bytes()
+    data = (folder / file).read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     header.pop("__metadata__", None)

@@ -1,9 +1,13 @@
 """Values equal those of transformers in f32 (tests/golden/make.py)."""
 
+import json
+
 import numpy as np
 import pytest
 
-from checkpoints import GOLDEN, expected
+import rewardrt
+
+from checkpoints import GOLDEN, expected, read_safetensors
 
 LANGUAGE_MODELS = ["llama-gqa-9-3", "llama-shards", "llama-tied", "mistral-window", "qwen2-gqa-14-2"]
 CLASSIFIERS = ["llama-labels-1", "llama-labels-3", "mistral-labels-2", "qwen2-labels-2"]
@@ -67,6 +71,49 @@ def test_an_adapter(golden):
         adapter.unmerge(version=2)
         after = model.logprobs(base["sequences"]).result(60)
         np.testing.assert_array_equal(after.values, plain.result().values)
+
+
+class LikePeft:
+    """What a ``peft.LoraConfig`` is to a reader: fields with sets in them."""
+
+    def __init__(self, fields):
+        self.fields = fields
+
+    def to_dict(self):
+        return {**self.fields, "target_modules": set(self.fields["target_modules"])}
+
+
+def test_an_adapter_from_memory(golden):
+    """From its config and numpy arrays, the bits that the folder gives."""
+    folder = GOLDEN / "adapters" / "tied-all"
+    model, sequences = golden("llama-tied"), expected("adapters/tied-all")["sequences"]
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    tensors = read_safetensors(folder, "adapter_model.safetensors")
+
+    def says(adapter=None):
+        return model.logprobs(sequences, adapter=adapter).result(60)
+
+    base, want = says(), says(model.load_adapter(folder))
+    for config in [fields, json.dumps(fields), LikePeft(fields)]:
+        with model.adapter_from_config(config, version=3) as adapter:
+            blank = says(adapter)
+            np.testing.assert_allclose(blank.values, base.values, rtol=1e-6)
+            with adapter.update(version=4, expect_version=3) as update:
+                update.put_all(tensors)
+            after = says(adapter)
+            np.testing.assert_array_equal(after.values, want.values)
+            assert (set(blank.adapter_version.tolist()), set(after.adapter_version.tolist())) == ({3}, {4})
+            with pytest.raises(rewardrt.ShapeError, match="lora_A"), adapter.update(version=5) as update:
+                update.put_slice(next(iter(tensors)), np.zeros((1, 1), np.float32), [0, 0])
+            with pytest.raises(rewardrt.Conflict):
+                adapter.update(version=5, expect_version=3)
+            np.testing.assert_array_equal(says(adapter).values, want.values)
+            left = adapter.update(version=6)
+        with pytest.raises(rewardrt.Closed):
+            left.commit()
+    for wrong in [7, {"peft_type": object()}]:
+        with pytest.raises(rewardrt.ArgumentError, match="config"):
+            model.adapter_from_config(wrong)
 
 
 def test_sampling_and_scoring_agree_to_the_bit(golden):

@@ -34,6 +34,7 @@ pub(super) struct Product {
 }
 
 /// What results have to fit, where they are f16.
+#[derive(Clone, Copy)]
 pub(super) enum HalfBound {
     /// They are f32.
     None,
@@ -41,6 +42,47 @@ pub(super) enum HalfBound {
     Rotated { length: f32, rest: f32, factor: f32 },
     /// The square of (length · longest row + largest bias), times the scale.
     Gated { length: f32, rest: f32, scale: f32 },
+}
+
+/// What the results of each product have to fit, with any adapter. Holds nothing of the device.
+#[derive(Default)]
+pub(super) struct Bounds(Vec<(Vec<MatrixId>, HalfBound)>);
+
+impl Bounds {
+    /// By product, what rows with this adapter are scaled by besides: what the gate's product divides its results by to fit
+    /// f16, the next product multiplies with.
+    ///
+    /// # Errors
+    /// `Unsupported` if results could be too large for f16.
+    pub fn scales(&self, adapter: &AdapterWeights) -> Result<Vec<f32>> {
+        let mut scales = vec![1.0; self.0.len()];
+        for (i, (weights, bound)) in self.0.iter().enumerate() {
+            match *bound {
+                HalfBound::None => {}
+                HalfBound::Rotated { length, rest, factor } => {
+                    let largest = (rest + length * longest(weights, adapter)) * factor;
+                    if largest > HALF_BOUND {
+                        return Err(too_large("queries, keys and values", largest));
+                    }
+                }
+                HalfBound::Gated { length, rest, scale } => {
+                    let largest = (rest + length * longest(weights, adapter)).powi(2);
+                    let mut own = 1.0f32;
+                    while largest * scale * own > HALF_BOUND && scale * own >= LEAST_SCALE {
+                        own /= 2.0;
+                    }
+                    if scale * own < LEAST_SCALE {
+                        return Err(too_large("results of the MLP", largest));
+                    }
+                    scales[i] = own;
+                    if let Some(next) = scales.get_mut(i + 1) {
+                        *next = 1.0 / own;
+                    }
+                }
+            }
+        }
+        Ok(scales)
+    }
 }
 
 /// What a call needs to be bound once more, for rows with adapters.
@@ -101,6 +143,7 @@ impl State {
 
 pub(super) struct Adapters {
     products: Vec<Product>,
+    bounds: Bounds,
     pipelines: Pipelines,
     max_rows: usize,
     /// By slot, then by product.
@@ -122,7 +165,13 @@ impl StepAdapters {
 
 impl Adapters {
     pub fn new(products: Vec<Product>, pipelines: Pipelines, max_rows: usize) -> Self {
-        Adapters { products, pipelines, max_rows, loaded: Vec::new(), state: None }
+        let bounds = Bounds(products.iter().map(|p| (p.weights.clone(), p.bound)).collect());
+        Adapters { products, bounds, pipelines, max_rows, loaded: Vec::new(), state: None }
+    }
+
+    /// What adapters have to fit, once these are gone.
+    pub fn into_bounds(self) -> Bounds {
+        self.bounds
     }
 
     pub fn pipelines(&mut self) -> &mut Pipelines {
@@ -144,7 +193,7 @@ impl Adapters {
         if self.loaded.get(slot).is_some_and(Option::is_some) {
             return Err(Error::internal(format!("slot {slot} has an adapter")));
         }
-        let scales = self.scales(adapter)?;
+        let scales = self.bounds.scales(adapter)?;
         // 1. Places, as far as the buffers have them.
         let slots = self.state.as_ref().map_or(0, |s| s.slots).max((slot + 1).next_power_of_two().max(8));
         let mut extents = Vec::new();
@@ -190,38 +239,6 @@ impl Adapters {
         }
         self.state = Some(state);
         written
-    }
-
-    /// By product, what rows with this adapter are scaled by besides: what the gate's product divides its results by to fit
-    /// f16, the next product multiplies with.
-    fn scales(&self, adapter: &AdapterWeights) -> Result<Vec<f32>> {
-        let mut scales = vec![1.0; self.products.len()];
-        for (i, product) in self.products.iter().enumerate() {
-            match product.bound {
-                HalfBound::None => {}
-                HalfBound::Rotated { length, rest, factor } => {
-                    let largest = (rest + length * product.longest(adapter)) * factor;
-                    if largest > HALF_BOUND {
-                        return Err(too_large("queries, keys and values", largest));
-                    }
-                }
-                HalfBound::Gated { length, rest, scale } => {
-                    let largest = (rest + length * product.longest(adapter)).powi(2);
-                    let mut own = 1.0f32;
-                    while largest * scale * own > HALF_BOUND && scale * own >= LEAST_SCALE {
-                        own /= 2.0;
-                    }
-                    if scale * own < LEAST_SCALE {
-                        return Err(too_large("results of the MLP", largest));
-                    }
-                    scales[i] = own;
-                    if let Some(next) = scales.get_mut(i + 1) {
-                        *next = 1.0 / own;
-                    }
-                }
-            }
-        }
-        Ok(scales)
     }
 
     /// The first place in the arena of a product that has so many words free; its end, if none has.
@@ -442,18 +459,17 @@ impl Product {
         }
         out
     }
+}
 
-    /// No row of a part's s · B · A is longer than this.
-    fn longest(&self, adapter: &AdapterWeights) -> f32 {
-        let of_part = |m: &LowRank| {
-            let n = m.b.len() / m.rank;
-            let lengths: Vec<f32> =
-                m.a.chunks_exact(m.a.len() / m.rank).map(|row| length(row) * m.scale.abs()).collect();
-            let of = |i: usize| lengths.iter().enumerate().map(|(j, l)| l * m.b[j * n + i].abs()).sum::<f32>();
-            (0..n).map(of).fold(0.0f32, f32::max)
-        };
-        self.parts(adapter).flatten().map(of_part).fold(0.0, f32::max)
-    }
+/// No row of s · B · A of any of these weights is longer than this.
+fn longest(weights: &[MatrixId], adapter: &AdapterWeights) -> f32 {
+    let of_part = |m: &LowRank| {
+        let n = m.b.len() / m.rank;
+        let lengths: Vec<f32> = m.a.chunks_exact(m.a.len() / m.rank).map(|row| length(row) * m.scale.abs()).collect();
+        let of = |i: usize| lengths.iter().enumerate().map(|(j, l)| l * m.b[j * n + i].abs()).sum::<f32>();
+        (0..n).map(of).fold(0.0f32, f32::max)
+    };
+    weights.iter().filter_map(|id| adapter.get(*id)).map(of_part).fold(0.0, f32::max)
 }
 
 fn too_large(what: &str, largest: f32) -> Error {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::adapters::Adapters;
+use super::adapters::{Adapters, Bounds};
 use super::attention::{self, Work, partial_bytes};
 use super::blocks;
 use super::buffers::{DeviceBuffers, holding};
@@ -45,6 +45,8 @@ pub struct GpuExecutor {
     pipelines: Pipelines,
     /// By slot: what is put to the device again with other weights.
     held_adapters: BTreeMap<u32, Arc<AdapterWeights>>,
+    /// What adapters that come while nothing is built have to fit: that of the last build.
+    bounds: Bounds,
     /// Kept when it is stopped, for what it measured.
     clock: Option<Clock>,
     is_timed: bool,
@@ -127,6 +129,7 @@ impl GpuExecutor {
             tile,
             pipelines: Pipelines::default(),
             held_adapters: BTreeMap::new(),
+            bounds: Bounds::default(),
             clock: None,
             is_timed: false,
         };
@@ -188,6 +191,7 @@ impl GpuExecutor {
     fn forget(&mut self) {
         if let Some(built) = self.built.take() {
             self.pipelines = built.adapters.pipelines_so_far();
+            self.bounds = built.adapters.into_bounds();
         }
     }
 
@@ -434,8 +438,12 @@ impl Executor for GpuExecutor {
                 "with this adapter all of them take {host} bytes of host memory alone, and the model's memory budget leaves {room}"
             )));
         }
-        if let (Some(built), Some(device)) = (&mut self.built, &self.buffers) {
-            built.add_adapter(&self.loader.gpu, &device.buffers, slot, &adapter, room - host)?;
+        match (&mut self.built, &self.buffers) {
+            (Some(built), Some(device)) => {
+                built.add_adapter(&self.loader.gpu, &device.buffers, slot, &adapter, room - host)?;
+            }
+            // It would keep the model from waking up.
+            _ => drop(self.bounds.scales(&adapter)?),
         }
         self.held_adapters.insert(slot, adapter);
         Ok(())

@@ -16,7 +16,7 @@ from ._handle import Children, Handle, call, nanoseconds, open_handle, struct, v
 from ._inputs import Prompt, Prompts, as_sequences, conversations
 from ._native import ffi, lib
 from ._tensors import dtype_name
-from .adapter import Adapter
+from .adapter import Adapter, config_text
 from .events import Events
 from .follower import Follower
 from .job import Job, Live, News, SampleStream, submit
@@ -27,7 +27,7 @@ from .scoring import ScoreRequest, is_judge
 from .session import Session
 from .stats import Memory, Timing, numbers_of
 from .tokenizer import Tokenizer
-from .update import InFlight, Update, in_flight_mode, one_of, update_options
+from .update import InFlight, Require, Update, in_flight_mode, one_of, update_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -336,7 +336,7 @@ class Model:
         *,
         storage: Literal["shadow", "in_place"] = "shadow",
         in_flight: InFlight = "wait",
-        require: Literal["all", "subset"] = "all",
+        require: Require = "all",
         expect_version: int | None = None,
         check_finite: bool = False,
         convert: bool = False,
@@ -384,6 +384,15 @@ class Model:
             version=version,
             flags=0 if mmap else lib.RRT_ADAPTER_NO_MMAP,
         )
+        handle = self._child("rrt_adapter", lib.rrt_adapter_load, lib.rrt_adapter_free, options)
+        return self._tracked(Adapter(handle))
+
+    def adapter_from_config(self, config: Any, *, version: int = 0) -> Adapter:
+        """Makes the LoRA adapter that a PEFT config describes: a ``peft.LoraConfig``, a mapping, or the JSON of
+        adapter_config.json. All its values are zero, so that it changes nothing, until :meth:`Adapter.update` brings others.
+        """
+        text = Bytes(config_text(config))
+        options = struct("rrt_adapter_opts", config=text.pointer, config_len=text.length, version=version)
         handle = self._child("rrt_adapter", lib.rrt_adapter_load, lib.rrt_adapter_free, options)
         return self._tracked(Adapter(handle))
 

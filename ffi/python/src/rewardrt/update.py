@@ -13,6 +13,7 @@ from ._native import ffi, lib
 from ._tensors import tensor
 
 InFlight = Literal["wait", "cancel", "keep"]
+Require = Literal["all", "subset"]
 
 _IN_FLIGHT = {"wait": lib.RRT_IN_FLIGHT_WAIT, "cancel": lib.RRT_IN_FLIGHT_CANCEL, "keep": lib.RRT_IN_FLIGHT_KEEP}
 _STORAGE = {"shadow": lib.RRT_STORAGE_SHADOW, "in_place": lib.RRT_STORAGE_IN_PLACE}
@@ -55,7 +56,7 @@ def update_options(
 
 
 class Update:
-    """New weights on their way in, from :meth:`Model.update`. One thread at a time may use it.
+    """New weights on their way in, from :meth:`Model.update` or :meth:`Adapter.update`. One thread at a time may use it.
 
     After an error of a ``put`` nothing of the tensor was taken and the update can go on.
     """
