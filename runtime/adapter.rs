@@ -105,8 +105,9 @@ impl Model {
     pub fn adapter_from_config(&self, config: &str, options: &AdapterOptions) -> Result<Adapter> {
         let name = options.name.clone().unwrap_or_else(|| "adapter".into());
         let loaded = (|| {
-            let layout = AdapterLayout::new(config.as_bytes(), self.spec(), self.plan(), |_| false)?;
-            self.check_adapter_room(layout.bytes())?;
+            let layout = AdapterLayout::new(config.as_bytes(), self.spec(), self.plan())?;
+            layout.check_purpose(layout.head().is_some(), self.spec(), self.plan())?;
+            self.check_adapter_room(layout.bytes(false), 0)?;
             let weights = Arc::new(layout.zeros()?);
             self.add_content(&name, options.version, weights, layout, None)
         })();
@@ -120,20 +121,21 @@ impl Model {
 
     fn read_adapter(&self, name: &str, folder: &Path, version: u64, load: &LoadOptions) -> Result<Loaded> {
         let checkpoint = AdapterCheckpoint::open(folder, self.spec(), self.plan(), load)?;
-        self.check_adapter_room(checkpoint.bytes()).map_err(|e| e.at(folder.display()))?;
+        self.check_adapter_room(checkpoint.bytes(), 0).map_err(|e| e.at(folder.display()))?;
         let weights = Arc::new(checkpoint.read()?);
         let layout = checkpoint.layout().clone();
         self.add_content(name, version, weights, layout, Some(folder)).map_err(|e| e.at(folder.display()))
     }
 
-    /// Looks at the memory budget before an adapter of so many bytes is read; the device counts again, with what others take.
-    pub(crate) fn check_adapter_room(&self, bytes: u64) -> Result<()> {
-        let room = self.adapter_room();
+    /// Looks at the memory budget before memory is taken: `bytes` more, beside the `held` that other adapters take. The device
+    /// counts again.
+    pub(crate) fn check_adapter_room(&self, bytes: u64, held: u64) -> Result<()> {
+        let room = self.adapter_room().saturating_sub(held);
         if bytes <= room {
             return Ok(());
         }
         Err(Error::limit(format!(
-            "the adapter takes {bytes} bytes, and the model's memory budget leaves {room} for adapters; load the model with more memory or fewer kv_tokens"
+            "{bytes} bytes are needed, and the model's memory budget leaves {room} for adapters; load the model with more memory or fewer kv_tokens"
         )))
     }
 
@@ -182,7 +184,8 @@ impl Adapter {
         self.current().weights.bytes()
     }
 
-    /// The folder that its values are from; `None`: from memory.
+    /// The folder that it was loaded from or replaced by; `None` after [`adapter_from_config`](Model::adapter_from_config) or an
+    /// [`update`](Adapter::update).
     pub fn folder(&self) -> Option<PathBuf> {
         self.current().folder
     }

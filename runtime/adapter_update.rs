@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::adapter::{Adapter, ContentName, Loaded};
 use crate::error::{Error, ErrorKind, Result};
 use crate::update::Require;
-use crate::weights::{AdapterCheckpoint, AdapterLayout, Checkpoint, Staging, StagingRules, TensorData};
+use crate::weights::{AdapterCheckpoint, AdapterLayout, Checkpoint, LoadOptions, Staging, StagingRules, TensorData};
 
 /// How an adapter is updated.
 #[derive(Clone, Copy, Debug, Default)]
@@ -63,12 +63,18 @@ impl Adapter {
             let text = format!("it has version {}, the update expects {expected}", base.version);
             return Err(at(Error::new(ErrorKind::Conflict, text)));
         }
-        self.model().check_adapter_room(layout.bytes()).map_err(at)?;
+        // Held, it would keep its place on the device if it were replaced meanwhile.
+        drop(content);
         let require_all = options.require == Require::All;
+        // What is put, what is made of it, and a copy of the present values for those that are not put.
+        let copies = if require_all { 2 } else { 3 };
+        self.model().check_adapter_room(copies * layout.bytes(true), self.model().stats().adapter_bytes).map_err(at)?;
         let present = layout.as_weights((!require_all).then_some(&*weights)).map_err(at)?;
         let rules = StagingRules {
             owner: "the adapter",
             require_all,
+            optional: layout.head().filter(|_| !layout.needs_head() && weights.head().is_none()).map(str::to_owned),
+            ignores_weightless: false,
             check_finite: true,
             // To f32, which is exact.
             convert: true,
@@ -111,22 +117,22 @@ impl AdapterUpdate {
     }
 
     /// Takes every tensor of a safetensors file, or of a folder that PEFT's `save_pretrained` wrote, whose config must ask for
-    /// the factors that the adapter has.
+    /// the factors that the adapter has. Files are read, not mapped: they may change once this has returned.
     ///
     /// # Errors
     /// Those of opening the file or [`Model::load_adapter`](crate::Model::load_adapter); `Shape` for a folder with other ranks, scales
     /// or modules; those of [`AdapterUpdate::put`]. Nothing is taken then.
     pub fn put_files(&mut self, path: &Path) -> Result<()> {
         let model = self.adapter.model().clone();
-        let load = self.adapter.load_options().clone();
+        let load = LoadOptions { use_mmap: false, ..self.adapter.load_options().clone() };
         let layout = self.layout.clone();
         self.with_staging(|staging| {
             if !path.is_dir() {
                 return staging.put_checkpoint(path, &Checkpoint::open(path, &load)?);
             }
             let checkpoint = AdapterCheckpoint::open(path, model.spec(), model.plan(), &load)?;
-            if !checkpoint.layout().is_like(&layout) {
-                let text = "its config asks for other modules, ranks or scales than the adapter has; replace the adapter by it instead";
+            if let Some(difference) = layout.difference(checkpoint.layout()) {
+                let text = format!("{difference}; replace the adapter by it instead");
                 return Err(Error::new(ErrorKind::Shape, text).at(path.display()));
             }
             staging.put_checkpoint(path, &Checkpoint::open(&AdapterCheckpoint::tensor_file(path)?, &load)?)
@@ -139,7 +145,7 @@ impl AdapterUpdate {
     /// # Errors
     /// `Shape` listing what is missing, `Argument` if the version is the present one, `Conflict` if the adapter has had other
     /// values since the update began, `Limit`, `Unsupported` (too large for a device that computes in f16), `HostMemory` or
-    /// `DeviceMemory`. The old values serve on then, and the update can go on.
+    /// `DeviceMemory`. The old values serve on then, and the update can go on, but for `Conflict`.
     pub fn commit(&mut self, version: u64) -> Result<()> {
         let (adapter, layout, base, had_head) = (self.adapter.clone(), self.layout.clone(), self.base, self.has_head);
         self.with_staging(|staging| {

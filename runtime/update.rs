@@ -139,6 +139,8 @@ impl Model {
         let rules = StagingRules {
             owner: "the model",
             require_all: options.require == Require::All,
+            optional: None,
+            ignores_weightless: true,
             check_finite: options.check_finite,
             convert: options.convert,
             in_place,

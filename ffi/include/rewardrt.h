@@ -792,7 +792,7 @@ void rrt_tensor_desc_init(rrt_tensor_desc *desc);
 rrt_status rrt_update_tensor(rrt_update *update, const rrt_tensor_desc *desc, rrt_error *err);
 /* A part: desc->shape is the part's, start[rank] its first index in each dimension. */
 rrt_status rrt_update_slice(rrt_update *update, const rrt_tensor_desc *desc, const uint64_t *start, rrt_error *err);
-/* A safetensors file or a checkpoint folder; mapped if the model's own files are. */
+/* A safetensors file or a checkpoint folder; mapped if the model's own files are, and then not to be changed. */
 rrt_status rrt_update_file(rrt_update *update, const char *path, size_t path_len, rrt_error *err);
 /* A delta folder made for the model's version (RRT_E_CONFLICT otherwise); *version: the one that it leads to. */
 rrt_status rrt_update_delta(rrt_update *update, const char *path, size_t path_len, uint64_t *version, rrt_error *err);
@@ -809,10 +809,11 @@ void rrt_update_free(rrt_update *update);
 
 /* Begins an update of an adapter: rrt_update_* as above, with PEFT's names ("base_model.model.model.layers.0.self_attn.q_proj.
  * lora_A.weight" of shape [R, K], "…lora_B.weight" [N, R], "base_model.model.score.weight"), in any dtype, which is taken
- * exactly; NaN and infinities are RRT_E_NONFINITE. rrt_update_file takes a safetensors file, or PEFT's folder with the same
- * config. A commit waits for nobody: jobs submitted after it use the new values, those before end with what they began
- * with. In opts flags (RRT_UPDATE_EXPECT_VERSION), expect_version and require count; storage and in_flight must be 0, or
- * RRT_E_UNSUPPORTED, as rrt_update_delta is. RRT_E_LIMIT: no room for the new values beside the old ones. */
+ * exactly; NaN and infinities are RRT_E_NONFINITE. rrt_update_file reads a safetensors file, or PEFT's folder with the same
+ * config (RRT_E_SHAPE otherwise). A commit waits for nobody: jobs submitted after it use the new values, those before end with
+ * what they began with; RRT_E_UNSUPPORTED: too large for a device that computes in f16. Of opts expect_version
+ * (RRT_E_CONFLICT: another version) and require count; storage and in_flight must be 0, or RRT_E_UNSUPPORTED, as
+ * rrt_update_delta is. RRT_E_LIMIT: the memory budget has no room for the new values beside the old ones. */
 rrt_status rrt_adapter_update_begin(rrt_adapter *adapter, const rrt_update_opts *opts, rrt_update **out, rrt_error *err);
 
 /* Adds an adapter into the model's weights (rounded to their dtype) as an update in shadow, under new_version; of opts what

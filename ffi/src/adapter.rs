@@ -75,6 +75,7 @@ pub unsafe extern "C" fn rrt_adapter_load(
         let mut options = AdapterOptions { version: opts.version, ..AdapterOptions::default() };
         options.load.use_mmap = opts.flags & NO_MMAP == 0;
         let adapter = match (path, config) {
+            ("", "") => return Err(Failure::new(E_ARG, "rrt_adapter_opts: neither path nor config is given")),
             (path, "") => model.model.load_adapter(Path::new(path), &options)?,
             ("", config) => model.model.adapter_from_config(config, &options)?,
             _ => return Err(Failure::new(E_ARG, "rrt_adapter_opts: path and config are both given, one is wanted")),

@@ -24,12 +24,16 @@ pub struct TensorData<'a> {
 }
 
 /// What the tensors of an update have to comply with.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct StagingRules {
     /// Whose tensors they are, in messages.
     pub owner: &'static str,
-    /// Every tensor of the model must come.
+    /// Every tensor must come,
     pub require_all: bool,
+    /// but for this one.
+    pub optional: Option<String>,
+    /// Tensors that carry no weight (see [`carries_no_weight`]) are passed over.
+    pub ignores_weightless: bool,
     pub check_finite: bool,
     /// Another dtype than the model's is rounded to it.
     pub convert: bool,
@@ -105,7 +109,7 @@ impl Staging {
     fn model_tensor(&self, name: &str) -> Result<Option<&Tensor>> {
         match self.base.find(self.known(name)) {
             Some(tensor) => Ok(Some(tensor)),
-            None if carries_no_weight(name) => Ok(None),
+            None if self.rules.ignores_weightless && carries_no_weight(name) => Ok(None),
             None => Err(Error::new(ErrorKind::NotFound, format!("{} has no tensor {name:?}", self.rules.owner))),
         }
     }
@@ -371,7 +375,7 @@ impl Staging {
         if self.rules.require_all {
             let mut missing: Vec<&String> = self.base.tensors().map(|(name, _)| name).collect();
             missing.retain(|name| !self.staged.contains_key(*name) && !self.partial.contains_key(*name));
-            missing.retain(|name| !(has_head && *name == EMBEDDING));
+            missing.retain(|name| !(has_head && *name == EMBEDDING) && self.rules.optional.as_ref() != Some(*name));
             missing.sort();
             problems.extend(missing.iter().map(|name| format!("tensor {name:?} is missing")));
         }

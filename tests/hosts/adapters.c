@@ -90,7 +90,8 @@ int main(int argc, char **argv) {
     with.config_len = sizeof config - 1;
     WANT(RRT_E_ARG, rrt_adapter_load(model, &with, &adapter, &err));
     with.path = NULL;
-    with.path_len = 0;
+    with.path_len = with.config_len = 0;
+    WANT(RRT_E_ARG, rrt_adapter_load(model, &with, &adapter, &err));
     with.config_len = 5;
     WANT(RRT_E_FORMAT, rrt_adapter_load(model, &with, &adapter, &err));
     with.config_len = sizeof config - 1;

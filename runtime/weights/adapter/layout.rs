@@ -31,17 +31,19 @@ impl Module {
 pub(crate) struct AdapterLayout {
     /// By the module's name.
     modules: BTreeMap<String, Module>,
+    /// The score head that it brings, or may bring.
     head: Option<Expected>,
-    bytes: u64,
+    needs_head: bool,
+    factor_bytes: u64,
+    head_bytes: u64,
 }
 
 impl AdapterLayout {
-    /// Reads adapter_config.json. `has` tells whether a tensor that the config leaves open is there.
+    /// Reads adapter_config.json.
     ///
     /// # Errors
-    /// `Format` and `Limit` for what is malformed or too large; `Unsupported` for another kind of adapter, and for one that
-    /// changes nothing; `Shape` for ranks beyond the base model's sizes.
-    pub fn new(config: &[u8], spec: &ModelSpec, plan: &Plan, has: impl Fn(&str) -> bool) -> Result<Self> {
+    /// `Format` and `Limit` for what is malformed or too large; `Unsupported` for another kind of adapter; `Shape` for ranks beyond the base model's sizes.
+    pub fn new(config: &[u8], spec: &ModelSpec, plan: &Plan) -> Result<Self> {
         if config.len() > MAX_CONFIG {
             let text = format!("{CONFIG}: {} bytes, at most {MAX_CONFIG} are allowed", config.len());
             return Err(Error::limit(text));
@@ -49,45 +51,75 @@ impl AdapterLayout {
         let config = AdapterConfig::parse(config)?;
         let modules = modules(&config, plan)?;
         refuse_other_targets(&config, spec)?;
-        let head = head(&config, spec, plan, has);
-        if modules.is_empty() && head.is_none() {
-            let known = plan.projections().into_iter().map(|id| module_of(&plan.matrices[id.0].name));
-            let known = known.map(|name| name.rsplit('.').next().unwrap_or(name)).collect::<Vec<_>>();
-            let mut known: Vec<&str> = known.into_iter().take(7).collect();
-            known.sort_unstable();
-            return Err(Error::unsupported(format!(
-                "{CONFIG}: \"target_modules\" matches no module of {}; it has {}",
-                spec.architecture,
-                known.join(", ")
-            )));
+        let head = head(&config, spec, plan);
+        let mut factor_bytes = 0u64;
+        for want in modules.iter().flat_map(|(name, m)| m.factors(name)) {
+            factor_bytes += size_of_f32(&want)? as u64;
         }
-        let mut layout = AdapterLayout { modules, head, bytes: 0 };
-        let mut bytes = 0u64;
-        for want in layout.tensors() {
-            bytes += size_of_f32(&want)? as u64;
+        let head_bytes = head.as_ref().map_or(Ok(0), size_of_f32)? as u64;
+        Ok(AdapterLayout { needs_head: config.saves_score, modules, head, factor_bytes, head_bytes })
+    }
+
+    /// Refuses an adapter that changes nothing.
+    ///
+    /// # Errors
+    /// `Unsupported`, with the modules that the base model has.
+    pub fn check_purpose(&self, has_head: bool, spec: &ModelSpec, plan: &Plan) -> Result<()> {
+        if has_head || !self.modules.is_empty() {
+            return Ok(());
         }
-        layout.bytes = bytes;
-        Ok(layout)
+        let known = plan.projections().into_iter().map(|id| module_of(&plan.matrices[id.0].name));
+        let known = known.map(|name| name.rsplit('.').next().unwrap_or(name)).collect::<Vec<_>>();
+        let mut known: Vec<&str> = known.into_iter().take(7).collect();
+        known.sort_unstable();
+        Err(Error::unsupported(format!(
+            "{CONFIG}: \"target_modules\" matches no module of {}; it has {}",
+            spec.architecture,
+            known.join(", ")
+        )))
     }
 
     /// Every tensor, under PEFT's name.
-    pub fn tensors(&self) -> impl Iterator<Item = Expected> {
-        self.modules.iter().flat_map(|(name, m)| m.factors(name)).chain(self.head.clone())
+    pub fn tensors(&self, with_head: bool) -> impl Iterator<Item = Expected> {
+        let head = self.head.clone().filter(|_| with_head);
+        self.modules.iter().flat_map(|(name, m)| m.factors(name)).chain(head)
     }
 
-    /// The tensor of the score head that it brings.
+    /// The tensor of the score head that it may have.
     pub fn head(&self) -> Option<&str> {
         self.head.as_ref().map(|head| head.name.as_str())
     }
 
-    /// What the values take in f32.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
+    /// True if the config says that it has a score head.
+    pub fn needs_head(&self) -> bool {
+        self.head.is_some() && self.needs_head
     }
 
-    /// True if factors of one have the places, ranks and scales that the other asks for.
-    pub fn is_like(&self, other: &AdapterLayout) -> bool {
-        self.modules == other.modules && self.head() == other.head()
+    /// What the values take in f32.
+    pub fn bytes(&self, with_head: bool) -> u64 {
+        self.factor_bytes + if with_head { self.head_bytes } else { 0 }
+    }
+
+    /// What keeps factors of another layout from being taken for those of this one.
+    pub fn difference(&self, other: &AdapterLayout) -> Option<String> {
+        for (name, module) in &self.modules {
+            match other.modules.get(name) {
+                None => return Some(format!("it has no factors of {name}, and the adapter has")),
+                Some(theirs) if theirs != module => {
+                    return Some(format!(
+                        "the factors of {name} have rank {} and scale {}, the adapter's have {} and {}",
+                        theirs.rank, theirs.scale, module.rank, module.scale
+                    ));
+                }
+                Some(_) => {}
+            }
+        }
+        let more = other.modules.keys().find(|name| !self.modules.contains_key(*name));
+        let more = more.map(|name| format!("it has factors of {name}, and the adapter has none"));
+        more.or_else(|| {
+            let more_head = other.needs_head() && self.head.is_none();
+            more_head.then(|| "it has a score head, and the adapter has none".into())
+        })
     }
 
     /// Zeros: it changes nothing, and the base model's own head stays.
@@ -155,7 +187,7 @@ impl AdapterLayout {
         let head = self.head.as_ref().filter(|_| with_head).map(values).transpose()?;
         if problems.is_empty() {
             let rank = self.modules.values().map(|m| m.rank).max().unwrap_or(0);
-            return Ok(AdapterWeights { modules, names, head, rank, bytes: self.bytes });
+            return Ok(AdapterWeights { bytes: self.bytes(head.is_some()), modules, names, head, rank });
         }
         let more = problems.len().saturating_sub(NAMED);
         problems.truncate(NAMED);
@@ -214,12 +246,12 @@ fn refuse_other_targets(config: &AdapterConfig, spec: &ModelSpec) -> Result<()> 
     Ok(())
 }
 
-/// The score head that the adapter brings.
-fn head(config: &AdapterConfig, spec: &ModelSpec, plan: &Plan, has: impl Fn(&str) -> bool) -> Option<Expected> {
-    let name = format!("{PREFIX}{SCORE}.weight");
+/// The score head that the adapter brings, or may bring without saying so.
+fn head(config: &AdapterConfig, spec: &ModelSpec, plan: &Plan) -> Option<Expected> {
     let has_head = matches!(spec.head, Head::SequenceClassification { .. });
-    let brings = config.saves_score || (config.may_save_score && has(&name));
-    (has_head && brings).then(|| Expected { name, shape: plan.matrices[plan.head.0].shape.clone() })
+    let name = format!("{PREFIX}{SCORE}.weight");
+    let shape = plan.matrices[plan.head.0].shape.clone();
+    (has_head && (config.saves_score || config.may_save_score)).then_some(Expected { name, shape })
 }
 
 fn to_f32(tensor: &Tensor) -> Result<Vec<f32>> {

@@ -87,6 +87,7 @@ pub struct AdapterCheckpoint {
     folder: PathBuf,
     weights: Weights,
     layout: AdapterLayout,
+    has_head: bool,
 }
 
 impl AdapterCheckpoint {
@@ -109,16 +110,18 @@ impl AdapterCheckpoint {
             )));
         }
         let checkpoint = Checkpoint::open(&Self::tensor_file(folder)?, options)?;
-        let layout = AdapterLayout::new(&config, spec, plan, |name| checkpoint.contains(name))?;
-        let expected: Vec<Expected> = layout.tensors().collect();
+        let layout = AdapterLayout::new(&config, spec, plan)?;
+        let has_head = layout.needs_head() || layout.head().is_some_and(|name| checkpoint.contains(name));
+        layout.check_purpose(has_head, spec, plan)?;
+        let expected: Vec<Expected> = layout.tensors(has_head).collect();
         differences(&checkpoint, &expected)?;
         let weights = checkpoint.claim(&expected, |_| false)?;
-        Ok(AdapterCheckpoint { folder: folder.to_owned(), weights, layout })
+        Ok(AdapterCheckpoint { folder: folder.to_owned(), weights, layout, has_head })
     }
 
     /// What the values will take in f32.
     pub fn bytes(&self) -> u64 {
-        self.layout.bytes()
+        self.layout.bytes(self.has_head)
     }
 
     pub(crate) fn layout(&self) -> &AdapterLayout {
@@ -138,7 +141,7 @@ impl AdapterCheckpoint {
     /// # Errors
     /// `NonFinite`, naming the tensors, for NaN and infinities; `HostMemory`.
     pub fn read(&self) -> Result<AdapterWeights> {
-        self.layout.read(&self.weights, true).map_err(|e| e.at(self.folder.display()))
+        self.layout.read(&self.weights, self.has_head).map_err(|e| e.at(self.folder.display()))
     }
 }
 

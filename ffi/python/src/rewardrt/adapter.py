@@ -28,7 +28,10 @@ def config_text(config: Any) -> str:
             return sorted(value)
         raise errors.ArgumentError(f"config has a {type(value).__name__}, which JSON has not")
 
-    return json.dumps(dict(fields), default=plain)
+    try:
+        return json.dumps(dict(fields), default=plain)
+    except (TypeError, ValueError) as error:
+        raise errors.ArgumentError(f"config is no JSON: {error}") from error
 
 
 class Adapter:

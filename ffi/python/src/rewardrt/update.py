@@ -88,7 +88,8 @@ class Update:
             self.put(name, value)
 
     def put_files(self, path: str | os.PathLike[str]) -> None:
-        """Puts a safetensors file or a checkpoint folder; mapped if the model's own files are."""
+        """Puts a safetensors file or a checkpoint folder; mapped if the model's own files are, and then not to be changed.
+        Of an adapter: a file, or a folder that PEFT saved with the same config; read at once."""
         name = Bytes(os.fspath(path))
         call(lib.rrt_update_file, self._open(), name.pointer, name.length)
 
