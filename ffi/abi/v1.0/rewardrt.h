@@ -266,9 +266,11 @@ typedef struct rrt_adapter_opts {
     uint32_t flags;              /* RRT_ADAPTER_… */
     const char *path;            /* a folder that PEFT's save_pretrained wrote: LoRA factors, a score head */
     size_t path_len;
-    uint64_t version;
-    const char *config;          /* instead of path: the text of a PEFT adapter_config.json. All values are zero, so that it */
-    size_t config_len;           /* changes nothing, until rrt_adapter_update_begin brings others */
+    uint64_t version;            /* comes back in results, where 0 also says that there was no adapter */
+    const char *config;          /* instead of path: the text of a PEFT adapter_config.json, for instance {"peft_type": "LORA",
+                                    "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}. All values are zero,
+                                    so that it changes nothing, until rrt_adapter_update_begin brings others */
+    size_t config_len;
 } rrt_adapter_opts;
 #define RRT_ADAPTER_OPTS_INIT { sizeof(rrt_adapter_opts), 0, NULL, 0, 0, NULL, 0 }
 void rrt_adapter_opts_init(rrt_adapter_opts *opts);
@@ -411,8 +413,8 @@ typedef struct rrt_score_req {
     rrt_sequences sequences;     /* at least one token each */
     const size_t *prompt_lens;   /* [sequences.count] leading tokens that are not scored; NULL: 0 for all. Not for REWARD */
     const char *rule;            /* rewards: "sequence": the classifier's logits; "judge:yes,no": the probabilities of
-                                    two or more tokens, one against the other, as the next one; NULL: what the
-                                    checkpoint's head implies */
+                                    two or more tokens, one against the other, as the next one (blanks count: " yes" is
+                                    another token); NULL: what the checkpoint's head implies. Not for LOGPROBS */
     size_t rule_len;
     const rrt_adapter *adapter;  /* of the same model; NULL: the model as it is */
     const size_t *positions;     /* STEP_REWARDS: tokens of sequence i after which the rule is read, counted from its first
@@ -444,7 +446,9 @@ typedef struct rrt_reward {
     const rrt_adapter *adapter;  /* of that model; NULL: the model as it is */
     float weight;                /* in the sum that is a sequence's reward; finite */
     uint32_t label;              /* which of the rule's labels is the reward, from 0 */
-    const char *question;        /* what a judge is asked: a user message in which {prompt} and {answer} stand for the texts.
+    const char *question;        /* what a judge is asked: a user message in which {prompt} and {answer} stand for the texts:
+                                    the last message's content, and where there are no `messages` the decoded prompt, of
+                                    which the chat template's words are a part.
                                     NULL: the model reads prompt and answer, as ids if it has the policy's vocabulary, else
                                     as text: `messages` through its own chat template, or the texts one after the other */
     size_t question_len;
@@ -462,7 +466,7 @@ enum {
 };
 
 enum {
-    RRT_ROLLOUT_BASE_REFERENCE = 1u, /* the reference is the policy without its adapter */
+    RRT_ROLLOUT_BASE_REFERENCE = 1u, /* the reference is the policy without its adapter; not with `reference` */
     RRT_ROLLOUT_CLIP_REWARD = 2u     /* the weighted sum is brought into [clip_low, clip_high] */
 };
 
@@ -478,8 +482,8 @@ typedef struct rrt_rollout_req {
     size_t reward_stride;        /* sizeof(rrt_reward) */
     const rrt_message *messages; /* the prompts as conversations, for reward models of another tokenizer and for questions;
                                     NULL: they are plain texts */
-    const size_t *message_offsets; /* [prompts + 1]: messages of prompt i are messages[message_offsets[i]] …; one without
-                                    messages is a plain text */
+    const size_t *message_offsets; /* [prompts + 1], with messages: those of prompt i are messages[message_offsets[i]] …; one
+                                    without messages is a plain text */
     size_t message_stride;       /* sizeof(rrt_message) */
     int32_t advantage;           /* RRT_ADVANTAGE_… */
     float clip_low;
@@ -543,7 +547,7 @@ rrt_status rrt_event_fd(rrt_runtime *runtime, int32_t *fd, rrt_error *err);
  * it does not have. */
 rrt_status rrt_job_peek(rrt_runtime *runtime, uint64_t job, uint32_t sequence, size_t from, uint32_t *ids, float *logprob,
                         float *sample_logprob, size_t capacity, size_t *count, rrt_error *err);
-/* The same for its text, from byte `from` on. */
+/* The same for its text, from byte `from` on; `capacity` may cut a character. */
 rrt_status rrt_job_peek_text(rrt_runtime *runtime, uint64_t job, uint32_t sequence, size_t from, char *text,
                              size_t capacity, size_t *count, rrt_error *err);
 /* Sequences that have ended, and sequences in all. */
@@ -551,7 +555,7 @@ rrt_status rrt_job_progress(rrt_runtime *runtime, uint64_t job, size_t *finished
 
 typedef struct rrt_result rrt_result;
 
-/* Takes the result of a job, whose number is gone then. RRT_PENDING while it is not done. A failed job returns its own
+/* Takes the result of a job, whose number is gone then, with the events that were not polled. RRT_PENDING while it is not done. A failed job returns its own
  * status and text, and is gone too. A cancelled sampling job has the tokens it got. */
 rrt_status rrt_job_take(rrt_runtime *runtime, uint64_t job, rrt_result **out, rrt_error *err);
 /* Asks a job to stop; it ends within one step. May be called again. */
@@ -808,11 +812,12 @@ rrt_status rrt_update_abort(rrt_update *update, rrt_error *err);
 void rrt_update_free(rrt_update *update);
 
 /* Begins an update of an adapter: rrt_update_* as above, with PEFT's names ("base_model.model.model.layers.0.self_attn.q_proj.
- * lora_A.weight" of shape [R, K], "…lora_B.weight" [N, R], "base_model.model.score.weight"), in any dtype, which is taken
+ * lora_A.weight" of shape [R, K], "…lora_B.weight" [N, R], "base_model.model.score.weight"; R: the rank, K: inputs, N: outputs), in any dtype, which is taken
  * exactly; NaN and infinities are RRT_E_NONFINITE. rrt_update_file reads a safetensors file, or PEFT's folder with the same
  * config (RRT_E_SHAPE otherwise). A commit waits for nobody: jobs submitted after it use the new values, those before end with
  * what they began with; RRT_E_UNSUPPORTED: too large for a device that computes in f16. Of opts expect_version
- * (RRT_E_CONFLICT: another version) and require count; storage and in_flight must be 0, or RRT_E_UNSUPPORTED, as
+ * (RRT_E_CONFLICT: another version) and require count, other flags do not; of two updates the second to be committed gets
+ * RRT_E_CONFLICT; storage and in_flight must be 0, or RRT_E_UNSUPPORTED, as
  * rrt_update_delta is. RRT_E_LIMIT: the memory budget has no room for the new values beside the old ones. */
 rrt_status rrt_adapter_update_begin(rrt_adapter *adapter, const rrt_update_opts *opts, rrt_update **out, rrt_error *err);
 
