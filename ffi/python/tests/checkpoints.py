@@ -17,16 +17,21 @@ def expected(name):
 
 
 def read_safetensors(folder, file="model.safetensors"):
-    """Tensors of an F32 checkpoint folder as numpy arrays, read by the format's own description."""
+    """Tensors of a checkpoint folder of F32 or BF16 as float32 arrays, read by the format's own description."""
     data = (folder / file).read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        assert entry["dtype"] == "F32"
         start, end = entry["data_offsets"]
-        tensors[name] = np.frombuffer(data[8 + size + start : 8 + size + end], np.float32).reshape(entry["shape"])
+        bits = data[8 + size + start : 8 + size + end]
+        if entry["dtype"] == "BF16":
+            value = (np.frombuffer(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            assert entry["dtype"] == "F32"
+            value = np.frombuffer(bits, np.float32)
+        tensors[name] = value.reshape(entry["shape"])
     return tensors
 
 
