@@ -51,8 +51,8 @@ fn the_example_samples_and_scores() {
 
 #[test]
 fn the_example_streams() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = talking_model(&folder.path().join("model"));
+    // A model whose steps take a while: a tiny one may be done before its host looks.
+    let Some(model) = smollm2() else { return };
     let text = host("ffi/examples/stream.c", &[&model, Path::new("cpu")]);
     let ended = text.lines().filter(|l| l.starts_with("answer ")).count();
     assert_eq!(ended, 3, "{text}");
