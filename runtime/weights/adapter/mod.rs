@@ -102,7 +102,7 @@ impl AdapterCheckpoint {
     }
 
     fn check(folder: &Path, spec: &ModelSpec, plan: &Plan, options: &LoadOptions) -> Result<Self> {
-        let config = read_bounded(&folder.join(CONFIG), MAX_CONFIG)?;
+        let layout = AdapterLayout::new(&read_bounded(&folder.join(CONFIG), MAX_CONFIG)?, spec, plan)?;
         let path = folder.join(TENSORS);
         if path.symlink_metadata().is_err() && folder.join("adapter_model.bin").exists() {
             return Err(Error::unsupported(format!(
@@ -110,7 +110,6 @@ impl AdapterCheckpoint {
             )));
         }
         let checkpoint = Checkpoint::open(&Self::tensor_file(folder)?, options)?;
-        let layout = AdapterLayout::new(&config, spec, plan)?;
         let has_head = layout.needs_head() || layout.head().is_some_and(|name| checkpoint.contains(name));
         layout.check_purpose(has_head, spec, plan)?;
         let expected: Vec<Expected> = layout.tensors(has_head).collect();
