@@ -144,7 +144,7 @@ impl Model {
         &self.inner.load
     }
 
-    /// See [`Engine::quiesce`].
+    /// See [`Engine::quiesce`](crate::engine::Engine::quiesce).
     pub(crate) fn quiesce<T: Send + 'static>(
         &self,
         in_flight: InFlight,

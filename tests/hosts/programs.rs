@@ -25,7 +25,7 @@ fn every_function_does_what_the_header_says() {
     let folder = tempfile::tempdir().unwrap();
     let model = talking_model(&folder.path().join("model"));
     let classifier = golden("llama-labels-3");
-    for program in ["sampling", "events", "scoring"] {
+    for program in ["sampling", "events", "scoring", "adapters"] {
         let source = format!("tests/hosts/features/{program}.c");
         assert_eq!(host(source, &[&model, &classifier]), "ok\n", "{program}");
     }
@@ -34,11 +34,6 @@ fn every_function_does_what_the_header_says() {
     let followed = folder.path().join("followed");
     std::fs::create_dir(&followed).unwrap();
     assert_eq!(host("tests/hosts/features/upkeep.c", &[&model, &classifier, &next, &followed]), "ok\n");
-}
-
-#[test]
-fn adapters_come_from_memory() {
-    assert_eq!(host("tests/hosts/adapters.c", &[&golden("llama-labels-3")]), "ok\n");
 }
 
 #[test]

@@ -42,7 +42,8 @@ impl AdapterLayout {
     /// Reads adapter_config.json.
     ///
     /// # Errors
-    /// `Format` and `Limit` for what is malformed or too large; `Unsupported` for another kind of adapter; `Shape` for ranks beyond the base model's sizes.
+    /// `Format` and `Limit` for what is malformed or too large; `Unsupported` for another kind of adapter; `Shape` for
+    /// ranks beyond the base model's sizes.
     pub fn new(config: &[u8], spec: &ModelSpec, plan: &Plan) -> Result<Self> {
         if config.len() > MAX_CONFIG {
             let text = format!("{CONFIG}: {} bytes, at most {MAX_CONFIG} are allowed", config.len());

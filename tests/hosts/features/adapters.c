@@ -1,40 +1,26 @@
-/* An adapter made from its config and updated from memory. Prints "ok".
+/* An adapter made from its config and updated from memory.
  *
- *   adapters CLASSIFIER
+ *   adapters MODEL CLASSIFIER
  *
- * CLASSIFIER: two layers, hidden size 48, values of 2 · 8, three labels, no adapter of its own.
- */
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "checks.h"
+ * CLASSIFIER has two layers, hidden size 48 and values of 2 · 8. */
+#include "features.h"
 
 enum { HIDDEN = 48, VALUES = 16, LABELS = 3, LAYERS = 2 };
 
-static rrt_runtime *runtime;
-static rrt_model *model;
-
 /* The three rewards of one text. */
-static uint64_t score(const rrt_adapter *adapter, float rewards[LABELS]) {
-    static const uint32_t ids[6] = { 5, 17, 40, 9, 33, 70 };
-    static const size_t offsets[2] = { 0, 6 };
+static uint64_t rewards_of(const rrt_adapter *adapter, float rewards[LABELS]) {
     rrt_score_req req = RRT_SCORE_REQ_INIT;
     rrt_scores_view view;
-    rrt_result *result = NULL;
-    uint64_t job = 0, version;
-    memset(&view, 0, sizeof view);
-    view.struct_size = sizeof view;
-    req.model = model;
+    rrt_result *result;
+    uint64_t version;
+    req.model = classifier;
     req.kind = RRT_SCORE_REWARD;
-    req.sequences.ids = ids;
-    req.sequences.offsets = offsets;
+    req.sequences.ids = PROMPT;
+    req.sequences.offsets = OFFSETS;
     req.sequences.count = 1;
     req.adapter = adapter;
-    OK(rrt_submit_score(runtime, &req, &job, &err));
-    OK(rrt_wait(runtime, &job, 1, RRT_WAIT_ALL, UINT64_MAX, &err));
-    OK(rrt_job_take(runtime, job, &result, &err));
-    OK(rrt_result_scores(result, &view, &err));
+    result = score(&req);
+    view = scores(result);
     if (failures > 0 || view.offsets[1] != LABELS) exit(1);
     memcpy(rewards, view.values, LABELS * sizeof(float));
     version = view.adapter_version[0];
@@ -62,8 +48,6 @@ int main(int argc, char **argv) {
         " \"target_modules\": [\"v_proj\"], \"modules_to_save\": [\"score\"]}";
     static const char head[] = "base_model.model.score.weight";
     static float values[LABELS * HIDDEN];
-    rrt_open_opts open = RRT_OPEN_OPTS_INIT;
-    rrt_model_opts load = RRT_MODEL_OPTS_INIT;
     rrt_adapter_opts with = RRT_ADAPTER_OPTS_INIT;
     rrt_update_opts opts = RRT_UPDATE_OPTS_INIT;
     rrt_adapter *adapter = NULL;
@@ -72,32 +56,25 @@ int main(int argc, char **argv) {
     float base[LABELS], before[LABELS], after[LABELS];
     uint64_t version = 0;
     int i, layer;
-    if (argc != 2) return 2;
-
-    open.device = "cpu";
-    open.device_len = 3;
-    OK(rrt_open(&open, &runtime, &err));
-    load.path = argv[1];
-    load.path_len = strlen(argv[1]);
-    load.kv_tokens = 512;
-    OK(rrt_model_load(runtime, &load, &model, &err));
-    score(NULL, base);
+    if (argc != 3) return 2;
+    begin(argv[1], argv[2]);
+    rewards_of(NULL, base);
 
     /* Not both, and not nonsense. */
     with.path = argv[1];
     with.path_len = strlen(argv[1]);
     with.config = config;
     with.config_len = sizeof config - 1;
-    WANT(RRT_E_ARG, rrt_adapter_load(model, &with, &adapter, &err));
+    WANT(RRT_E_ARG, rrt_adapter_load(classifier, &with, &adapter, &err));
     with.path = NULL;
     with.path_len = with.config_len = 0;
-    WANT(RRT_E_ARG, rrt_adapter_load(model, &with, &adapter, &err));
+    WANT(RRT_E_ARG, rrt_adapter_load(classifier, &with, &adapter, &err));
     with.config_len = 5;
-    WANT(RRT_E_FORMAT, rrt_adapter_load(model, &with, &adapter, &err));
+    WANT(RRT_E_FORMAT, rrt_adapter_load(classifier, &with, &adapter, &err));
     with.config_len = sizeof config - 1;
     with.version = 3;
-    OK(rrt_adapter_load(model, &with, &adapter, &err));
-    THAT(score(adapter, before) == 3 && memcmp(before, base, sizeof base) == 0);
+    OK(rrt_adapter_load(classifier, &with, &adapter, &err));
+    THAT(rewards_of(adapter, before) == 3 && memcmp(before, base, sizeof base) == 0);
 
     opts.storage = RRT_STORAGE_IN_PLACE;
     WANT(RRT_E_UNSUPPORTED, rrt_adapter_update_begin(adapter, &opts, &update, &err));
@@ -130,12 +107,12 @@ int main(int argc, char **argv) {
     WANT(RRT_E_CONFLICT, rrt_update_commit(update, 5, &err));
     WANT(RRT_E_CONFLICT, rrt_update_abort(update, &err));
     rrt_update_free(update);
-    THAT(score(adapter, after) == 4);
+    THAT(rewards_of(adapter, after) == 4);
     THAT(after[0] == after[1] && after[1] == after[2] && memcmp(after, base, sizeof base) != 0);
-    score(NULL, before);
+    rewards_of(NULL, before);
     THAT(memcmp(before, base, sizeof base) == 0);
 
-    /* An update may outlive the handle of its adapter, and be given up. */
+    /* An update may outlive the handle of its adapter. */
     opts.flags = 0;
     opts.require = RRT_REQUIRE_SUBSET;
     OK(rrt_adapter_update_begin(adapter, &opts, &update, &err));
@@ -144,9 +121,5 @@ int main(int argc, char **argv) {
     OK(rrt_update_commit(update, 6, &err));
     rrt_update_free(update);
 
-    rrt_model_free(model);
-    OK(rrt_close(runtime, UINT64_MAX, &err));
-    if (failures > 0) return 1;
-    puts("ok");
-    return 0;
+    return end();
 }
